@@ -1,0 +1,204 @@
+"""Cut-outs of openly licensed emoji art: fetched from npm, rendered to premultiplied RGBA, named.
+
+One command: `python -m sbora_diffusion.emoji64.art [--data DIR]` (needs npm and the `emoji64` extra).
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from sbora_diffusion.emoji64.world import Subject, load_world
+from sbora_diffusion.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+SIZE = 128  # pixels of a cut-out's side
+PACKAGES = {
+    "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
+    "fluent-anim": "@lobehub/fluent-emoji-anim-1@1.0.0",
+    "fluent-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "noto": "@iconify-json/noto@1.2.9",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "names": "emojibase-data@17.0.0",
+}
+SVG_SETS = {"flat": "fluent-flat", "cartoon": "noto", "drawing": "twemoji"}
+
+
+@dataclass(frozen=True)
+class CutOut:
+    """What one picture shows; `width` and `height` are the fractions of the square that the subject fills."""
+
+    subject: str
+    style: str
+    tier: int
+    width: float
+    height: float
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Art:
+    """All cut-outs: `images` is (n, SIZE, SIZE, 4) uint8, premultiplied RGBA, in the order of `cutouts`."""
+
+    images: np.ndarray
+    cutouts: tuple[CutOut, ...]
+
+
+def default_data_dir() -> Path:
+    """Where the art and everything trained from it lies: $EMOJI64_DATA or ~/.cache/sbora-diffusion/emoji64."""
+    return Path(os.environ.get("EMOJI64_DATA", Path.home() / ".cache" / "sbora-diffusion" / "emoji64"))
+
+
+def fetch(data: Path) -> None:
+    """Download and unpack the npm packages that are not there yet."""
+    for folder, package in PACKAGES.items():
+        target = data / "npm" / folder
+        if target.exists():
+            continue
+        log.info("fetching %s", package)
+        unpacked = target.with_suffix(".partial")
+        unpacked.mkdir(parents=True, exist_ok=True)
+        try:
+            packed = subprocess.run(
+                ["npm", "pack", package, "--silent", "--pack-destination", str(unpacked)],
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SboraError(f"could not fetch {package} with npm: {error}", "install npm and check the network") from error
+        archive = unpacked / packed.stdout.strip().splitlines()[-1]
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        archive.unlink()
+        unpacked.rename(target)
+
+
+class Sources:
+    """The unpacked packages, looked up by emojibase label."""
+
+    def __init__(self, data: Path) -> None:
+        self._root = data / "npm"
+        entries = json.loads((self._package("names") / "en" / "data.json").read_text())
+        self._codes = {entry["label"]: entry["hexcode"].lower() for entry in entries}
+        self._sets = {style: self._icon_set(name) for style, name in SVG_SETS.items()}
+
+    def picture(self, label: str, style: str) -> Image.Image | None:
+        """The RGBA art of a subject in a style, or None where that style has none."""
+        if style != "3d":
+            return self._svg(label, style)
+        path = self._webp("fluent-3d", label)
+        return path and Image.open(path).convert("RGBA")
+
+    def animation(self, label: str) -> list[Image.Image]:
+        """All frames (RGBA) of the Fluent animation of a subject."""
+        path = self._webp("fluent-anim", label)
+        if path is None:
+            raise SboraError(f"no animation of {label!r} in {PACKAGES['fluent-anim']}")
+        return [frame.convert("RGBA") for frame in ImageSequence.Iterator(Image.open(path))]
+
+    def _package(self, folder: str) -> Path:
+        return self._root / folder / "package"
+
+    def _icon_set(self, folder: str) -> tuple[dict, dict[str, str]]:
+        package = self._package(folder)
+        return json.loads((package / "icons.json").read_text()), json.loads((package / "chars.json").read_text())
+
+    def _spellings(self, label: str) -> Iterator[str]:
+        if label not in self._codes:
+            raise SboraError(f"unknown emoji label {label!r}", "use a label of emojibase-data's en/data.json")
+        code = self._codes[label]
+        yield from (code, code.replace("-fe0f", ""), f"{code}-fe0f")
+
+    def _webp(self, folder: str, label: str) -> Path | None:
+        paths = [self._package(folder) / "assets" / f"{code}.webp" for code in self._spellings(label)]
+        return next((path for path in paths if path.exists()), None)
+
+    def _svg(self, label: str, style: str) -> Image.Image | None:
+        import resvg_py
+
+        icons, chars = self._sets[style]
+        name = next((chars[code] for code in self._spellings(label) if code in chars), None)
+        if name is None:
+            return None
+        icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
+        width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+        box = f"{icon.get('left', icons.get('left', 0))} {icon.get('top', icons.get('top', 0))} {width} {height}"
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{box}" width="256" height="256">{icon["body"]}</svg>'
+        )
+        return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
+
+
+def cut_out(image: Image.Image, size: int = SIZE) -> tuple[np.ndarray, float, float]:
+    """Crop to what is visible and centre it in a square.
+
+    Returns:
+        (size, size, 4) uint8 premultiplied RGBA, and the fractions of the square's width and height it fills.
+    """
+    box = image.getchannel("A").point(lambda value: 255 * (value > 8)).getbbox()
+    if box is None:
+        raise SboraError("got an empty (fully transparent) picture")
+    image = image.crop(box).convert("RGBa")
+    scale = (size - 4) / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new("RGBa", (size, size))
+    square.paste(image.resize((width, height), Image.Resampling.LANCZOS), ((size - width) // 2, (size - height) // 2))
+    return np.array(square), width / size, height / size
+
+
+def build(data: Path) -> Art:
+    """Render every subject of the world in every style and store it as `art.npz` in the data folder."""
+    fetch(data)
+    sources, world = Sources(data), load_world()
+    images, cutouts = [], []
+    for subject in world.subjects:
+        for style in world.styles:
+            picture = sources.picture(subject.label, style)
+            if picture is None:
+                log.warning("no %s art of %s", style, subject.name)
+                continue
+            pixels, width, height = cut_out(picture)
+            images.append(pixels)
+            cutouts.append(_describe(subject, style, width, height))
+    art = Art(np.stack(images), tuple(cutouts))
+    np.savez(data / "art.npz", images=art.images, cutouts=json.dumps([asdict(c) for c in cutouts]))
+    return art
+
+
+def _describe(subject: Subject, style: str, width: float, height: float) -> CutOut:
+    held_out = load_world().held_out(subject.name, style)
+    return CutOut(subject.name, style, subject.tier, width, height, held_out)
+
+
+def load_art(data: Path) -> Art:
+    """Load what `build` stored."""
+    path = data / "art.npz"
+    if not path.exists():
+        raise SboraError(f"no art in {data}", "run: python -m sbora_diffusion.emoji64.art")
+    with np.load(path) as stored:
+        return Art(stored["images"], tuple(CutOut(**entry) for entry in json.loads(str(stored["cutouts"]))))
+
+
+def main() -> None:
+    """Fetch and render all art."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--data", type=Path, default=default_data_dir())
+    data = parser.parse_args().data
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    art = build(data)
+    held = sum(cutout.held_out for cutout in art.cutouts)
+    log.info("%d cut-outs, %d of them held out, in %s", len(art.cutouts), held, data / "art.npz")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What exists in emoji64's world (world.toml): subjects, styles, backgrounds, and how a caption names them."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing that can be pictured: `label` is emojibase's, `name` is the word in captions, `tier` opens it."""
+
+    label: str
+    name: str
+    tier: int
+    is_concept: bool
+
+
+@dataclass(frozen=True)
+class World:
+    """The parsed world.toml; every mapping keeps the file's order."""
+
+    styles: dict[str, str]
+    colours: dict[str, tuple[int, int, int]]
+    scenes: dict[str, str]
+    subjects: tuple[Subject, ...]
+
+    def held_out(self, subject: str, style: str) -> bool:
+        """Whether this art must never enter pre-training (concept subjects in the Fluent styles)."""
+        return style in ("3d", "flat") and any(s.name == subject and s.is_concept for s in self.subjects)
+
+
+@cache
+def load_world() -> World:
+    """Read the packaged world.toml."""
+    raw = tomllib.loads(files(__package__).joinpath("world.toml").read_text())
+    subjects = [_subject(entry, 0, True) for entry in raw["subjects"]["concepts"]]
+    for tier, entries in enumerate(raw["subjects"]["tiers"]):
+        subjects += [_subject(entry, tier, False) for entry in entries]
+    return World(raw["styles"], {k: tuple(v) for k, v in raw["colours"].items()}, raw["scenes"], tuple(subjects))
+
+
+def _subject(entry: str | dict[str, str], tier: int, is_concept: bool) -> Subject:
+    label = entry if isinstance(entry, str) else entry["label"]
+    name = label if isinstance(entry, str) else entry["name"]
+    return Subject(label, name, tier, is_concept)
+
+
+def with_article(noun: str) -> str:
+    """`owl` -> `an owl`; the world has no plural names and `unicorn` is its one exception."""
+    return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith("uni") else f"a {noun}"
+
+
+def caption(subjects: Sequence[str], style: str | None, place: str) -> str:
+    """`["owl", "red apple"], "3d", "on the beach"` -> `a 3d owl and a red apple on the beach`."""
+    first, *others = subjects
+    if style is None:
+        head = with_article(first)
+    else:
+        phrase = load_world().styles[style]
+        head = "a " + phrase.format(with_article(first) if phrase.endswith("of {}") else first)
+    return " and ".join([head, *map(with_article, others)]) + " " + place
