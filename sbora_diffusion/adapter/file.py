@@ -1,0 +1,295 @@
+"""The concept file: an SBoRA adapter with everything needed to use it, read with suspicion and written atomically."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.layer import detect
+from sbora_diffusion.errors import SboraError
+
+FORMAT = 1
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What an adapter adds to one layer: columns (FA) or rows (FB) of its weight. The scale is folded in."""
+
+    index: Tensor  # (r,) int64
+    weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything about an adapter but its numbers."""
+
+    side: Side
+    rank: int  # the largest number of columns or rows of any layer
+    intervals: tuple[Interval, ...]  # one for a trained concept, several for a merge, none for a foreign LoRA
+    seed: int
+    base_id: str
+    base_fingerprint: str
+    tokens: dict[str, str]  # token -> class noun, {"<dog>": "dog"}
+    name: str
+    parents: tuple[str, ...] = ()  # the names that were merged
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise SboraError(f"got format {self.format}, this version reads {FORMAT}", hint="Update sbora-diffusion.")
+        if self.side not in ("fa", "fb"):
+            raise SboraError(f"got side {self.side!r}, expected 'fa' or 'fb'")
+        if self.rank < 1:
+            raise SboraError(f"got rank {self.rank}, expected at least 1")
+        for text in (self.name, *self.parents, *self.tokens, *self.tokens.values()):
+            if not text or not text.isprintable():
+                raise SboraError(f"got {text!r} for a name or a token, expected printable characters")
+        if not (self.base_id.isprintable() and self.base_fingerprint.isprintable()):
+            raise SboraError("base id or fingerprint has characters that cannot be printed")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An SBoRA adapter in memory: one trained concept, or a merge of several.
+
+    Attributes:
+        factors: by "<component>.<canonical layer>", such as "unet.mid_block.attentions.0.proj_in".
+        tokens: learned embeddings by "<component>.<token>", such as "text_encoder.<dog>", (n, hidden) float32.
+    """
+
+    spec: Spec
+    factors: dict[str, Factor]
+    tokens: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Read a concept file. Any defect whatsoever is a SboraError that names the file."""
+        try:
+            return _parse(*_read(Path(path)))
+        except SboraError as defect:
+            raise SboraError(f"{path}: {defect}", defect.hint) from None
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write a concept file, or nothing at all: whoever looks sees the old file or the whole new one.
+
+        Raises:
+            SboraError: the file exists and `force` is false, the adapter would not load again, the disk is full.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.")
+        _check(self)
+        _write_atomically(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the concept file, the same bytes for the same adapter."""
+        tensors = {f"tokens.{key}": embedding for key, embedding in self.tokens.items()}
+        for key, factor in self.factors.items():
+            tensors[f"{key}.index"] = factor.index.to(torch.int32)
+            tensors[f"{key}.weight"] = factor.weight
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        return safetensors.torch.save(contiguous, metadata={"sbora": _spec_to_json(self.spec)})
+
+    def component(self, name: str) -> dict[str, Factor]:
+        """The factors of one component, by canonical layer."""
+        return {key.removeprefix(f"{name}."): f for key, f in self.factors.items() if key.split(".")[0] == name}
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        spec, count = self.spec, sum(factor.weight.numel() for factor in self.factors.values())
+        tokens = ", ".join(f"{token} ({noun})" for token, noun in spec.tokens.items()) or "none"
+        lines = [
+            f"{spec.name}: SBoRA-{spec.side.upper()} of rank {spec.rank}, {count:,} parameters",
+            f"base: {spec.base_id} [{spec.base_fingerprint}]",
+            f"tokens: {tokens}",
+            f"intervals: {', '.join(map(str, spec.intervals)) or 'none'} (seed {spec.seed})",
+        ]
+        for component in sorted({key.split(".")[0] for key in self.factors}):
+            lines.append(f"{component}: {len(self.component(component))} layers")
+        if spec.parents:
+            lines.append(f"merged from: {', '.join(spec.parents)}")
+        lines += [f"{name}: {value}" for name, value in spec.metrics.items()]
+        return "\n".join(lines)
+
+
+def collect(model: nn.Module, adapter_name: str, component: str) -> dict[str, Factor]:
+    """Take an adapter out of a live model: detached float32 copies on the CPU, by "<component>.<layer>"."""
+    layers = detect(model, adapter_name)
+    if not layers:
+        raise SboraError(f"adapter {adapter_name!r} of the {component} has no layer with a one-hot factor")
+    return {
+        f"{component}.{name}": Factor(
+            index=layer.index.detach().cpu().clone(),
+            weight=layer.trained.detach().to("cpu", torch.float32) * layer.scaling,
+        )
+        for name, layer in layers.items()
+    }
+
+
+def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """SboraError unless every layer of the adapter is in `layer_shapes` ("<component>.<layer>" -> (out, in))."""
+    for key, factor in adapter.factors.items():
+        if key not in layer_shapes:
+            raise SboraError(
+                f"adapter {adapter.spec.name!r} has the layer {key}, which the model has not",
+                hint=f"It was trained for {adapter.spec.base_id}.",
+            )
+        check_factor(key, factor, adapter.spec.side, layer_shapes[key])
+
+
+def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int]) -> None:
+    """SboraError unless a factor fits a weight of shape (out, in)."""
+    out_dim, in_dim = shape
+    rank = len(factor.index)
+    fits = tuple(factor.weight.shape) == ((out_dim, rank) if side == "fa" else (rank, in_dim))
+    if not fits or int(factor.index.max()) >= (in_dim if side == "fa" else out_dim):
+        raise SboraError(f"the adapter's factor of layer {layer} does not fit its weight of shape {out_dim}×{in_dim}")
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Metadata and tensors; copies, so that nothing depends on the file any more."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("sbora")
+            if metadata is None:
+                raise SboraError("is not a concept file: it has no sbora metadata", hint="Import other LoRA files.")
+            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise SboraError("no such file") from None
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise SboraError(f"cannot be read as safetensors ({error})") from None
+
+
+def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
+    spec = _spec_from_json(metadata)
+    tokens, halves = {}, {}
+    for key, tensor in tensors.items():
+        prefix, _, rest = key.partition(".")
+        layer, _, kind = key.rpartition(".")
+        if prefix == "tokens":
+            tokens[rest] = tensor
+        elif prefix in COMPONENTS and kind in ("index", "weight") and layer != prefix:
+            halves.setdefault(layer, {})[kind] = tensor
+        else:
+            raise SboraError(f"unknown key {key!r}")
+    factors = {}
+    for layer, half in halves.items():
+        if half.keys() != {"index", "weight"}:
+            raise SboraError(f"layer {layer} lacks its {'index' if 'weight' in half else 'weight'}")
+        if half["index"].dtype != torch.int32:
+            raise SboraError(f"index of layer {layer} has dtype {half['index'].dtype}, expected int32")
+        factors[layer] = Factor(half["index"].to(torch.int64), half["weight"])
+    adapter = Adapter(spec, factors, tokens)
+    _check(adapter)
+    return adapter
+
+
+def _check(adapter: Adapter) -> None:
+    """Everything that holds for a sound adapter, whatever base it belongs to."""
+    for key, factor in adapter.factors.items():
+        _check_numbers(key, factor.weight)
+        index, dim = factor.index, 1 if adapter.spec.side == "fa" else 0
+        if index.ndim != 1 or factor.weight.shape[dim] != len(index) or len(index) > adapter.spec.rank:
+            shapes = f"{tuple(index.shape)} and {tuple(factor.weight.shape)}"
+            raise SboraError(f"layer {key}: index and weight of shapes {shapes} do not match rank {adapter.spec.rank}")
+        if int(index.min()) < 0 or len(index.unique()) != len(index):
+            raise SboraError(f"layer {key}: the index has negative or repeated entries")
+    for key, embedding in adapter.tokens.items():
+        component, _, token = key.partition(".")
+        if component not in COMPONENTS or token not in adapter.spec.tokens:
+            raise SboraError(f"embedding {key!r} belongs to no known component and token")
+        _check_numbers(key, embedding)
+
+
+def _check_numbers(key: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32 or tensor.ndim != 2 or tensor.numel() == 0:
+        raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
+    if not tensor.isfinite().all():
+        raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")
+
+
+def _spec_to_json(spec: Spec) -> str:
+    fields = {**asdict(spec), "intervals": [str(interval) for interval in spec.intervals]}
+    try:
+        return json.dumps(fields, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise SboraError(f"the adapter's recipe, versions or metrics cannot be written as JSON ({error})") from None
+
+
+def _spec_from_json(text: str) -> Spec:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SboraError(f"the sbora metadata is not JSON ({error})") from None
+    if not isinstance(fields, dict) or fields.keys() != _SPEC_TYPES.keys():
+        raise SboraError(f"the sbora metadata must have the keys {', '.join(_SPEC_TYPES)} and no other")
+    for key, kind in _SPEC_TYPES.items():
+        if type(fields[key]) is not kind:
+            raise SboraError(f"metadata {key} is {type(fields[key]).__name__}, expected {kind.__name__}")
+    for key in ("intervals", "parents"):
+        _check_texts(key, fields[key])
+    _check_texts("tokens", fields["tokens"].values())
+    fields["intervals"] = tuple(map(Interval.parse, fields["intervals"]))
+    fields["parents"] = tuple(fields["parents"])
+    return Spec(**fields)
+
+
+_SPEC_TYPES: dict[str, type] = {
+    "format": int,
+    "name": str,
+    "side": str,
+    "rank": int,
+    "intervals": list,
+    "seed": int,
+    "base_id": str,
+    "base_fingerprint": str,
+    "tokens": dict,
+    "parents": list,
+    "recipe": dict,
+    "versions": dict,
+    "metrics": dict,
+}
+
+
+def _check_texts(key: str, values: Any) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise SboraError(f"metadata {key} must consist of strings")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SboraError(f"cannot write {path} ({error.strerror or error})", hint="Nothing was changed.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,104 @@
+"""The forward and backward pass of a linear layer with SBoRA adapters, as one autograd Function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+
+def sbora_linear(
+    x: Tensor,
+    base_layer: nn.Module,
+    fa_index: Tensor | None,
+    fa_weight: Tensor | None,
+    fb_index: Tensor | None,
+    fb_weight: Tensor | None,
+) -> Tensor:
+    """y = base_layer(x) + x[..., fa_index] @ fa_weightᵀ, then y[..., fb_index] += x @ fb_weightᵀ.
+
+    Several adapters of one side are concatenated along the rank; their indices may repeat. Adapters compute in the
+    dtype of the base layer's output. The backward pass keeps the gathered columns of x for FA, x itself for FB, and
+    only where a gradient is asked for. The base layer is taken to be frozen.
+
+    Args:
+        x: (..., in).
+        base_layer: a linear layer with a plain floating-point weight, or a bitsandbytes Linear4bit.
+        fa_index: (r,) int64 columns, with fa_weight (out, r), scale included. None for both: no FA adapter.
+        fb_index: (r,) int64 rows, with fb_weight (r, in), scale included. None for both: no FB adapter.
+
+    Returns:
+        (..., out).
+    """
+    result = _SboraLinear.apply(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _SboraLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base_layer: nn.Module,
+        fa_index: Tensor | None,
+        fa_weight: Tensor | None,
+        fb_index: Tensor | None,
+        fb_weight: Tensor | None,
+    ) -> Tensor:
+        y = base_layer(x)
+        rows = y.reshape(-1, y.shape[-1])  # (tokens, out)
+        gathered = None
+        if fa_index is not None and fa_weight is not None:
+            gathered = x.index_select(-1, fa_index).reshape(-1, len(fa_index)).to(y.dtype)
+            rows.addmm_(gathered, fa_weight.to(y.dtype).t())
+        if fb_index is not None and fb_weight is not None:
+            rows.index_add_(-1, fb_index, _rows(x).to(y.dtype) @ fb_weight.to(y.dtype).t())
+
+        needs_x, _, _, needs_fa, _, needs_fb = ctx.needs_input_grad
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.quant_state = getattr(base_layer.weight, "quant_state", None)
+        ctx.save_for_backward(
+            x if needs_fb else None,
+            gathered if needs_fa else None,
+            base_layer.weight if needs_x else None,
+            fa_index,
+            fa_weight if needs_x else None,
+            fb_index,
+            fb_weight if needs_x else None,
+        )
+        return rows.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable makes ctx positional
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, gathered, weight, fa_index, fa_weight, fb_index, fb_weight = ctx.saved_tensors
+        grad = _rows(grad_outputs[0])  # (tokens, out)
+        grad_x = grad_fa = grad_fb = None
+        with torch.autocast(grad.device.type, enabled=False):  # every cast below is explicit
+            if gathered is not None:
+                grad_fa = grad.t() @ gathered.to(grad.dtype)
+            if x is not None:
+                grad_fb = grad.index_select(-1, fb_index).t() @ _rows(x).to(grad.dtype)
+            if weight is not None:
+                grad_x = grad @ _dequantised(weight, ctx.quant_state).to(grad.dtype)
+                if fa_weight is not None:
+                    grad_x.index_add_(-1, fa_index, grad @ fa_weight.to(grad.dtype))
+                if fb_weight is not None:
+                    grad_x.addmm_(grad.index_select(-1, fb_index), fb_weight.to(grad.dtype))
+                grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+        return grad_x, None, None, grad_fa, None, grad_fb
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _dequantised(weight: Tensor, quant_state: Any) -> Tensor:
+    if quant_state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, quant_state)

@@ -1,0 +1,150 @@
+"""Adapters written into the weights of a model, and taken out again bit for bit."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from sbora_diffusion.adapter.basis import Side, canonical
+from sbora_diffusion.adapter.file import Factor, check_factor
+from sbora_diffusion.adapter.variant import is_quantised
+from sbora_diffusion.errors import SboraError
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    factors: Mapping[str, Factor]
+    side: Side
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Original:
+    """The untouched entries of one weight: whole columns (out, c) and whole rows (r, in)."""
+
+    columns: Tensor
+    rows: Tensor
+    column_values: Tensor
+    row_values: Tensor
+
+
+class WrittenWeights:
+    """The adapters that are written into a model's base weights, with or without PEFT layers around them.
+
+    The weights depend only on which adapters are written and how strongly, not on what happened before: touched
+    entries are the original plus all contributions, summed in float32 in the order of the adapters' names. Only the
+    originals of touched columns and rows are kept. As long as something is written, nobody else may change these
+    weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._written: dict[str, _Written] = {}
+        self._originals: dict[str, _Original] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._written))
+
+    def write(self, name: str, factors: Mapping[str, Factor], side: Side, strength: float = 1.0) -> None:
+        """Write an adapter, in place of an earlier one of the same name.
+
+        Args:
+            factors: by canonical layer, as `Adapter.component` gives them.
+            strength: multiplies the whole adapter, may be negative or above one.
+
+        Raises:
+            SboraError: a layer that is missing, does not fit, is quantised or merged by PEFT. Nothing is changed then.
+        """
+        if not math.isfinite(strength):
+            raise SboraError(f"got strength {strength} for {name!r}, expected a finite number")
+        weights = self._weights()
+        for layer, factor in factors.items():
+            _check_writable(layer, factor, side, weights)
+        before = self._written[name].factors if name in self._written else {}
+        self._written[name] = _Written(factors, side, strength)
+        self._rewrite({*before, *factors}, weights)
+
+    def restore(self, name: str) -> None:
+        """Take an adapter out: the weights are as if it had never been written."""
+        if name not in self._written:
+            raise SboraError(f"{name!r} is not written into the weights, only {', '.join(self.names) or 'nothing'} is")
+        weights = self._weights()
+        self._rewrite(self._written.pop(name).factors, weights)
+
+    def restore_all(self) -> None:
+        """Take all adapters out: the weights are the original ones, bit for bit."""
+        weights = self._weights()
+        self._written.clear()
+        self._rewrite(list(self._originals), weights)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The base weights by canonical name, looked up anew each time: PEFT may have wrapped the layers meanwhile."""
+        weights = {}
+        for name, module in self._model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                if module.merged:
+                    raise SboraError(f"PEFT has merged an adapter into layer {name}", hint="Unmerge it first.")
+            elif isinstance(module, nn.Linear):
+                weights[canonical(name)] = module.weight
+        return weights
+
+    @torch.no_grad()
+    def _rewrite(self, layers: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        for layer in layers:
+            weight = weights[layer]
+            if layer in self._originals:
+                _put_back(weight, self._originals.pop(layer))
+            entries = [self._written[name] for name in self.names]
+            written = [
+                (entry.side, entry.factors[layer], entry.strength) for entry in entries if layer in entry.factors
+            ]
+            if written:
+                self._originals[layer] = _write_layer(weight, written)
+
+
+def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str, Tensor]) -> None:
+    if layer not in weights:
+        raise SboraError(f"the model has no linear layer {layer}", hint="Is this adapter for another base model?")
+    weight = weights[layer]
+    if is_quantised(weight):
+        raise SboraError(
+            f"layer {layer} is quantised: writing into it would change entries that the adapter does not own",
+            hint="Attach the adapter instead of writing it, or load the model without quantisation.",
+        )
+    check_factor(layer, factor, side, (weight.shape[0], weight.shape[1]))
+
+
+def _write_layer(weight: Tensor, written: list[tuple[Side, Factor, float]]) -> _Original:
+    """Add the adapters to an original weight (out, in), and return what they replace.
+
+    Where a column and a row cross, both blocks below sum the same numbers in the same order.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    columns = _union([factor.index for side, factor, _ in written if side == "fa"]).to(weight.device)
+    rows = _union([factor.index for side, factor, _ in written if side == "fb"]).to(weight.device)
+    original = _Original(columns, rows, weight[:, columns], weight[rows])
+    column_sum, row_sum = original.column_values.to(dtype), original.row_values.to(dtype)
+    for side, factor, strength in written:
+        index, delta = factor.index.to(weight.device), factor.weight.to(weight.device, dtype) * strength
+        if side == "fa":
+            column_sum.index_add_(1, torch.searchsorted(columns, index), delta)
+            row_sum.index_add_(1, index, delta[rows])
+        else:
+            row_sum.index_add_(0, torch.searchsorted(rows, index), delta)
+            column_sum.index_add_(0, index, delta[:, columns])
+    weight[:, columns] = column_sum.to(weight.dtype)
+    weight[rows] = row_sum.to(weight.dtype)
+    return original
+
+
+def _put_back(weight: Tensor, original: _Original) -> None:
+    weight[:, original.columns.to(weight.device)] = original.column_values.to(weight)
+    weight[original.rows.to(weight.device)] = original.row_values.to(weight)
+
+
+def _union(indices: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(index.cpu() for index in indices)]).unique()
