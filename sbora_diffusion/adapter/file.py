@@ -125,6 +125,14 @@ class Adapter:
         return "\n".join(lines)
 
 
+def read_spec(path: str | Path) -> Spec:
+    """The specification of a concept file, from its header: the tensors are neither read nor checked."""
+    try:
+        return _spec_from_json(_read(Path(path), header_only=True)[0])
+    except SboraError as defect:
+        raise SboraError(f"{path}: {defect}", defect.hint) from None
+
+
 def collect(model: nn.Module, adapter_name: str, component: str) -> dict[str, Factor]:
     """Take an adapter out of a live model: detached float32 copies on the CPU, by "<component>.<layer>"."""
     layers = detect(model, adapter_name)
@@ -159,14 +167,15 @@ def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int])
         raise SboraError(f"the adapter's factor of layer {layer} does not fit its weight of shape {out_dim}×{in_dim}")
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]]:
     """Metadata and tensors; copies, so that nothing depends on the file any more."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("sbora")
             if metadata is None:
                 raise SboraError("is not a concept file: it has no sbora metadata", hint="Import other LoRA files.")
-            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            keys = [] if header_only else file.keys()
+            return metadata, {key: file.get_tensor(key).clone() for key in keys}
     except FileNotFoundError:
         raise SboraError("no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:

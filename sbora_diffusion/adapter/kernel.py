@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
@@ -56,12 +57,12 @@ class _SboraLinear(Function):
             rows.index_add_(-1, fb_index, _rows(x).to(y.dtype) @ fb_weight.to(y.dtype).t())
 
         needs_x, _, _, needs_fa, _, needs_fb = ctx.needs_input_grad
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.quant_state = getattr(base_layer.weight, "quant_state", None)
+        weight, is_plain = base_layer.weight, not is_quantised(base_layer.weight)
+        ctx.shape, ctx.dtype, ctx.quantised = x.shape, x.dtype, None if is_plain else weight
         ctx.save_for_backward(
             x if needs_fb else None,
             gathered if needs_fa else None,
-            base_layer.weight if needs_x else None,
+            weight if needs_x and is_plain else None,
             fa_index,
             fa_weight if needs_x else None,
             fb_index,
@@ -82,8 +83,9 @@ class _SboraLinear(Function):
                 grad_fa = grad.t() @ gathered.to(grad.dtype)
             if x is not None:
                 grad_fb = grad.index_select(-1, fb_index).t() @ _rows(x).to(grad.dtype)
-            if weight is not None:
-                grad_x = grad @ _dequantised(weight, ctx.quant_state).to(grad.dtype)
+            if ctx.needs_input_grad[0]:
+                base_weight = weight if ctx.quantised is None else dequantize_bnb_weight(ctx.quantised)
+                grad_x = grad @ base_weight.to(grad.dtype)
                 if fa_weight is not None:
                     grad_x.index_add_(-1, fa_index, grad @ fa_weight.to(grad.dtype))
                 if fb_weight is not None:
@@ -96,9 +98,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _dequantised(weight: Tensor, quant_state: Any) -> Tensor:
-    if quant_state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, quant_state)
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the entries of a weight cannot be read or written one by one."""
+    return getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()

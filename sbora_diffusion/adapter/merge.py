@@ -38,11 +38,9 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
     keys = sorted({key for adapter in adapters for key in adapter.factors})
     factors = {key: _sum_layer(key, adapters, weights) for key in keys}
     renamings = _renamings(adapters)
-    tokens = {
-        f"{component}.{names[token]}": embedding
-        for adapter, names in zip(adapters, renamings, strict=True)
-        for (component, token), embedding in _by_component_and_token(adapter).items()
-    }
+    tokens = {}
+    for adapter, names in zip(adapters, renamings, strict=True):
+        tokens |= _renamed_tokens(adapter, names)
     return Adapter(_merged_spec(adapters, weights, factors, renamings), factors, tokens)
 
 
@@ -156,9 +154,9 @@ def _numbered(token: str) -> Iterator[str]:
     return (f"{stem}-{number}{end}" for number in count(2))
 
 
-def _by_component_and_token(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
+def _renamed_tokens(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
     split = {key: key.partition(".") for key in adapter.tokens}
-    return {(split[key][0], split[key][2]): embedding for key, embedding in adapter.tokens.items()}
+    return {f"{split[key][0]}.{names[split[key][2]]}": embedding for key, embedding in adapter.tokens.items()}
 
 
 def _merged_spec(

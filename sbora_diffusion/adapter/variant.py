@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side
-from sbora_diffusion.adapter.kernel import sbora_linear
+from sbora_diffusion.adapter.kernel import is_quantised, sbora_linear
 from sbora_diffusion.errors import SboraError
 
 
@@ -110,7 +110,8 @@ def _new(plain: type) -> Any:
 def trained_factor(module: LoraLayer, adapter: str, side: Side) -> nn.Parameter:
     """B (out, r) for FA, A (r, in) for FB."""
     factor = (module.lora_B if side == "fa" else module.lora_A)[adapter]
-    assert isinstance(factor, nn.Linear) and isinstance(factor.weight, nn.Parameter)
+    assert isinstance(factor, nn.Linear)
+    assert isinstance(factor.weight, nn.Parameter)
     return factor.weight
 
 
@@ -126,7 +127,7 @@ def _is_usual(module: Any, active: list[str]) -> bool:
 
 def _has_known_frozen_weight(base: nn.Module) -> bool:
     """The kernel's backward reads the base weight itself, so it must be there, known and frozen."""
-    weight, bias = base.weight, base.bias
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     if not isinstance(weight, Tensor) or weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
         return False
     if hasattr(base, "_hf_hook"):  # accelerate's offloading takes the weight away between forward and backward
@@ -151,7 +152,3 @@ def _joined(module: Any, active: list[str], side: Side, device: torch.device) ->
 def _out_by_in(module: Any, weight: Tensor) -> Tensor:
     """A view (out, in) of the base weight: transformers' Conv1D stores its transpose."""
     return weight.t() if getattr(module, "fan_in_fan_out", False) else weight
-
-
-def is_quantised(weight: Tensor) -> bool:
-    return getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()

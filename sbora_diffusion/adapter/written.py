@@ -1,7 +1,7 @@
 """Adapters written into the weights of a model, and taken out again bit for bit."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
 from sbora_diffusion.adapter.file import Factor, check_factor
-from sbora_diffusion.adapter.variant import is_quantised
+from sbora_diffusion.adapter.kernel import is_quantised
 from sbora_diffusion.errors import SboraError
 
 
@@ -98,12 +98,9 @@ class WrittenWeights:
             weight = weights[layer]
             if layer in self._originals:
                 _put_back(weight, self._originals.pop(layer))
-            entries = [self._written[name] for name in self.names]
-            written = [
-                (entry.side, entry.factors[layer], entry.strength) for entry in entries if layer in entry.factors
-            ]
+            written = [self._written[name] for name in self.names if layer in self._written[name].factors]
             if written:
-                self._originals[layer] = _write_layer(weight, written)
+                self._originals[layer] = _write_layer(weight, written, layer)
 
 
 def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str, Tensor]) -> None:
@@ -118,19 +115,20 @@ def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str
     check_factor(layer, factor, side, (weight.shape[0], weight.shape[1]))
 
 
-def _write_layer(weight: Tensor, written: list[tuple[Side, Factor, float]]) -> _Original:
+def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> _Original:
     """Add the adapters to an original weight (out, in), and return what they replace.
 
     Where a column and a row cross, both blocks below sum the same numbers in the same order.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    columns = _union([factor.index for side, factor, _ in written if side == "fa"]).to(weight.device)
-    rows = _union([factor.index for side, factor, _ in written if side == "fb"]).to(weight.device)
+    columns = _union([entry.factors[layer].index for entry in written if entry.side == "fa"]).to(weight.device)
+    rows = _union([entry.factors[layer].index for entry in written if entry.side == "fb"]).to(weight.device)
     original = _Original(columns, rows, weight[:, columns], weight[rows])
     column_sum, row_sum = original.column_values.to(dtype), original.row_values.to(dtype)
-    for side, factor, strength in written:
-        index, delta = factor.index.to(weight.device), factor.weight.to(weight.device, dtype) * strength
-        if side == "fa":
+    for entry in written:
+        index = entry.factors[layer].index.to(weight.device)
+        delta = entry.factors[layer].weight.to(weight.device, dtype) * entry.strength
+        if entry.side == "fa":
             column_sum.index_add_(1, torch.searchsorted(columns, index), delta)
             row_sum.index_add_(1, index, delta[rows])
         else:
