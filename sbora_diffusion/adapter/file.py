@@ -286,7 +286,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise SboraError(f"cannot write {path} ({error.strerror or error})", hint="Nothing was changed.") from None
