@@ -1,23 +1,21 @@
 """The concept file: an SBoRA adapter with everything needed to use it, read with suspicion and written atomically."""
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.layer import detect
+from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
-FORMAT = 1
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
 
@@ -27,38 +25,6 @@ class Factor:
 
     index: Tensor  # (r,) int64
     weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """Everything about an adapter but its numbers."""
-
-    side: Side
-    rank: int  # the largest number of columns or rows of any layer
-    intervals: tuple[Interval, ...]  # one for a trained concept, several for a merge, none for a foreign LoRA
-    seed: int
-    base_id: str
-    base_fingerprint: str
-    tokens: dict[str, str]  # token -> class noun, {"<dog>": "dog"}
-    name: str
-    parents: tuple[str, ...] = ()  # the names that were merged
-    recipe: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise SboraError(f"got format {self.format}, this version reads {FORMAT}", hint="Update sbora-diffusion.")
-        if self.side not in ("fa", "fb"):
-            raise SboraError(f"got side {self.side!r}, expected 'fa' or 'fb'")
-        if self.rank < 1:
-            raise SboraError(f"got rank {self.rank}, expected at least 1")
-        for text in (self.name, *self.parents, *self.tokens, *self.tokens.values()):
-            if not text or not text.isprintable():
-                raise SboraError(f"got {text!r} for a name or a token, expected printable characters")
-        if not (self.base_id.isprintable() and self.base_fingerprint.isprintable()):
-            raise SboraError("base id or fingerprint has characters that cannot be printed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +67,7 @@ class Adapter:
             tensors[f"{key}.index"] = factor.index.to(torch.int32)
             tensors[f"{key}.weight"] = factor.weight
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        return safetensors.torch.save(contiguous, metadata={"sbora": _spec_to_json(self.spec)})
+        return safetensors.torch.save(contiguous, metadata={"sbora": self.spec.to_json()})
 
     def component(self, name: str) -> dict[str, Factor]:
         """The factors of one component, by canonical layer."""
@@ -183,7 +149,7 @@ def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]
 
 
 def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
-    spec = _spec_from_json(metadata)
+    spec = Spec.from_json(metadata)
     tokens, halves = {}, {}
     for key, tensor in tensors.items():
         prefix, _, rest = key.partition(".")
@@ -228,54 +194,6 @@ def _check_numbers(key: str, tensor: Tensor) -> None:
         raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
     if not tensor.isfinite().all():
         raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")
-
-
-def _spec_to_json(spec: Spec) -> str:
-    fields = {**asdict(spec), "intervals": [str(interval) for interval in spec.intervals]}
-    try:
-        return json.dumps(fields, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise SboraError(f"the adapter's recipe, versions or metrics cannot be written as JSON ({error})") from None
-
-
-def _spec_from_json(text: str) -> Spec:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SboraError(f"the sbora metadata is not JSON ({error})") from None
-    if not isinstance(fields, dict) or fields.keys() != _SPEC_TYPES.keys():
-        raise SboraError(f"the sbora metadata must have the keys {', '.join(_SPEC_TYPES)} and no other")
-    for key, kind in _SPEC_TYPES.items():
-        if type(fields[key]) is not kind:
-            raise SboraError(f"metadata {key} is {type(fields[key]).__name__}, expected {kind.__name__}")
-    for key in ("intervals", "parents"):
-        _check_texts(key, fields[key])
-    _check_texts("tokens", fields["tokens"].values())
-    fields["intervals"] = tuple(map(Interval.parse, fields["intervals"]))
-    fields["parents"] = tuple(fields["parents"])
-    return Spec(**fields)
-
-
-_SPEC_TYPES: dict[str, type] = {
-    "format": int,
-    "name": str,
-    "side": str,
-    "rank": int,
-    "intervals": list,
-    "seed": int,
-    "base_id": str,
-    "base_fingerprint": str,
-    "tokens": dict,
-    "parents": list,
-    "recipe": dict,
-    "versions": dict,
-    "metrics": dict,
-}
-
-
-def _check_texts(key: str, values: Any) -> None:
-    if not all(isinstance(value, str) for value in values):
-        raise SboraError(f"metadata {key} must consist of strings")
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

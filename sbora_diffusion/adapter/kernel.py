@@ -41,7 +41,7 @@ class _SboraLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        base_layer: nn.Module,
+        base_layer: Any,
         fa_index: Tensor | None,
         fa_weight: Tensor | None,
         fb_index: Tensor | None,

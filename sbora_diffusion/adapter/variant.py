@@ -30,7 +30,14 @@ class SboraVariant:
     def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
         """Nothing to do: `attach` has written the factors."""
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(  # PEFT hands keywords of other variants to all
+        self,
+        module: Any,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> Tensor:
         """The general path: dropout, mixed batches, quantisers that the kernel does not know."""
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         index = self.index_on(x.device)
@@ -48,7 +55,7 @@ class SboraVariant:
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         self._write(module, active_adapter, orig_weight.data)
 
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # noqa: ARG002
         assert self.original is not None, "unmerge follows merge"
         weight = _out_by_in(module, orig_weight.data)
         weight.index_copy_(self._dim, self.index_on(weight.device), self.original.to(weight))

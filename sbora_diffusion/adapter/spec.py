@@ -1,0 +1,91 @@
+"""What a concept file says about its adapter besides the numbers, as one JSON object."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.errors import SboraError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything about an adapter but its numbers."""
+
+    side: Side
+    rank: int  # the largest number of columns or rows of any layer
+    intervals: tuple[Interval, ...]  # one for a trained concept, several for a merge, none for a foreign LoRA
+    seed: int
+    base_id: str
+    base_fingerprint: str
+    tokens: dict[str, str]  # token -> class noun, {"<dog>": "dog"}
+    name: str
+    parents: tuple[str, ...] = ()  # the names that were merged
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise SboraError(f"got format {self.format}, this version reads {FORMAT}", hint="Update sbora-diffusion.")
+        if self.side not in ("fa", "fb"):
+            raise SboraError(f"got side {self.side!r}, expected 'fa' or 'fb'")
+        if self.rank < 1:
+            raise SboraError(f"got rank {self.rank}, expected at least 1")
+        for text in (self.name, *self.parents, *self.tokens, *self.tokens.values()):
+            if not text or not text.isprintable():
+                raise SboraError(f"got {text!r} for a name or a token, expected printable characters")
+        if not (self.base_id.isprintable() and self.base_fingerprint.isprintable()):
+            raise SboraError("base id or fingerprint has characters that cannot be printed")
+
+    def to_json(self) -> str:
+        fields = {**asdict(self), "intervals": [str(interval) for interval in self.intervals]}
+        try:
+            return json.dumps(fields, allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SboraError(f"recipe, versions or metrics cannot be written as JSON ({error})") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        """Inverse of `to_json`; every key must be there, known and of its type."""
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SboraError(f"the sbora metadata is not JSON ({error})") from None
+        if not isinstance(fields, dict) or fields.keys() != _TYPES.keys():
+            raise SboraError(f"the sbora metadata must have the keys {', '.join(_TYPES)} and no other")
+        for key, kind in _TYPES.items():
+            if type(fields[key]) is not kind:
+                raise SboraError(f"metadata {key} is {type(fields[key]).__name__}, expected {kind.__name__}")
+        _check_texts("intervals", fields["intervals"])
+        _check_texts("parents", fields["parents"])
+        _check_texts("tokens", fields["tokens"].values())
+        fields["intervals"] = tuple(map(Interval.parse, fields["intervals"]))
+        fields["parents"] = tuple(fields["parents"])
+        return cls(**fields)
+
+
+_TYPES: dict[str, type] = {
+    "format": int,
+    "name": str,
+    "side": str,
+    "rank": int,
+    "intervals": list,
+    "seed": int,
+    "base_id": str,
+    "base_fingerprint": str,
+    "tokens": dict,
+    "parents": list,
+    "recipe": dict,
+    "versions": dict,
+    "metrics": dict,
+}
+
+
+def _check_texts(key: str, values: Iterable[Any]) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise SboraError(f"metadata {key} must consist of strings")
