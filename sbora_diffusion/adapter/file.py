@@ -94,7 +94,7 @@ class Adapter:
 def read_spec(path: str | Path) -> Spec:
     """The specification of a concept file, from its header: the tensors are neither read nor checked."""
     try:
-        return _spec_from_json(_read(Path(path), header_only=True)[0])
+        return Spec.from_json(_read(Path(path), header_only=True)[0])
     except SboraError as defect:
         raise SboraError(f"{path}: {defect}", defect.hint) from None
 
