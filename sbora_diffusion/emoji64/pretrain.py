@@ -1,0 +1,203 @@
+"""Train emoji64's denoiser and text encoder on composed scenes, widening the world as fast as nouns are bound.
+
+One command: `python -m sbora_diffusion.emoji64.pretrain [--data DIR] [--steps N]`; run it again to resume, with more
+steps to go on. Each report prints the loss with right, swapped and empty nouns, and draws a sheet of samples.
+"""
+
+import copy
+import logging
+from argparse import Namespace
+from collections import deque
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from sbora_diffusion.emoji64 import loop, model
+from sbora_diffusion.emoji64.art import load_art
+from sbora_diffusion.emoji64.compose import Composer, Variety, picture_grid, render
+from sbora_diffusion.emoji64.world import caption, load_world
+
+log = logging.getLogger(__name__)
+
+STAGES = (
+    Variety(tiers=1),
+    Variety(tiers=2),
+    Variety(tiers=2, pairs=0.2, size=(46, 53), shift=2),
+    Variety(tiers=3, pairs=0.25, size=(44, 54), shift=3, styleless=0.15),
+)
+GATE = 0.12  # widen when swapping the noun costs this much loss at t = 850
+POOL = 12_000  # latents kept; each is shown a handful of times before it is replaced
+FRESH = 64  # latents replaced at once
+REUSE = 6  # how often a latent is shown on average
+EMPTY = 0.1  # captions dropped for classifier-free guidance
+
+
+class Latents:
+    """A pool of encoded compositions that is slowly replaced by new ones."""
+
+    def __init__(self, data: Path, seed: int) -> None:
+        self._art = load_art(data)
+        self._vae = AutoencoderKL.from_pretrained(data / "vae").eval()
+        self._tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+        self._seed = seed
+        self._items: deque[tuple[Tensor, Tensor]] = deque(maxlen=POOL)
+
+    def open(self, stage: int) -> None:
+        """Compose from the given stage on, starting with half a pool of it."""
+        self.composer = Composer(self._art, self._seed + 1000 * stage, STAGES[stage])
+        for _ in range(POOL // 2 // FRESH):
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Replace the oldest FRESH latents."""
+        pictures, plans = self.composer.batch(FRESH)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            latents = self._vae.encode(pictures).latent_dist.sample()
+        self._items.extend(zip(latents.half(), self.tokens([plan.caption for plan in plans]), strict=True))
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """(len(captions), 24) int64 token ids."""
+        return self._tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids  # fmt: skip
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Random latents (count, 8, 16, 16) float32 and token ids (count, 24)."""
+        chosen = [self._items[int(i)] for i in torch.randint(len(self._items), (count,))]
+        return torch.stack([latent for latent, _ in chosen]).float(), torch.stack([ids for _, ids in chosen])
+
+    @torch.no_grad()
+    def probe(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh single-subject latents, their token ids, and the ids with the noun exchanged."""
+        rng = Random(seed)
+        nouns = sorted({cutout.subject for cutout in self.composer.cutouts})
+        numbers = [rng.randrange(len(self.composer.cutouts)) for _ in range(count)]
+        plans = [self.composer.plan_single(number, self.composer.backgrounds.any(0.4)) for number in numbers]
+        others = [rng.choice([noun for noun in nouns if noun != plan.subjects[0]]) for plan in plans]
+        swapped = [p.caption.replace(p.subjects[0], other) for p, other in zip(plans, others, strict=True)]
+        latents = self._vae.encode(render(plans)).latent_dist.mode()
+        return latents, self.tokens([plan.caption for plan in plans]), self.tokens(swapped)
+
+
+class Diffusion:
+    """The forward process of the shipped scheduler: noisy latents and v targets."""
+
+    def __init__(self) -> None:
+        kept = model.new_scheduler().alphas_cumprod.clamp(1e-8, 1)
+        self.signal, self.noise = kept.sqrt(), (1 - kept).sqrt()
+
+    def loss(self, networks: nn.ModuleDict, latents: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error on v (Salimans & Ho 2022, eq. 10), in bf16 with fp32 weights."""
+        signal, amount = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = networks["text_encoder"](ids).last_hidden_state
+            predicted = networks["unet"](signal * latents + amount * noise, t, states).sample
+        return (predicted.float() - (signal * noise - amount * latents)).pow(2).mean()
+
+
+@torch.no_grad()
+def noun_gap(networks: nn.ModuleDict, latents: Latents, diffusion: Diffusion, seed: int) -> tuple[float, str]:
+    """How much the loss at t = 850 rises when the noun is exchanged, and a line about several t."""
+    truth, right, swapped = latents.probe(96, seed)
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
+    empty = latents.tokens([""]).expand_as(right)
+    gaps, words = [], []
+    for t in (850, 700, 500):
+        losses = [
+            diffusion.loss(networks, truth, ids, torch.full((96,), t), noise).item() for ids in (right, swapped, empty)
+        ]
+        gaps.append(losses[1] - losses[0])
+        words.append("t{} right {:.3f} swapped {:.3f} empty {:.3f}".format(t, *losses))
+    return gaps[0], " | ".join(words)
+
+
+def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
+    """32 pictures (32, 3, 64, 64) in [-1, 1]: 3d subjects in scenes, concept nouns in other styles, pairs."""
+    world = load_world()
+    open_subjects = [s for s in world.subjects if s.tier < tiers and not s.is_concept]
+    places = [*world.scenes.values(), "on a yellow background"]
+    step = max(1, len(open_subjects) // 22)
+    prompts = [caption([s.name], "3d", places[i % 7]) for i, s in enumerate(open_subjects[::step][:22])]
+    prompts += [caption([noun], "cartoon", "on the beach") for noun in ("dog", "cat", "penguin", "horse")]
+    prompts += [caption(pair, "3d", place) for pair in (("owl", "red apple"), ("crown", "frog")) for place in places[1:4]]
+    pipeline = model.assemble(data, networks["unet"], networks["text_encoder"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pictures = pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="pt")
+    return pictures.images.float() * 2 - 1
+
+
+def training_step(
+    networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, diffusion: Diffusion, latents: Latents, batch: int
+) -> Tensor:
+    """One optimiser step on a batch of stratified timesteps; returns the loss."""
+    truth, ids = latents.batch(batch)
+    dropped = torch.rand(batch, 1) < EMPTY
+    ids = torch.where(dropped, latents.tokens([""]), ids)
+    t = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+    loss = diffusion.loss(networks, truth, ids, t, torch.randn_like(truth))
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+def report(args: Namespace, step: int, average: nn.ModuleDict, latents: Latents, diffusion: Diffusion, stage: int) -> float:
+    """Print the noun gap, draw samples; returns the gap."""
+    gap, line = noun_gap(average, latents, diffusion, seed=step)
+    log.info("step %d stage %d gap %.3f | %s", step, stage, gap, line)
+    sheet = sample_sheet(args.data, average, STAGES[stage].tiers)
+    loop.save_sheet(args.data / "samples" / f"base-{step:06d}.png", picture_grid(sheet, 8))
+    return gap
+
+
+def main() -> None:
+    """Train the denoiser and the text encoder; checkpoints and samples go to the data folder."""
+    parser = loop.arguments(main.__doc__ or "", steps=16_000, batch=32, learning_rate=1e-3)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(args.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(args.data / "tokenizer")
+    networks = nn.ModuleDict({"unet": model.new_unet(), "text_encoder": model.new_text_encoder(tokenizer)})
+    optimizer = torch.optim.AdamW(networks.parameters(), args.learning_rate, (0.9, 0.99), weight_decay=0.01, fused=True)
+    checkpoint, state = args.data / "base.pt", {"step": 0, "stage": 0}
+    if stored := loop.load_state(args.data / "base.pt"):
+        state = stored
+        networks.load_state_dict(state["networks"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.manual_seed(args.seed + state["step"])
+    average = copy.deepcopy(networks).eval().requires_grad_(False)
+    if "average" in state:
+        average.load_state_dict(state["average"])
+    stage, diffusion, latents = state["stage"], Diffusion(), Latents(args.data, args.seed + state["step"])
+    latents.open(stage)
+
+    losses: list[Tensor] = []
+    for step, _ in loop.count_steps(state["step"], args.steps, "emoji64"):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * loop.cosine(step, args.steps, warmup=100, hold=0.65)
+        losses.append(training_step(networks, optimizer, diffusion, latents, args.batch))
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), 1 - decay)
+        if step % (FRESH * REUSE // args.batch) == 0:
+            latents.refresh()
+        if (step + 1) % args.report_every == 0 or step + 1 == args.steps:
+            log.info("loss %.4f", torch.stack(losses).mean())
+            losses.clear()
+            gap = report(args, step + 1, average, latents, diffusion, stage)
+            if gap > GATE and stage + 1 < len(STAGES):
+                stage += 1
+                latents.open(stage)
+            state = {"step": step + 1, "stage": stage, "networks": networks.state_dict()}
+            state |= {"average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            loop.save_state(checkpoint, state)
+
+
+if __name__ == "__main__":
+    main()
