@@ -74,7 +74,9 @@ def fetch(data: Path) -> None:
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
         except (OSError, subprocess.CalledProcessError) as error:
-            raise SboraError(f"could not fetch {package} with npm: {error}", "install npm and check the network") from error
+            raise SboraError(
+                f"could not fetch {package} with npm: {error}", "install npm and check the network"
+            ) from error
         archive = unpacked / packed.stdout.strip().splitlines()[-1]
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
@@ -105,6 +107,12 @@ class Sources:
             raise SboraError(f"no animation of {label!r} in {PACKAGES['fluent-anim']}")
         return [frame.convert("RGBA") for frame in ImageSequence.Iterator(Image.open(path))]
 
+    def code(self, label: str) -> str:
+        """The code points of a subject's emoji, such as `1f415`."""
+        if label not in self._codes:
+            raise SboraError(f"unknown emoji label {label!r}", "use a label of emojibase-data's en/data.json")
+        return self._codes[label]
+
     def _package(self, folder: str) -> Path:
         return self._root / folder / "package"
 
@@ -113,9 +121,7 @@ class Sources:
         return json.loads((package / "icons.json").read_text()), json.loads((package / "chars.json").read_text())
 
     def _spellings(self, label: str) -> Iterator[str]:
-        if label not in self._codes:
-            raise SboraError(f"unknown emoji label {label!r}", "use a label of emojibase-data's en/data.json")
-        code = self._codes[label]
+        code = self.code(label)
         yield from (code, code.replace("-fe0f", ""), f"{code}-fe0f")
 
     def _webp(self, folder: str, label: str) -> Path | None:
