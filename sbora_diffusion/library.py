@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from sbora_diffusion.adapter.basis import Interval, Side, capacity, first_free
+from sbora_diffusion.adapter.basis import Interval, Side, first_free
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.errors import SboraError
 
@@ -42,14 +42,19 @@ class Ledger:
     owners: tuple[Owner, ...]  # by position
 
     @property
-    def num_free(self) -> int | None:
-        """How many positions nobody owns."""
-        owned = {position for owner in self.owners for position in range(owner.interval.start, owner.interval.stop)}
-        return None if self.width is None else self.width - len(owned)
+    def gaps(self) -> tuple[Interval, ...]:
+        """What nobody owns; empty if the width is not known."""
+        gaps, start = [], 0
+        end = Interval(self.width, 1) if self.width else Interval(0, 1)
+        for taken in sorted([*(owner.interval for owner in self.owners), end]):
+            if start < taken.start:
+                gaps.append(Interval(start, taken.start - start))
+            start = max(start, taken.stop)
+        return tuple(gaps)
 
-    def capacity(self, rank: int) -> int | None:
-        """How many concepts of one rank fit, those that are there included."""
-        return None if self.width is None else capacity([self.width], rank)
+    def room(self, rank: int) -> int:
+        """How many more concepts of one rank fit."""
+        return sum(gap.rank // rank for gap in self.gaps)
 
 
 @dataclass(frozen=True, kw_only=True)

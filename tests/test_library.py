@@ -204,8 +204,14 @@ def test_ledgers(library: Library) -> None:
         width=64,
         owners=(Owner("dog", Interval(0, 8), in_training=True), Owner("cat", Interval(8, 8))),
     )
-    assert (columns.num_free, columns.capacity(8)) == (48, 8)
-    assert (rows.owners, rows.num_free, rows.capacity(8)) == ((Owner("horse", Interval(0, 4)),), None, None)
+    assert (rows.owners, rows.width, rows.gaps) == ((Owner("horse", Interval(0, 4)),), None, ())
+
+
+def test_room_is_what_the_gaps_hold() -> None:
+    owners = tuple(Owner("x", Interval.parse(text)) for text in ("4:12", "8:20", "32:40"))
+    ledger = Ledger(base_id="toy", base_fingerprint="f00d", side="fa", width=50, owners=owners)
+    assert [str(gap) for gap in ledger.gaps] == ["0:4", "20:32", "40:50"]
+    assert (ledger.room(4), ledger.room(8)) == (1 + 3 + 2, 0 + 1 + 1)
 
 
 def test_looking_creates_nothing(library: Library) -> None:
