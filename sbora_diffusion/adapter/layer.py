@@ -67,7 +67,9 @@ def attach(model: nn.Module, adapter: str, side: Side, interval: Interval, seed:
         assert dim is not None
         positions[name] = indices(name, dim, interval, seed)
     _keep_linear4bit_unpacked(model)
-    return {name: _attach_layer(name, found[name], adapter, side, index) for name, index in positions.items()}
+    layers = {name: _attach_layer(name, found[name], adapter, side, index) for name, index in positions.items()}
+    _warn_of_missing_hooks(layers)
+    return layers
 
 
 def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
@@ -87,6 +89,7 @@ def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
             layer = _detect_layer(canonical(name), module, adapter)
             if layer is not None:
                 layers[layer.name] = layer
+    _warn_of_missing_hooks(layers)
     return layers
 
 
@@ -127,8 +130,7 @@ def _is_free(module: LoraLayer, adapter: str) -> bool:
 @torch.no_grad()
 def _attach_layer(name: str, module: LoraLayer, adapter: str, side: Side, index: Tensor) -> SboraLayer:
     one_hot, dim = _one_hot_factor(module, adapter, side)
-    index = index.to(one_hot.device)
-    one_hot.zero_().scatter_(dim, index.unsqueeze(dim), 1.0)
+    one_hot.zero_().scatter_(dim, index.to(one_hot.device).unsqueeze(dim), 1.0)
     trained_factor(module, adapter, side).zero_()
     return _upgrade(name, module, adapter, side, index)
 
@@ -173,9 +175,7 @@ def _upgrade(name: str, module: LoraLayer, adapter: str, side: Side, index: Tens
     trained = trained_factor(module, adapter, side)
     trained.requires_grad_(trained.requires_grad or one_hot.requires_grad)
     one_hot.requires_grad_(False)
-    missing = [hook for hook in _PEFT_HOOKS if not hasattr(module, hook)]
-    if missing:
-        logger.warning("this PEFT has no %s: layer %s stays a dense LoRA, slower, same output", missing, name)
+    if _missing_hooks(module):
         return SboraLayer(name, module, adapter, side, index)
     frozen = "lora_A" if side == "fa" else "lora_B"
     module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: (frozen,)}
@@ -183,6 +183,19 @@ def _upgrade(name: str, module: LoraLayer, adapter: str, side: Side, index: Tens
     if not isinstance(module, FastForward):
         module.__class__ = fast_class(type(module))
     return SboraLayer(name, module, adapter, side, index)
+
+
+def _missing_hooks(module: LoraLayer) -> list[str]:
+    return [hook for hook in _PEFT_HOOKS if not hasattr(module, hook)]
+
+
+def _warn_of_missing_hooks(layers: dict[str, SboraLayer]) -> None:
+    missing = {hook for layer in layers.values() for hook in _missing_hooks(layer.module)}
+    if missing:
+        logger.warning(
+            "this PEFT lacks %s: adapters stay dense LoRAs, slower, same output, and set_adapter unfreezes their basis",
+            ", ".join(sorted(missing)),
+        )
 
 
 def _downgrade(module: LoraLayer, adapter: str) -> None:

@@ -63,10 +63,10 @@ class SboraVariant:
         return orig_weight.data
 
     def index_on(self, device: torch.device) -> Tensor:
-        """The index where the computation is: it follows the model to another device."""
-        if self.index.device != device:
+        """The index where the computation is. It follows the model to another device, but not to the meta device."""
+        if self.index.device != device and device.type != "meta":
             self.index = self.index.to(device)
-        return self.index
+        return self.index.to(device)
 
     @property
     def _dim(self) -> int:
