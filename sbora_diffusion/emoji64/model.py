@@ -69,7 +69,7 @@ def new_scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data_dir())
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     state = loop.load_state(args.data / "base.pt")
     if state is None:
         parser.error(f"no checkpoint in {args.data}: run python -m sbora_diffusion.emoji64.pretrain first")

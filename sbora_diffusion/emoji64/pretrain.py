@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 STAGES = (
     Variety(tiers=1),
     Variety(tiers=2),
-    Variety(tiers=2, pairs=0.2, size=(46, 53), shift=2),
-    Variety(tiers=3, pairs=0.25, size=(44, 54), shift=3, styleless=0.15),
+    Variety(tiers=2, pairs=0.3, size=(46, 53), shift=2, styleless=0.1),
 )
 GATE = 0.12  # widen when swapping the noun costs this much loss at t = 850
-POOL = 12_000  # latents kept; each is shown a handful of times before it is replaced
+POOL = 8_000  # latents kept; each is shown a handful of times before it is replaced
 FRESH = 64  # latents replaced at once
-REUSE = 6  # how often a latent is shown on average
+REUSE = 12  # how often a latent is shown on average
+AVERAGE_EVERY = 5  # steps between updates of the averaged weights, whose memory is 1000 steps
 EMPTY = 0.1  # captions dropped for classifier-free guidance
 
 
@@ -161,7 +161,7 @@ def main() -> None:
     """Train the denoiser and the text encoder; checkpoints and samples go to the data folder."""
     parser = loop.arguments(main.__doc__ or "", steps=16_000, batch=32, learning_rate=1e-3)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.manual_seed(args.seed)
     tokenizer = CLIPTokenizer.from_pretrained(args.data / "tokenizer")
     networks = nn.ModuleDict({"unet": model.new_unet(), "text_encoder": model.new_text_encoder(tokenizer)})
@@ -183,8 +183,9 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * loop.cosine(step, args.steps, warmup=100, hold=0.65)
         losses.append(training_step(networks, optimizer, diffusion, latents, args.batch))
-        decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), 1 - decay)
+        if step % AVERAGE_EVERY == 0:
+            rate = max(0.001 * AVERAGE_EVERY, 9 / (10 + step / AVERAGE_EVERY))
+            torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), rate)
         if step % (FRESH * REUSE // args.batch) == 0:
             latents.refresh()
         if (step + 1) % args.report_every == 0 or step + 1 == args.steps:

@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, default=default_data_dir())
     data = parser.parse_args().data
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     tokenizer = build(data / "npm" / "names" / "package", data / "tokenizer")
     sample = "a drawing of an owl and a red apple in the snow"
     log.info("%d tokens; %s -> %s", len(tokenizer), sample, tokenizer.tokenize(sample))

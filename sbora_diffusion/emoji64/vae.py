@@ -78,7 +78,7 @@ def main() -> None:
     """Train the autoencoder on random crops, then on whole pictures, and store it as DATA/vae."""
     parser = loop.arguments(main.__doc__ or "", steps=6000, batch=16, learning_rate=2e-3)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.manual_seed(args.seed)
     composer = Composer(load_art(args.data), args.seed, EVERYTHING)
     pool = torch.cat([composer.batch(100)[0] for _ in range(60)])

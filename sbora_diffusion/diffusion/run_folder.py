@@ -1,0 +1,145 @@
+"""A training's folder: who it belongs to, how far it got, and a lock, so that nothing is lost or done twice."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from sbora_diffusion import __version__
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.errors import SboraError
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+def describe_run(concept: Concept, base: Base, interval: Interval, config: TrainConfig) -> dict[str, Any]:
+    """What must be the same for a training to be resumed: JSON values only."""
+    return {
+        "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
+        "pictures": picture_digest(concept),
+        "base": base.id,
+        "fingerprint": base.fingerprint,
+        "interval": str(interval),
+        "config": config.to_dict(),
+    }
+
+
+def picture_digest(concept: Concept) -> str:
+    """16 hexadecimal digits of all pictures' bytes and captions."""
+    digest = hashlib.sha256()
+    for picture in concept.pictures:
+        digest.update(picture.path.read_bytes() + picture.caption.encode())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, the libraries below it and, in a checkout, the commit."""
+    found = {"sbora-diffusion": __version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in LIBRARIES}
+    commit = _git_commit()
+    return found | ({"git": commit} if commit else {})
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class RunFolder:
+    """The checkpoint, the previews and the description of one training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._checkpoint = path / "checkpoint.pt"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder for this process; the operating system lets go of it when the process dies."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise SboraError(f"another training is running in {self.path}", "wait for it to end") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def start(self, description: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a new training.
+
+        Raises:
+            SboraError: an unfinished training lies here and `resume` is false, or it is another one.
+        """
+        found = self._checkpoint.exists()
+        if found and not resume:
+            raise SboraError(
+                f"an interrupted training lies in {self.path}",
+                "add --resume to go on with it, or --force to start anew",
+            )
+        if found:
+            return self._load(description)
+        self._write("run.json", json.dumps(description | {"versions": versions()}, indent=2).encode())
+        return None
+
+    def _load(self, description: dict[str, Any]) -> dict[str, Any]:
+        try:
+            state = torch.load(self._checkpoint, weights_only=True)
+            before = json.loads(state["run"])
+        except Exception as error:  # torch.load raises anything at all on a damaged file
+            raise SboraError(f"cannot read {self._checkpoint}: {error}", "start anew with --force") from error
+        changed = _differences(before, description)
+        if changed:
+            raise SboraError(
+                f"the interrupted training in {self.path} differs in {', '.join(changed)}",
+                "repeat its settings (run.json has them), or start anew with --force",
+            )
+        return state
+
+    def save(self, description: dict[str, Any], state: dict[str, Any]) -> None:
+        """Store a checkpoint; a kill at any moment leaves this one or the one before."""
+        partial = self._checkpoint.with_suffix(".partial")
+        try:
+            torch.save(state | {"run": json.dumps(description)}, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self._checkpoint)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise SboraError(f"cannot write {self._checkpoint}: {error}", "free disk space, then --resume") from error
+
+    def finish(self) -> None:
+        """The training is complete: there is nothing to resume."""
+        self._checkpoint.unlink(missing_ok=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(self.path / name)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} ({old} there, {new} here)")
+    return changed

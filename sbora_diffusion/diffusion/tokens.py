@@ -1,0 +1,88 @@
+"""Learned tokens beside a text encoder's vocabulary, which itself is never touched."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.errors import SboraError
+
+
+class TokenEmbedding(nn.Module):
+    """An embedding whose last rows are learned: ids from `base.num_embeddings` on read `learned`.
+
+    Args:
+        base: the frozen embedding of the vocabulary.
+        learned: (n, hidden) embeddings of the ids that follow it.
+    """
+
+    def __init__(self, base: nn.Embedding, learned: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.learned = nn.Parameter(learned)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(batch, length) int64 to (batch, length, hidden)."""
+        size = self.base.num_embeddings
+        known = self.base(ids.clamp(max=size - 1))
+        new = F.embedding((ids - size).clamp(min=0), self.learned)
+        return torch.where((ids >= size).unsqueeze(-1), new, known)
+
+
+def class_embedding(base: Base, class_noun: str) -> Tensor:
+    """The mean embedding of a class noun's tokens, (1, hidden): where a concept's token starts."""
+    tokenizer = base.pipeline.tokenizer
+    ids = torch.tensor(tokenizer(class_noun, add_special_tokens=False).input_ids, device=base.device)
+    if len(ids) == 0:
+        raise SboraError(f"the class noun {class_noun!r} has no token in {base.id}", "choose a word, such as dog")
+    return base.pipeline.text_encoder.get_input_embeddings()(ids).mean(0, keepdim=True)
+
+
+@contextmanager
+def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
+    """Add tokens to the pipeline, and leave tokenizer and encoder as they were at the end.
+
+    A token of several vectors occupies several ids, `<dog>`, `<dog>_1` …, as diffusers' textual inversion does; the
+    pipeline's own prompt conversion expands it.
+
+    Args:
+        embeddings: token -> (n, hidden).
+    """
+    pipeline, encoder = base.pipeline, base.pipeline.text_encoder
+    vocabulary = encoder.get_input_embeddings()
+    before = pipeline.tokenizer
+    pipeline.tokenizer = _copy_with(before, embeddings, vocabulary.num_embeddings)
+    rows = torch.cat([vectors.to(vocabulary.weight) for vectors in embeddings.values()])
+    extended = TokenEmbedding(vocabulary, rows.clone())
+    encoder.set_input_embeddings(extended)
+    try:
+        yield extended
+    finally:
+        encoder.set_input_embeddings(vocabulary)
+        pipeline.tokenizer = before
+
+
+def _copy_with(
+    tokenizer: PreTrainedTokenizerBase, embeddings: Mapping[str, Tensor], size: int
+) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that knows the tokens, as the ids from `size` on."""
+    known = tokenizer.get_vocab()
+    names = [_numbered(token, number) for token, vectors in embeddings.items() for number in range(len(vectors))]
+    taken = [name for name in names if name in known]
+    if taken:
+        raise SboraError(f"the base model knows the token {taken[0]} already", "choose another token")
+    copied = copy.deepcopy(tokenizer)
+    copied.add_tokens(names)
+    ids = copied.convert_tokens_to_ids(names)
+    if ids != list(range(size, size + len(names))):
+        raise SboraError(f"the tokenizer has {len(known)} entries, the text encoder {size}: they do not belong together")
+    return copied
+
+
+def _numbered(token: str, number: int) -> str:
+    return token if number == 0 else f"{token}_{number}"
