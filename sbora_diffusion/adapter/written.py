@@ -124,7 +124,7 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> _Or
     columns = _union([entry.factors[layer].index for entry in written if entry.side == "fa"]).to(weight.device)
     rows = _union([entry.factors[layer].index for entry in written if entry.side == "fb"]).to(weight.device)
     original = _Original(columns, rows, weight[:, columns], weight[rows])
-    column_sum, row_sum = original.column_values.to(dtype), original.row_values.to(dtype)
+    column_sum, row_sum = original.column_values.to(dtype, copy=True), original.row_values.to(dtype, copy=True)
     for entry in written:
         index = entry.factors[layer].index.to(weight.device)
         delta = entry.factors[layer].weight.to(weight.device, dtype) * entry.strength

@@ -61,7 +61,7 @@ def inject(kind: Kind, model: Any, adapter: str, rank: int = 4, alpha: int = 8, 
 
 def activate(model: Any, *adapters: str) -> None:
     """Make adapters active, all of them at once."""
-    tuner = model.base_model if isinstance(model, PeftModel) else model
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else model
     tuner.set_adapter(list(adapters))
 
 

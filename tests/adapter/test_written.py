@@ -1,0 +1,185 @@
+"""Writing into base weights: exact sums, and bit-exact restoring after any sequence of writes and restores."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.file import Factor, collect
+from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.adapter.written import WrittenWeights
+from sbora_diffusion.errors import SboraError
+
+from .random_adapters import adapter, dense, free_intervals
+from .tiny import Tiny, inject, perturb, run
+
+SHAPES = {"model.first": (10, 12), "model.second": (11, 10)}
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+class Two(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 10, dtype=dtype), nn.Linear(10, 11, dtype=dtype)
+        with torch.no_grad():
+            self.first.weight[0, 0], self.first.weight[1, 1] = -0.0, 1e-8
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"first": self.first.weight.detach().clone(), "second": self.second.weight.detach().clone()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    integers = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+    return all(torch.equal(a[key].view(integers[a[key].dtype]), b[key].view(integers[b[key].dtype])) for key in a)
+
+
+entries = st.tuples(
+    st.sampled_from(["fa", "fb"]), free_intervals, st.integers(0, 3), st.sampled_from([1.0, -0.7, 0.3, 40.0])
+)
+steps = st.lists(st.tuples(st.sampled_from("abcd"), st.none() | entries), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(dtypes, steps)
+def test_any_sequence_restores_bit_for_bit_and_depends_on_the_set_only(
+    dtype: torch.dtype, steps: list[tuple[str, tuple[Side, Interval, int, float] | None]]
+) -> None:
+    torch.manual_seed(0)
+    model = Two(dtype)
+    original = model.weights()
+    written = WrittenWeights(model)
+    present: dict[str, tuple[Side, Interval, int, float]] = {}
+    for name, entry in steps:
+        if entry is not None:
+            write(written, name, entry)
+            present[name] = entry
+        elif name in present:
+            written.restore(name)
+            del present[name]
+    assert written.names == tuple(sorted(present))
+    after = model.weights()
+
+    torch.manual_seed(0)
+    fresh = Two(dtype)
+    afresh = WrittenWeights(fresh)
+    for name in sorted(present, reverse=True):
+        write(afresh, name, present[name])
+    assert same_bits(after, fresh.weights())
+    for key, weight in original.items():
+        expected = weight.double()
+        for side, interval, seed, strength in present.values():
+            factor = factors(side, interval, seed)[key]
+            expected = expected + strength * dense(factor, side, SHAPES[f"model.{key}"])
+        assert_close(after[key], expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+        untouched = expected == weight.double()
+        assert torch.equal(after[key][untouched], weight[untouched])
+
+    for name in present:
+        written.restore(name)
+    assert same_bits(model.weights(), original)
+    afresh.restore_all()
+    assert same_bits(fresh.weights(), original)
+
+
+def factors(side: Side, interval: Interval, seed: int) -> dict[str, Factor]:
+    return adapter(interval, side, seed, SHAPES).component("model")
+
+
+def write(written: WrittenWeights, name: str, entry: tuple[Side, Interval, int, float]) -> None:
+    side, interval, seed, strength = entry
+    written.write(name, factors(side, interval, seed), side, strength)
+
+
+def test_written_equals_live(tiny: Tiny) -> None:
+    model = inject("unet", tiny.load("unet"), "dog")
+    layers = attach(model, "dog", "fa", Interval(0, 4), 0)
+    perturb(layer.trained for layer in layers.values())
+    expected = run("unet", model)
+    plain = tiny.load("unet")
+    before = run("unet", plain)
+    written = WrittenWeights(plain)
+    written.write("dog", {key.removeprefix("unet."): f for key, f in collect(model, "dog", "unet").items()}, "fa")
+    assert_close(run("unet", plain), expected, rtol=1e-5, atol=1e-5)
+    written.restore("dog")
+    assert torch.equal(run("unet", plain), before)
+
+
+def test_peft_may_come_and_go(tiny: Tiny) -> None:
+    model = inject("clip", tiny.load("clip"), "live")
+    layers = attach(model, "live", "fb", Interval(0, 4), 0)
+    perturb(layer.trained for layer in layers.values())
+    stored = {key.removeprefix("text_encoder."): f for key, f in collect(model, "live", "text_encoder").items()}
+
+    plain = tiny.load("clip")
+    before = run("clip", plain)
+    written = WrittenWeights(plain)
+    written.write("dog", stored, "fb")
+    merged = run("clip", plain)
+    attach(inject("clip", plain, "later"), "later", "fa", Interval(0, 4), 0)
+    assert torch.equal(run("clip", plain), merged)
+    written.write("dog", stored, "fb", strength=0.5)
+    written.write("cat", stored, "fb", strength=0.5)
+    assert_close(run("clip", plain), merged, rtol=1e-5, atol=1e-5)
+    written.restore_all()
+    assert torch.equal(run("clip", plain), before)
+
+
+def test_writing_while_peft_has_merged_is_refused(tiny: Tiny) -> None:
+    model = inject("clip", tiny.load("clip"), "live")
+    layers = attach(model, "live", "fa", Interval(0, 4), 0)
+    stored = {key.removeprefix("model."): f for key, f in collect(model, "live", "model").items()}
+    written = WrittenWeights(model)
+    written.write("dog", stored, "fa")
+    for layer in layers.values():
+        layer.module.merge()
+    for forbidden in (lambda: written.write("cat", stored, "fa"), lambda: written.restore("dog"), written.restore_all):
+        with pytest.raises(SboraError, match="PEFT has merged"):
+            forbidden()
+    assert written.names == ("dog",)
+    for layer in layers.values():
+        layer.module.unmerge()
+    written.restore_all()
+
+
+def test_a_refused_write_changes_nothing() -> None:
+    model = Two()
+    before = model.weights()
+    written = WrittenWeights(model)
+    good = factors("fa", Interval(0, 3), 0)
+    other = factors("fb", Interval(0, 3), 0)
+    bad: list[tuple[dict[str, Factor], Any, str]] = [
+        ({**good, "third": good["first"]}, 1.0, "no linear layer third"),
+        ({"first": good["first"], "second": other["second"]}, 1.0, "does not fit its weight of shape 11×10"),
+        ({"first": Factor(torch.tensor([0, 1, 12]), good["first"].weight)}, 1.0, "does not fit"),
+        (good, float("nan"), "strength nan"),
+    ]
+    for stored, strength, message in bad:
+        with pytest.raises(SboraError, match=message):
+            written.write("dog", stored, "fa", strength)
+    with pytest.raises(SboraError, match="'dog' is not written into the weights, only nothing is"):
+        written.restore("dog")
+    assert written.names == ()
+    assert same_bits(model.weights(), before)
+
+
+def test_nf4_is_refused(tiny: Tiny) -> None:
+    model = tiny.load("llama-nf4")
+    shapes = {"model.model.layers.0.self_attn.q_proj": (64, 64)}
+    with pytest.raises(SboraError, match="is quantised") as error:
+        WrittenWeights(model).write("dog", adapter(shapes=shapes).component("model"), "fa")
+    assert "Attach" in str(error.value.hint)
+
+
+def test_originals_follow_a_change_of_dtype() -> None:
+    model = Two()
+    before = {key: weight.to(torch.bfloat16) for key, weight in model.weights().items()}
+    written = WrittenWeights(model)
+    written.write("dog", factors("fa", Interval(0, 3), 0), "fa")
+    model.to(torch.bfloat16)
+    written.restore_all()
+    assert same_bits(model.weights(), before)
