@@ -1,0 +1,258 @@
+"""The command line: thin, and quick to answer, for torch and everything on it is imported inside the commands.
+
+stdout is data: tables, and the paths of what was written. Logs, progress and errors go to stderr.
+"""
+
+import errno
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sbora_diffusion import __version__
+from sbora_diffusion.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+ADAPTERS, RUNS = Path("adapters"), Path("runs")
+BATCH = 8  # pictures generated at once
+
+
+class Commands(TyperGroup):
+    """Turns what a user can do something about into a line on stderr and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SboraError as defect:
+            _fail(str(defect), defect.hint)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"\n{stop or 'stopped'}", err=True)
+            raise typer.Exit(130) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # | head
+                raise
+            place = f": {error.filename}" if error.filename else ""
+            _fail(f"{error.strerror or error}{place}", _DISK_HINT if error.errno == errno.ENOSPC else None)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
+
+
+_DISK_HINT = "Make room and run the command again; what was complete before is still there."
+
+
+def _fail(message: str, hint: str | None) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+Base = Annotated[str, typer.Option(metavar="ID", help="emoji64, a folder in diffusers' format, or a hub id.")]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
+Numbers = Annotated[str, typer.Option(metavar="W,W,…", help="One factor for each adapter, 1 for all by default.")]
+
+
+@app.callback(invoke_without_command=True)
+def commands(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Teach a diffusion model concepts from a handful of pictures; put them together or take them out exactly."""
+    if version:
+        typer.echo(f"sbora-diffusion {__version__}")
+        raise typer.Exit
+    _set_up_logging()
+
+
+@app.command()
+def train(
+    concept: Annotated[str, typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of pictures.")],
+    base: Base = "emoji64",
+    method: Annotated[str, typer.Option(metavar="NAME", help="sbora-fa or sbora-fb.")] = "sbora-fa",
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Columns or rows a layer; default: the recipe's.")
+    ] = None,
+    interval: Annotated[str, typer.Option(metavar="A:B", help="Pin the columns, instead of the first free.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    force: Force = False,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Learn a concept: writes adapters/NAME.safetensors."""
+    from sbora_diffusion.cli_train import train_concept
+    from sbora_diffusion.library import Library
+
+    overrides = _parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
+    library = Library(ADAPTERS)
+    for path in train_concept(
+        concept, base, method, interval, overrides, library=library, runs=RUNS, resume=resume, force=force
+    ):
+        typer.echo(path)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="For instance: a <dog> on the beach")],
+    adapter: Annotated[list[str], typer.Option(metavar="NAME|FILE", help="A concept; repeatable.")] = [],  # noqa: B006
+    strengths: Numbers = "",
+    base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapters were trained for.")] = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("outputs"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the first picture; the next has the next.")] = 0,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many pictures.")] = 1,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt."""
+    options = _convert(_parse_settings(settings), {"steps": int, "guidance": float, "negative_prompt": str})
+    from sbora_diffusion.diffusion import generate as diffusion
+    from sbora_diffusion.diffusion.base import load_base
+    from sbora_diffusion.library import Library
+
+    adapters = [Library(ADAPTERS).load(name) for name in adapter]
+    loaded = load_base(base or (adapters[0].spec.base_id if adapters else "emoji64"))
+    with diffusion.applied(loaded, adapters, _parse_numbers(strengths, len(adapters))):
+        for start in range(seed, seed + count, BATCH):
+            seeds = range(start, min(start + BATCH, seed + count))
+            for picture in diffusion.generate(loaded, [prompt] * len(seeds), seeds=seeds, **options):
+                typer.echo(_save_numbered(picture, out, prompt))
+
+
+@app.command()
+def merge(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to put together.")],
+    how: Annotated[str, typer.Option(metavar="NAME", help="sum.")] = "sum",
+    weights: Numbers = "",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: adapters/NAME+NAME.safetensors.")] = None,
+    force: Force = False,
+) -> None:
+    """Put concepts together into one concept file."""
+    from sbora_diffusion.adapter.merge import certify
+    from sbora_diffusion.adapter.merge import merge as merge_adapters
+    from sbora_diffusion.library import Library
+
+    if how != "sum":
+        raise SboraError(f"got --how {how}, expected sum")
+    library = Library(ADAPTERS)
+    adapters = [library.load(name) for name in names]
+    merged = merge_adapters(adapters, _parse_numbers(weights, len(adapters)), how)
+    path = out or library.path(merged.spec.name)
+    merged.save(path, force)
+    log.info(certify(adapters).describe())
+    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
+    typer.echo(path)
+
+
+@app.command()
+def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Concept files.")]) -> None:
+    """Show what concept files hold, and for several what their sum guarantees."""
+    from sbora_diffusion.adapter.merge import certify
+    from sbora_diffusion.cli_render import adapter_details, adapter_table, show
+    from sbora_diffusion.library import Library
+
+    library = Library(ADAPTERS)
+    paths = [library.locate(file) for file in files]
+    adapters = [library.load(file) for file in files]
+    if len(adapters) == 1:
+        show(adapter_details(paths[0], adapters[0]))
+        return
+    show(adapter_table(paths, adapters))
+    try:
+        typer.echo(f"\n{certify(adapters).describe()}")
+    except SboraError as reason:
+        log.warning("cannot be merged: %s", reason)
+
+
+@app.command()
+def ledger(rank: Annotated[int, typer.Option(metavar="N", min=1, help="Count the room in this rank.")] = 8) -> None:
+    """Draw who owns which columns in ./adapters, and how much is free."""
+    from sbora_diffusion.cli_render import ledger_bar, show
+    from sbora_diffusion.library import Library
+
+    ledgers = Library(ADAPTERS).ledgers()
+    if not ledgers:
+        log.info("nothing in %s yet; next: sbora-diffusion train --concept dog", ADAPTERS)
+    for entry in ledgers:
+        show(ledger_bar(entry, rank))
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="A concept in ./adapters.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """Delete a concept's file; its columns are free again."""
+    from sbora_diffusion.library import Library
+
+    library = Library(ADAPTERS)
+    if not yes and not typer.confirm(f"Delete {library.locate(name)}?", err=True):
+        raise SboraError("nothing was deleted")
+    library.remove(name)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+class _EchoHandler(logging.Handler):
+    """Writes to whatever stderr is at the moment: a progress bar may have taken it over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        typer.echo(level + self.format(record), err=True)
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING)
+    logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
+    # bitsandbytes looks for an optional package on some CPUs and warns at import that it is not there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.msg)
+
+
+def _parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """["steps=20"] is {"steps": "20"}."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"got {setting!r}, expected KEY=VALUE such as steps=100", param_hint="--set")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def _convert(settings: dict[str, str], kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    converted = {}
+    for key, value in settings.items():
+        if key not in kinds:
+            raise typer.BadParameter(f"got {key!r}, expected one of {', '.join(kinds)}", param_hint="--set")
+        try:
+            converted[key] = kinds[key](value)
+        except ValueError:
+            raise typer.BadParameter(f"got {key}={value}, expected a number", param_hint="--set") from None
+    return converted
+
+
+def _parse_numbers(text: str, number: int) -> list[float]:
+    """ "1,0.8" is [1.0, 0.8]; nothing is all ones. How many there must be is the merger's concern."""
+    try:
+        return [float(part) for part in text.split(",")] if text else [1.0] * number
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}, expected numbers such as 1,0.8") from None
+
+
+def _save_numbered(picture: Any, folder: Path, prompt: str) -> Path:
+    """Under the next number that is free, so that nothing is ever overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join(re.findall(r"[^\W_]+", prompt.lower()))[:60]
+    number = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
+    path = folder / f"{number:04d}-{slug}.png"
+    with path.open("xb") as file:
+        picture.save(file, format="png")
+    return path

@@ -1,0 +1,146 @@
+"""What the command line draws: tables, bars, and the progress of a training. Made for 80 columns."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.library import Ledger
+
+if TYPE_CHECKING:
+    from sbora_diffusion.diffusion.train import StepLog
+
+log = logging.getLogger(__name__)
+
+OWNED = (("█", "cyan"), ("▓", "magenta"))  # neighbours differ in shade too, for terminals without colour
+FREE = ("·", "dim")
+
+
+class TrainingProgress:
+    """A bar on stderr while a training runs; lines now and then where stderr is no terminal."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._is_terminal = Console(stderr=True).is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True, quiet=not self._is_terminal),
+            expand=True,
+        )
+        self._task = self._progress.add_task("preparing", total=num_steps, start=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, step: "StepLog") -> None:
+        """Draw one step."""
+        state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} pictures/s  {step.memory_bytes / 1e9:.1f} GB"
+        if not self._progress.tasks[0].started:
+            self._progress.reset(self._task, completed=step.step)  # a resumed training starts in the middle
+        self._progress.update(self._task, completed=step.step, description=state)
+        if not self._is_terminal and not step.adapter and step.step % max(1, step.steps // 10) == 0:
+            log.info("step %d/%d  %s", step.step, step.steps, state)
+        if step.preview:
+            log.info("preview: %s", step.preview)
+
+
+def show(renderable: RenderableType) -> None:
+    """Write to stdout, nothing of it cut off."""
+    Console(highlight=False, soft_wrap=False).print(renderable)
+
+
+def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:
+    """One row an adapter."""
+    table = Table("name", "base", "method", "columns", "tokens", "steps", "size", box=None, pad_edge=False)
+    for path, adapter in zip(paths, adapters, strict=True):
+        spec = adapter.spec
+        table.add_row(
+            spec.name,
+            spec.base_id,
+            f"{spec.side} r{spec.rank}",
+            _intervals(adapter),
+            _tokens(adapter),
+            str(spec.recipe.get("steps", "–")),
+            _size(path),
+        )
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
+def adapter_details(path: Path, adapter: Adapter) -> Table:
+    """Everything about one adapter, a line each."""
+    spec = adapter.spec
+    num_parameters = sum(factor.weight.numel() for factor in adapter.factors.values())
+    rows = {
+        "name": spec.name,
+        "file": f"{path} ({_size(path)})",
+        "base": f"{spec.base_id} [{spec.base_fingerprint}]",
+        "method": f"SBoRA-{spec.side.upper()} of rank {spec.rank}, {num_parameters:,} parameters",
+        "layers": f"{len(adapter.factors)}",
+        "intervals": f"{_intervals(adapter)} (seed {spec.seed})",
+        "tokens": _tokens(adapter),
+        "merged from": ", ".join(spec.parents),
+        **{key: str(value) for part in (spec.recipe, spec.metrics, spec.versions) for key, value in part.items()},
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, value in rows.items():
+        if value:
+            grid.add_row(key, Text(value))
+    return grid
+
+
+def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:
+    """A title, a bar of the positions, and its legend."""
+    what = "columns" if ledger.side == "fa" else "rows"
+    title = f"{ledger.base_id} [{ledger.base_fingerprint}] {what} ({ledger.side})"
+    if ledger.width is None:
+        room = "how many there are is known after the next training"
+    else:
+        num_free = sum(gap.rank for gap in ledger.gaps)
+        room = f"{num_free} of {ledger.width} free, room for {ledger.room(rank)} more of rank {rank}"
+    stop = ledger.width or max(owner.interval.stop for owner in ledger.owners)
+    bar, legend = Text(), Table.grid(padding=(0, 2))
+    cells = list(_cells(ledger, stop, width))
+    for mark, style in cells:
+        bar.append(mark, style)
+    for (mark, style), owner in zip(cycle(OWNED), ledger.owners, strict=False):
+        note = " (in training)" if owner.in_training else ""
+        legend.add_row(Text(mark, style), Text(str(owner.interval)), Text(owner.name + note))
+    return Group(Text(title, "bold"), Text(room), bar, legend)
+
+
+def _cells(ledger: Ledger, stop: int, width: int) -> Iterator[tuple[str, str]]:
+    """Mark and style of each character of the bar: of the owner in the middle of the positions it stands for."""
+    styles = list(zip(ledger.owners, cycle(OWNED), strict=False))
+    for cell in range(width):
+        position = (cell + 0.5) * stop / width
+        yield next((style for owner, style in styles if owner.interval.start <= position < owner.interval.stop), FREE)
+
+
+def _intervals(adapter: Adapter) -> str:
+    return ", ".join(map(str, adapter.spec.intervals)) or "none"
+
+
+def _tokens(adapter: Adapter) -> str:
+    return ", ".join(f"{token} ({noun})" for token, noun in adapter.spec.tokens.items()) or "none"
+
+
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

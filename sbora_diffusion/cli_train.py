@@ -1,0 +1,80 @@
+"""The train command: a folder of pictures in, columns reserved, progress on stderr, a concept file out."""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.cli_render import TrainingProgress
+from sbora_diffusion.diffusion.base import load_base
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.run_folder import RunFolder
+from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.library import Library
+from sbora_diffusion.methods import method_side
+
+log = logging.getLogger(__name__)
+
+
+def train_concept(
+    name_or_folder: str,
+    base_name: str,
+    method: str,
+    pinned: str,
+    overrides: Mapping[str, str],
+    *,
+    library: Library,
+    runs: Path,
+    resume: bool,
+    force: bool,
+) -> list[Path]:
+    """Train a concept; the paths of what was written: the concept file and the picture of before and after."""
+    config = TrainConfig.from_recipe(base_name, method, overrides)
+    interval = Interval.parse(pinned) if pinned else None
+    concept = load_concept(name_or_folder, default_roots())
+    path, run = library.path(concept.name), runs / concept.name
+    if path.exists() and not force:
+        raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
+    if resume and interval is None:
+        interval = _interval_of(run)
+    base, side = load_base(base_name), method_side(method)
+    width = base.width(side)
+    interval = library.reserve(base.fingerprint, base.id, side, config.rank, width, concept.name, interval)
+    written: list[Path] = []
+    try:
+        if force and not resume:
+            RunFolder(run).finish()
+        with TrainingProgress(config.steps) as progress:
+            for step in train(concept, base, interval, config, run, resume):
+                progress.show(step)
+                if step.adapter and step.before_after:  # the run's checkpoint goes after this
+                    step.adapter.save(path, force)
+                    written = [path, step.before_after]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(run)) from None
+    finally:
+        library.release(concept.name)
+    log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
+    return written
+
+
+def _interval_of(run: Path) -> Interval | None:
+    """The columns of the training in a run folder, if there was one."""
+    try:
+        return Interval.parse(json.loads((run / "run.json").read_bytes())["interval"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise SboraError(f"cannot read {run / 'run.json'} ({error})", hint="Start anew with --force.") from None
+
+
+def _how_to_go_on(run: Path) -> str:
+    command = shlex.join(["sbora-diffusion", *(word for word in sys.argv[1:] if word != "--resume")])
+    if (run / "checkpoint.pt").exists():
+        return f"stopped; the last checkpoint is kept in {run}, go on with: {command} --resume"
+    return f"stopped before the first checkpoint, begin again with: {command}"

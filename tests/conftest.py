@@ -1,0 +1,10 @@
+"""What all tests share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models gain nothing from threads, and wait for each other on a busy machine."""
+    torch.set_num_threads(1)

@@ -1,0 +1,359 @@
+"""Every command end to end on a tiny base model, every way of giving it nonsense, and every way of stopping it."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from filelock import FileLock
+from PIL import Image
+from typer.testing import CliRunner
+
+from sbora_diffusion import __version__
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.cli import app
+from sbora_diffusion.library import Library
+
+from .tiny_pipeline import save_tiny_pipeline
+
+SETTINGS = ("steps=6", "save_every=2", "sampling_steps=2", "crops=1", "preview_every=3")
+QUICK = [word for setting in SETTINGS for word in ("--set", setting)]
+CLI = [sys.executable, "-c", "from sbora_diffusion.cli import main; main()"]
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from sbora_diffusion.cli import main
+
+replace, (when, name), sys.argv = Path.replace, sys.argv[1:3], sys.argv[:1] + sys.argv[3:]
+
+def replace_or_die(self, target):
+    if Path(target).name == name and Path(target).exists() == (when == "again"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = replace_or_die
+main()
+"""
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def train(base: Path, concept: str | Path, *words: str | Path) -> Result:
+    return run("train", "--concept", concept, "--base", base, *QUICK, *words)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
+    """A folder in which dog and cat were trained, and what the two commands answered."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, [train(base, "dog"), train(base, "cat")]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Path()
+
+
+@pytest.fixture
+def adapters(here: Path, trained: tuple[Path, list[Result]]) -> Path:
+    """The same with the concepts dog and cat in it."""
+    return Path(shutil.copytree(trained[0] / "adapters", here / "adapters"))
+
+
+def test_train(trained: tuple[Path, list[Result]]) -> None:
+    folder, (dog, cat) = trained
+    assert dog.exit_code == 0, dog.output
+    assert dog.stdout.splitlines() == ["adapters/dog.safetensors", "runs/dog/before-after.png"]
+    with Image.open(folder / "runs/dog/before-after.png") as sheet:
+        assert sheet.width > 100
+    assert (folder / "runs/dog/preview-000003.png").exists()
+    assert cat.exit_code == 0, cat.output
+    intervals = [
+        str(Adapter.load(folder / f"adapters/{name}.safetensors").spec.intervals[0]) for name in ("dog", "cat")
+    ]
+    assert intervals == ["0:8", "8:16"]
+
+
+def test_train_says_what_is_next(here: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train(base, "dog", "--rank", "4", "--interval", "12:16", "--method", "sbora-fb").exit_code == 0
+    assert caplog.messages[-1] == 'next: sbora-diffusion generate "a <dog> on the beach" --adapter dog'
+    spec = Adapter.load(here / "adapters/dog.safetensors").spec
+    assert (spec.side, spec.rank, str(spec.intervals[0])) == ("fb", 4, "12:16")
+
+
+def test_generate(adapters: Path) -> None:
+    command = ("generate", "a <dog> & a <cat>!", "--adapter", "dog", "--adapter", adapters / "cat.safetensors")
+    first = run(*command, "--count", "2", "--set", "steps=2")
+    assert first.stdout.splitlines() == ["outputs/0001-a-dog-a-cat.png", "outputs/0002-a-dog-a-cat.png"], first.output
+    again = run(*command, "--seed", "1", "--set", "steps=2", "--strengths", "1,1")
+    assert again.stdout.splitlines() == ["outputs/0003-a-dog-a-cat.png"]
+    pictures = [Path(f"outputs/000{number}-a-dog-a-cat.png").read_bytes() for number in (1, 2, 3)]
+    assert pictures[1] == pictures[2] != pictures[0]
+
+
+def test_merge_and_remove(adapters: Path) -> None:
+    merged = run("merge", "dog", adapters / "cat.safetensors", "--weights", "1,0.5")
+    assert merged.stdout.splitlines() == ["adapters/cat+dog.safetensors"], merged.output
+    assert run("generate", "a <dog>", "--adapter", "cat+dog", "--set", "steps=2").exit_code == 0
+    assert run("merge", "dog", "cat", "--out", "both.safetensors").exit_code == 0
+    assert run("remove", "cat+dog", "--yes").exit_code == 0
+    assert Library(adapters).names() == ["cat", "dog"]
+    asked = CliRunner().invoke(app, ["remove", "dog"], input="n\n")
+    assert (asked.exit_code, Library(adapters).names()) == (1, ["cat", "dog"])
+
+
+def test_merge_renames_a_token_that_two_have(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(adapters / "dog.safetensors", adapters / "hound.safetensors")
+    assert run("merge", "dog", "hound", "--out", "both.safetensors").exit_code == 0
+    assert "<dog-2> in the merge" in caplog.text
+    assert "not disjoint" in caplog.text
+    assert run("merge", "dog", "cat", "--out", "both.safetensors").exit_code == 1
+    assert run("merge", "dog", "cat", "--out", "both.safetensors", "--force").exit_code == 0
+
+
+@pytest.mark.usefixtures("adapters")
+def test_inspect() -> None:
+    one = run("inspect", "dog").stdout
+    for part in ("<dog> (dog)", "0:8", "SBoRA-FA of rank 8", "steps", "class_drift"):
+        assert part in one
+    several = run("inspect", "dog", "cat").stdout
+    assert "8:16" in several
+    assert "disjoint: no column" in several
+    assert all(len(line) <= 80 for line in several.splitlines())
+
+
+def test_ledger(adapters: Path) -> None:
+    drawn = run("ledger", "--rank", "4").stdout
+    assert "columns (fa)" in drawn
+    assert "16 of 32 free, room for 4 more of rank 4" in drawn
+    assert "8:16" in drawn
+    (adapters / ".ledger.json").unlink()
+    assert "known after the next training" in run("ledger").stdout
+
+
+@pytest.mark.usefixtures("here")
+def test_ledger_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    nothing = run("ledger")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "train --concept dog" in caplog.text
+    assert not Path("adapters").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_quick(words: list[str]) -> None:
+    code = "import sys; sys.argv[0] = 'x'\ntry: main()\nfinally: print({'torch', 'numpy', 'rich'} & {*sys.modules})"
+    command = [sys.executable, "-c", f"from sbora_diffusion.cli import main\n{code}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+    assert __version__ in done.stdout or "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train"],
+        ["train", "--concept", "dog", "--nonsense"],
+        ["train", "--concept", "dog", "--set", "steps"],
+        ["train", "--concept", "dog", "--rank", "many"],
+        ["generate", "a dog", "--count", "0"],
+        ["generate", "a dog", "--set", "nonsense=1"],
+        ["generate", "a dog", "--set", "steps=many"],
+        ["nonsense"],
+    ],
+)
+def test_usage_errors(here: Path, words: list[str]) -> None:
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Error" in done.stderr
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --concept nosuch", "nosuch"),
+        ("train --concept empty", "no picture in empty"),
+        ("train --concept unreadable --base TINY", "unreadable/a.png"),
+        ("train --concept dog --base nosuch", "could not load base model 'nosuch'"),
+        ("train --concept dog --base TINY", "adapters/dog.safetensors exists"),
+        ("train --concept horse --base TINY --interval 30:38", "30:38 does not fit"),
+        ("train --concept horse --base TINY --interval 4:12", "4:12 is taken"),
+        ("train --concept horse --base TINY --interval 16:20", "rank 8 needs 8"),
+        ("train --concept horse --base TINY --interval nonsense", "got interval 'nonsense'"),
+        ("train --concept horse --base TINY --rank 20", "no 20 consecutive positions"),
+        ("train --concept horse --base TINY --rank 0", "rank=0"),
+        ("train --concept horse --base TINY --method nonsense", "unknown method 'nonsense'"),
+        ("train --concept horse --base TINY --set nonsense=1", "unknown setting 'nonsense'"),
+        ("generate x --adapter nosuch", "no adapter 'nosuch'"),
+        ("generate x --adapter posing.safetensors", "posing.safetensors: cannot be read as safetensors"),
+        ("generate <dog> --adapter dog --base OTHER", "trained for"),
+        ("generate <dog> --base TINY", "no loaded concept brings the token <dog>"),
+        ("generate <dog> --adapter dog --adapter dog", "two adapters bring"),
+        ("generate <dog> --adapter dog --strengths 1,1", "1 adapters and 2 strengths"),
+        ("merge dog posing.safetensors", "posing.safetensors: cannot be read"),
+        ("merge dog cat --weights 1", "2 adapters and the weights"),
+        ("merge dog cat --how nonsense", "got --how nonsense"),
+        ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
+        ("inspect posing.safetensors", "posing.safetensors: cannot be read"),
+        ("remove nosuch", "no adapter 'nosuch'"),
+        ("remove nosuch --yes", "no adapter 'nosuch'"),
+    ],
+)
+def test_bad_input(adapters: Path, base: Path, tmp_path: Path, words: str, message: str) -> None:
+    Path("empty").mkdir()
+    Path("unreadable").mkdir()
+    for name in ("posing.safetensors", "unreadable/a.png"):
+        Path(name).write_text("two lines\nof text\n")
+    other = save_tiny_pipeline(tmp_path / "other", seed=1) if "OTHER" in words else base
+    places = {"TINY": str(base), "OTHER": str(other)}
+    before = {path: path.read_bytes() for path in adapters.glob("*.safetensors")}
+    done = run(*(places.get(word, word) for word in words.split()))
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert message in lines[0]
+    assert [line.split(":")[0] for line in lines] in (["error"], ["error", "hint"])
+    assert before == {path: path.read_bytes() for path in adapters.glob("*.safetensors")}
+    assert Library(adapters).owners("", "fa") == ()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "f.png"),
+            "error: No space left on device: f.png\nhint: Make",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "f.png"), "error: Permission denied: f.png\n"),
+        (MemoryError(), "error: out of memory\nhint: "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory\nhint: "),
+    ],
+)
+def test_the_machine_says_no(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def fail(_: Library) -> None:
+        raise error
+
+    monkeypatch.setattr(Library, "ledgers", fail)
+    done = run("ledger")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(message)
+
+
+def test_our_own_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Library) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Library, "ledgers", fail)
+    assert isinstance(run("ledger").exception, RuntimeError)
+
+
+def test_a_run_folder_in_use(here: Path, base: Path) -> None:
+    (here / "runs/dog").mkdir(parents=True)
+    with FileLock(here / "runs/dog/.lock"):
+        done = train(base, "dog")
+    assert done.exit_code == 1
+    assert "error: another training is running in runs/dog" in done.stderr
+    assert train(base, "dog").exit_code == 0
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGINT in the middle of a step."""
+    from sbora_diffusion.diffusion import train as module
+
+    steps = iter(range(1, step + 1))
+
+    def memory_bytes(_: object) -> int:
+        if next(steps) == step:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return 0
+
+    monkeypatch.setattr(module, "memory_bytes", memory_bytes)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(1, "stopped before the first checkpoint"), (5, "the last checkpoint is kept in runs/dog, go on with:")],
+)
+def test_ctrl_c_and_resume(here: Path, base: Path, trained: tuple[Path, list[Result]], step: int, message: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(step, patch)
+        stopped = train(base, "dog")
+    assert stopped.exit_code == 130
+    assert message in stopped.stderr
+    assert Library("adapters").ledgers() == []
+    if step > 1:
+        refused = train(base, "dog")
+        assert (refused.exit_code, "--resume" in refused.stderr) == (1, True)
+    assert train(base, "dog", "--resume").exit_code == 0
+    uninterrupted = trained[0] / "adapters/dog.safetensors"
+    assert (here / "adapters/dog.safetensors").read_bytes() == uninterrupted.read_bytes()
+
+
+def test_resume_keeps_the_columns(here: Path, base: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(5, patch)
+        train(base, "dog", "--interval", "16:24")
+    assert train(base, "dog", "--resume").exit_code == 0
+    assert str(Adapter.load(here / "adapters/dog.safetensors").spec.intervals[0]) == "16:24"
+
+
+def test_force_begins_anew(adapters: Path, base: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(5, patch)
+        train(base, "dog", "--force")
+    anew = train(base, "dog", "--force", "--set", "seed=1")
+    assert anew.exit_code == 0, anew.output
+    assert Adapter.load(adapters / "dog.safetensors").spec.recipe["seed"] == 1
+
+
+@pytest.mark.parametrize("killed_at", ["first checkpoint.pt", "again checkpoint.pt", "first dog.safetensors"])
+def test_kill_and_resume(here: Path, base: Path, trained: tuple[Path, list[Result]], killed_at: str) -> None:
+    words = ["train", "--concept", "dog", "--base", str(base), *QUICK]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT, *killed_at.split(), *words], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert Library("adapters").names() == []
+    assert train(base, "dog", "--resume").exit_code == 0
+    uninterrupted = trained[0] / "adapters/dog.safetensors"
+    assert (here / "adapters/dog.safetensors").read_bytes() == uninterrupted.read_bytes()
+
+
+def test_ctrl_c_at_the_console(here: Path, base: Path) -> None:
+    words = ["train", "--concept", "dog", "--base", str(base), *QUICK, "--set", "steps=1000000"]
+    with subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: (here / "runs/dog/checkpoint.pt").exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, ""), stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].endswith("--resume")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_stderr_is_quiet(adapters: Path) -> None:
+    environment = os.environ | {"COLUMNS": "80"}
+    done = subprocess.run([*CLI, "inspect", "dog", "cat"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert adapters.exists()
