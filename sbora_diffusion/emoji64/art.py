@@ -151,7 +151,7 @@ def cut_out(image: Image.Image, size: int = SIZE) -> tuple[np.ndarray, float, fl
     Returns:
         (size, size, 4) uint8 premultiplied RGBA, and the fractions of the square's width and height it fills.
     """
-    box = image.getchannel("A").point(lambda value: 255 * (value > 8)).getbbox()
+    box = image.getchannel("A").point([255 * (value > 8) for value in range(256)]).getbbox()
     if box is None:
         raise SboraError("got an empty (fully transparent) picture")
     image = image.crop(box).convert("RGBa")
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--data", type=Path, default=default_data_dir())
     data = parser.parse_args().data
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     art = build(data)
     held = sum(cutout.held_out for cutout in art.cutouts)
     log.info("%d cut-outs, %d of them held out, in %s", len(art.cutouts), held, data / "art.npz")
