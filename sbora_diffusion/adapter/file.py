@@ -88,7 +88,7 @@ class Adapter:
         if spec.parents:
             lines.append(f"merged from: {', '.join(spec.parents)}")
         lines += [f"{name}: {value}" for name, value in spec.metrics.items()]
-        return "\n".join(lines)
+        return "\n".join(line if line.isprintable() else ascii(line) for line in lines)
 
 
 def read_spec(path: str | Path) -> Spec:
@@ -156,7 +156,7 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
         layer, _, kind = key.rpartition(".")
         if prefix == "tokens":
             tokens[rest] = tensor
-        elif prefix in COMPONENTS and kind in ("index", "weight") and layer != prefix:
+        elif kind in ("index", "weight"):
             halves.setdefault(layer, {})[kind] = tensor
         else:
             raise SboraError(f"unknown key {key!r}")
@@ -175,6 +175,9 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
 def _check(adapter: Adapter) -> None:
     """Everything that holds for a sound adapter, whatever base it belongs to."""
     for key, factor in adapter.factors.items():
+        component, _, layer = key.partition(".")
+        if component not in COMPONENTS or not layer:
+            raise SboraError(f"layer {key!r} belongs to no known component, expected one of {', '.join(COMPONENTS)}")
         _check_numbers(key, factor.weight)
         index, dim = factor.index, 1 if adapter.spec.side == "fa" else 0
         if index.ndim != 1 or factor.weight.shape[dim] != len(index) or len(index) > adapter.spec.rank:
@@ -197,17 +200,22 @@ def _check_numbers(key: str, tensor: Tensor) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, content)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise SboraError(f"cannot write {path} ({error.strerror or error})", hint="Nothing was changed.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -50,13 +50,13 @@ class Tiny:
 def inject(kind: Kind, model: Any, adapter: str, rank: int = 4, alpha: int = 8, **options: Any) -> Any:
     """Put a LoRA adapter into a model in the way that its library does; returns the model, wrapped or not."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[kind], **options)
-    if kind.startswith("llama") and not isinstance(model, PeftModel):
-        return get_peft_model(model, config, adapter_name=adapter)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter, config)
+    elif kind.startswith("llama"):
+        model = get_peft_model(model, config, adapter_name=adapter)
     else:
         model.add_adapter(config, adapter)
-    return model
+    return model.eval()
 
 
 def activate(model: Any, *adapters: str) -> None:
