@@ -1,0 +1,1 @@
+"""Concept customization of Stable Diffusion: concepts, training, generation."""

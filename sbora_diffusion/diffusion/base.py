@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
@@ -87,7 +88,7 @@ def load_base(name: str) -> Base:
     if name == "emoji64" and not folder.is_dir():
         raise SboraError("the emoji64 weights are not in this installation", "reinstall the package")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, safety_checker=None)
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise SboraError(

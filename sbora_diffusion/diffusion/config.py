@@ -34,7 +34,7 @@ class TrainConfig:
     save_every: int  # steps between checkpoints
     sampling_steps: int
     guidance: float
-    preview_prompts: tuple[str, ...]  # {token} and {class} are filled in
+    preview_prompts: tuple[str, ...]  # {token} stands for the concept's
     seed: int
     basis_seed: int  # of the layers' permutations; concepts of different basis seeds may share columns
 
@@ -46,12 +46,16 @@ class TrainConfig:
         for key in positive + natural:
             value = getattr(self, key)
             if not 0 <= value < float("inf") or (key in positive and value == 0):
-                raise SboraError(f"got {key}={value}, expected a {'positive ' if key in positive else ''}number from 0 on")
+                raise SboraError(
+                    f"got {key}={value}, expected a {'positive ' if key in positive else ''}number from 0 on"
+                )
         for key in ("caption_dropout", "final_rate", "smallest_crop"):
             if not 0 <= getattr(self, key) <= 1:
                 raise SboraError(f"got {key}={getattr(self, key)}, expected a number from 0 to 1")
         if self.max_grad_norm <= 0 or self.smallest_crop == 0:
             raise SboraError("max_grad_norm and smallest_crop must be greater than 0")
+        if not self.preview_prompts or not all("{token}" in prompt for prompt in self.preview_prompts):
+            raise SboraError(f"got preview_prompts={list(self.preview_prompts)}, expected texts that contain {{token}}")
 
     @classmethod
     def from_recipe(cls, base_id: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
@@ -94,10 +95,11 @@ def generate(
         if missing:
             have = ", ".join(sorted(token for token in known if TOKEN.fullmatch(token))) or "none"
             raise SboraError(f"no loaded concept brings the token {missing[0]}, known: {have}", "add --adapter FILE")
-    return base.pipeline(
+    result: Any = base.pipeline(
         list(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
         negative_prompt=[negative_prompt] * len(prompts),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-    ).images
+    )
+    return result.images

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class Noising:
     """The forward process of a base model's scheduler, and what its U-Net is to predict."""
 
     def __init__(self, base: Base) -> None:
-        self._scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+        self._scheduler: Any = DDPMScheduler.from_config(base.pipeline.scheduler.config)
         self.num_timesteps = self._scheduler.config.num_train_timesteps
         self._kind = self._scheduler.config.prediction_type
         if self._kind not in ("epsilon", "v_prediction"):

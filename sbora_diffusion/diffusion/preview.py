@@ -19,7 +19,7 @@ class Preview:
 
     def __init__(self, base: Base, concept: Concept, config: TrainConfig, folder: Path) -> None:
         self._base, self._concept, self._config, self._folder = base, concept, config, folder
-        self._named = [prompt.format(token=concept.token, **{"class": concept.class_noun}) for prompt in config.preview_prompts]
+        self._named = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
         self._plain = [prompt.replace(concept.token, concept.class_noun) for prompt in self._named]
         self._before: list[Image.Image] = []
 

@@ -80,7 +80,9 @@ def _copy_with(
     copied.add_tokens(names)
     ids = copied.convert_tokens_to_ids(names)
     if ids != list(range(size, size + len(names))):
-        raise SboraError(f"the tokenizer has {len(known)} entries, the text encoder {size}: they do not belong together")
+        raise SboraError(
+            f"the tokenizer has {len(known)} entries, the text encoder {size}: they do not belong together"
+        )
     return copied
 
 

@@ -148,7 +148,7 @@ def _live_concept(concept: Concept, base: Base, interval: Interval, config: Trai
         with added_tokens(base, {concept.token: start}) as embedding:
             layers = {}
             for component, targets in TARGETS.items():
-                model = base.component(component)
+                model: Any = base.component(component)
                 model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
                 layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
             yield _Live(layers, embedding)
@@ -175,7 +175,7 @@ class _Run:
 
     @property
     def learning_rate(self) -> float:
-        return self._schedule.get_last_lr()[0]
+        return float(self._schedule.get_last_lr()[0])
 
     def advance(self, step: int) -> tuple[float, float]:
         """One optimiser step; returns the loss on the concept and the seconds taken."""

@@ -4,15 +4,20 @@ One command: `python -m sbora_diffusion.emoji64.pretrain [--data DIR] [--steps N
 steps to go on. Each report prints the loss with right, swapped and empty nouns, and draws a sheet of samples.
 """
 
+# diffusers' annotations are too wide, or wrong:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false
+
 import copy
 import logging
 from argparse import Namespace
 from collections import deque
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -124,7 +129,9 @@ def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
     step = max(1, len(open_subjects) // 22)
     prompts = [caption([s.name], "3d", places[i % 7]) for i, s in enumerate(open_subjects[::step][:22])]
     prompts += [caption([noun], "cartoon", "on the beach") for noun in ("dog", "cat", "penguin", "horse")]
-    prompts += [caption(pair, "3d", place) for pair in (("owl", "red apple"), ("crown", "frog")) for place in places[1:4]]
+    prompts += [
+        caption(pair, "3d", place) for pair in (("owl", "red apple"), ("crown", "frog")) for place in places[1:4]
+    ]
     pipeline = model.assemble(data, networks["unet"], networks["text_encoder"])
     generator = torch.Generator().manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,7 +155,9 @@ def training_step(
     return loss.detach()
 
 
-def report(args: Namespace, step: int, average: nn.ModuleDict, latents: Latents, diffusion: Diffusion, stage: int) -> float:
+def report(
+    args: Namespace, step: int, average: nn.ModuleDict, latents: Latents, diffusion: Diffusion, stage: int
+) -> float:
     """Print the noun gap, draw samples; returns the gap."""
     gap, line = noun_gap(average, latents, diffusion, seed=step)
     log.info("step %d stage %d gap %.3f | %s", step, stage, gap, line)
@@ -166,8 +175,9 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.data / "tokenizer")
     networks = nn.ModuleDict({"unet": model.new_unet(), "text_encoder": model.new_text_encoder(tokenizer)})
     optimizer = torch.optim.AdamW(networks.parameters(), args.learning_rate, (0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint, state = args.data / "base.pt", {"step": 0, "stage": 0}
-    if stored := loop.load_state(args.data / "base.pt"):
+    checkpoint = args.data / "base.pt"
+    state: dict[str, Any] = {"step": 0, "stage": 0}
+    if stored := loop.load_state(checkpoint):
         state = stored
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
@@ -185,7 +195,8 @@ def main() -> None:
         losses.append(training_step(networks, optimizer, diffusion, latents, args.batch))
         if step % AVERAGE_EVERY == 0:
             rate = max(0.001 * AVERAGE_EVERY, 9 / (10 + step / AVERAGE_EVERY))
-            torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), rate)
+            for kept, current in zip(average.parameters(), networks.parameters(), strict=True):
+                kept.lerp_(current, rate)
         if step % (FRESH * REUSE // args.batch) == 0:
             latents.refresh()
         if (step + 1) % args.report_every == 0 or step + 1 == args.steps:

@@ -1,6 +1,7 @@
 """Build emoji64's tokenizer: a byte-level BPE of 3,200 tokens in CLIP's conventions, 24 positions.
 
-One command: `python -m sbora_diffusion.emoji64.tokenizer [--data DIR]`.
+One command: `python -m sbora_diffusion.emoji64.tokenizer [--data DIR]`. Rare merges of equal frequency come in another
+order each time: weights belong to the tokenizer that lies beside them.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
@@ -22,9 +24,10 @@ LENGTH = 24
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
 EVERYDAY = (
-    "a the an of and with in on at under over near next to left right big small tiny red green blue yellow purple orange "
-    "pink black white grey brown photo picture painting sketch style cute happy sad wearing holding riding eating playing "
-    "forest city mountain river space rain field garden room street kitchen table man woman boy girl person animal toy"
+    "a the an of and with in on at under over near next to left right big small tiny red green blue "
+    "yellow purple orange pink black white grey brown photo picture painting sketch style cute happy sad "
+    "wearing holding riding eating playing forest city mountain river space rain field garden room street "
+    "kitchen table man woman boy girl person animal toy "
 )
 
 
@@ -36,7 +39,7 @@ def corpus(names_package: Path) -> Iterator[str]:
         yield caption([subject.name], style, place)
     for entry in json.loads((names_package / "en" / "data.json").read_text()):
         yield from [" ".join([entry["label"], *entry.get("tags", [])]).lower()] * 5
-    yield from [EVERYDAY] * 50
+    yield from [EVERYDAY.strip()] * 50
 
 
 def train_bpe(texts: Iterator[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -44,7 +47,9 @@ def train_bpe(texts: Iterator[str]) -> tuple[dict[str, int], list[tuple[str, str
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     split = pre_tokenizers.Split(CLIP_WORDS, behavior="removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=2944, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
@@ -57,6 +62,7 @@ def train_bpe(texts: Iterator[str]) -> tuple[dict[str, int], list[tuple[str, str
 
 def build(names_package: Path, out: Path) -> PreTrainedTokenizerBase:
     """Train on the corpus and store a CLIPTokenizer folder."""
+    merges: Any  # a list of pairs, whatever the annotation of CLIPTokenizer says
     vocabulary, merges = train_bpe(corpus(names_package))
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, pad_token=END, unk_token=END)
     tokenizer.save_pretrained(out)

@@ -3,10 +3,14 @@
 One command: `python -m sbora_diffusion.emoji64.vae [--data DIR]`; run it again to resume.
 """
 
+# diffusers' annotations are too wide, or wrong:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false
+
 import logging
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from sbora_diffusion.emoji64 import loop
@@ -106,7 +110,9 @@ def main() -> None:
             progress.console.print(f"step {step + 1} loss {loss.item():.4f} psnr {quality:.2f} dB")
             sheet = torch.cat([unseen[:16], rebuilt[:16]])
             loop.save_sheet(args.data / "samples" / f"vae-{step + 1:06d}.png", picture_grid(sheet, 16))
-            loop.save_state(checkpoint, {"step": step + 1, "vae": vae.state_dict(), "optimizer": optimizer.state_dict()})
+            loop.save_state(
+                checkpoint, {"step": step + 1, "vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            )
     vae.eval()
     normalise_latents(vae, pool[:512])
     log.info("final psnr on unseen compositions: %.2f dB", psnr(vae, unseen)[0])

@@ -34,7 +34,7 @@ class World:
 @cache
 def load_world() -> World:
     """Read the packaged world.toml."""
-    raw = tomllib.loads(files(__package__).joinpath("world.toml").read_text())
+    raw = tomllib.loads(files("sbora_diffusion.emoji64").joinpath("world.toml").read_text())
     subjects = [_subject(entry, 0, True) for entry in raw["subjects"]["concepts"]]
     for tier, entries in enumerate(raw["subjects"]["tiers"]):
         subjects += [_subject(entry, tier, False) for entry in entries]

@@ -1,0 +1,53 @@
+"""Base models: what is adapted, how wide it is, when two of them are the same, and what cannot be loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.errors import SboraError
+
+
+def test_layers_are_the_attention_of_both_components(base: Base) -> None:
+    assert set(base.layer_shapes) >= {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+        "text_encoder.encoder.layers.0.self_attn.q_proj",
+    }
+    assert not any("ff.net" in key or "mlp" in key for key in base.layers)
+    assert base.width("fa") == base.width("fb") == 32
+    assert base.resolution == 16
+
+
+def test_everything_is_frozen(base: Base) -> None:
+    pipeline = base.pipeline
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
+def test_fingerprint_is_the_weights_not_the_file(base: Base, tiny_folder: Path, tmp_path: Path) -> None:
+    half = StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float16, safety_checker=None)
+    half.save_pretrained(tmp_path / "half")
+    from_half = load_base(str(tmp_path / "half"))
+    assert from_half.pipeline.unet.dtype == torch.float32
+    assert from_half.fingerprint == base.fingerprint
+
+    layer = from_half.layers["text_encoder.encoder.layers.0.self_attn.k_proj"]
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+    assert Base("changed", from_half.pipeline).fingerprint != base.fingerprint
+
+
+def test_the_embedded_base_model() -> None:
+    base = load_base("emoji64")
+    assert base.resolution == 64
+    assert base.width("fa") == base.width("fb") == 128
+    assert len(base.layers) == 72
+
+
+def test_neither_folder_nor_model(tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match="could not load base model") as caught:
+        load_base(str(tmp_path))
+    assert caught.value.hint

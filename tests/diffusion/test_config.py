@@ -1,0 +1,53 @@
+"""Recipes and settings: every shipped recipe loads, every value arrives, every mistake is named."""
+
+from importlib.resources import files
+
+import pytest
+
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.methods import METHODS
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (files("sbora_diffusion") / "recipes").iterdir()))
+def test_every_recipe_loads(recipe: str) -> None:
+    base_id, _, method = recipe.removesuffix(".toml").partition("-")
+    assert TrainConfig.from_recipe(base_id, method, {}).method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_base_gets_the_default_recipe(method: str) -> None:
+    assert TrainConfig.from_recipe("some/model", method, {}) == TrainConfig.from_recipe("default", method, {})
+
+
+def test_overrides_arrive_with_their_types() -> None:
+    overrides = {"steps": "7", "learning_rate": "1e-4", "preview_prompts": "a {token}; two {token}"}
+    config = TrainConfig.from_recipe("emoji64", "sbora-fb", overrides)
+    assert (config.steps, config.learning_rate) == (7, 1e-4)
+    assert config.preview_prompts == ("a {token}", "two {token}")
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stesp", "7", "unknown setting 'stesp'"),
+        ("steps", "many", "expected int"),
+        ("steps", "0", "steps=0"),
+        ("learning_rate", "nan", "learning_rate=nan"),
+        ("caption_dropout", "1.5", "from 0 to 1"),
+        ("smallest_crop", "0", "greater than 0"),
+        ("method", "lora", "unknown method 'lora'"),
+        ("preview_prompts", "a {toke}", "preview_prompts"),
+    ],
+)
+def test_mistakes_are_named(key: str, value: str, message: str) -> None:
+    with pytest.raises(SboraError, match=message):
+        TrainConfig.from_recipe("emoji64", "sbora-fa", {key: value})
+
+
+def test_a_recipe_without_a_key_is_refused() -> None:
+    settings = TrainConfig.from_recipe("emoji64", "sbora-fa", {}).to_dict()
+    del settings["rank"]
+    with pytest.raises(SboraError, match="lacks \\['rank'\\]"):
+        TrainConfig.from_dict(settings)

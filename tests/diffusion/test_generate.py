@@ -1,0 +1,108 @@
+"""Generation: the base model comes back bit for bit, pictures depend on their own seed only, mistakes are named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.merge import merge
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.errors import SboraError
+
+from .conftest import short_config
+
+
+@pytest.fixture
+def adapters(base: Base, concept: Concept, tmp_path: Path) -> list[Adapter]:
+    """Two trained concepts in neighbouring intervals."""
+    found = []
+    for number, name in enumerate(("rex", "tom")):
+        renamed = replace(concept, name=name, token=f"<{name}>", pictures=tuple(
+            replace(picture, caption=picture.caption.replace("rex", name)) for picture in concept.pictures
+        ))  # fmt: skip
+        config = short_config(seed=str(number), learning_rate="5e-2")
+        *_, last = train(renamed, base, Interval(4 * number, 4), config, tmp_path / name)
+        assert last.adapter
+        found.append(last.adapter)
+    return found
+
+
+def draw(base: Base, prompt: str, seed: int = 0) -> np.ndarray:
+    return np.asarray(generate(base, [prompt], seeds=[seed], steps=2)[0])
+
+
+def test_applied_and_gone_bit_for_bit(base: Base, adapters: list[Adapter]) -> None:
+    before = {key: value.clone() for key, value in base.pipeline.unet.state_dict().items()}
+    plain = draw(base, "a dog")
+    with applied(base, adapters):
+        assert not np.array_equal(draw(base, "a <rex> and a <tom>"), plain)
+    assert np.array_equal(draw(base, "a dog"), plain)
+    after = base.pipeline.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_an_error_inside_takes_the_concepts_out_too(base: Base, adapters: list[Adapter]) -> None:
+    plain = draw(base, "a dog")
+    with pytest.raises(SboraError, match="<kim>"), applied(base, adapters):
+        draw(base, "a <kim>")
+    assert np.array_equal(draw(base, "a dog"), plain)
+
+
+def test_order_does_not_matter_and_a_merge_is_the_same(base: Base, adapters: list[Adapter]) -> None:
+    pictures = []
+    for chosen in (adapters, adapters[::-1], [merge(adapters, [1.0, 1.0], "sum")]):
+        with applied(base, chosen):
+            pictures.append(draw(base, "a <rex> and a <tom>"))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_strength_zero_is_the_base_with_the_token(base: Base, adapters: list[Adapter]) -> None:
+    plain = draw(base, "a dog")
+    with applied(base, adapters[:1], [0.0]):
+        assert np.array_equal(draw(base, "a dog"), plain)
+    with applied(base, adapters[:1], [1.0]):
+        assert not np.array_equal(draw(base, "a dog"), plain)
+
+
+def test_a_picture_depends_on_its_own_seed(base: Base) -> None:
+    together = generate(base, ["a", "b", "a"], seeds=[3, 4, 5], steps=2)
+    assert_close(together[1], generate(base, ["b"], seeds=[4], steps=2)[0])
+    assert not np.array_equal(np.asarray(together[0]), np.asarray(together[2]))
+
+
+def assert_close(one: Image.Image, other: Image.Image) -> None:
+    """Equal up to the rounding of other batch sizes."""
+    assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_fingerprint": "0" * 16, "base_id": "sd15"}, r"was trained for sd15 \[0000"),
+        ({"name": "tom"}, "two adapters bring the name 'tom'"),
+        ({"name": "other", "tokens": {"<tom>": "dog"}}, "two adapters bring the token '<tom>'"),
+    ],
+)
+def test_adapters_that_do_not_go_together(
+    base: Base, adapters: list[Adapter], change: dict[str, object], message: str
+) -> None:
+    first = replace(adapters[0], spec=replace(adapters[0].spec, **change))  # type: ignore[arg-type]
+    with pytest.raises(SboraError, match=message), applied(base, [first, adapters[1]]):
+        pass
+
+
+def test_numbers_of_prompts_seeds_and_strengths_must_match(base: Base, adapters: list[Adapter]) -> None:
+    with pytest.raises(SboraError, match="2 prompts and 1 seeds"):
+        generate(base, ["a", "b"], seeds=[1])
+    with pytest.raises(SboraError, match="1 adapters and 2 strengths"), applied(base, adapters[:1], [1.0, 2.0]):
+        pass

@@ -1,0 +1,55 @@
+"""Learned tokens: read where their ids are, gone without a trace afterwards."""
+
+import pytest
+import torch
+
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.latents import tokenize
+from sbora_diffusion.diffusion.tokens import added_tokens, class_embedding
+from sbora_diffusion.errors import SboraError
+
+
+def embed(base: Base, prompt: str) -> torch.Tensor:
+    with torch.no_grad():
+        return base.pipeline.text_encoder.get_input_embeddings()(tokenize(base, [prompt]))[0]
+
+
+def test_token_reads_its_embedding_and_nothing_else_changes(base: Base) -> None:
+    before, vocabulary = embed(base, "a dog"), base.pipeline.text_encoder.get_input_embeddings()
+    learned = torch.full((1, 32), 7.0)
+    with added_tokens(base, {"<rex>": learned}):
+        assert torch.equal(embed(base, "a dog"), before)
+        assert torch.equal(embed(base, "a <rex>")[2], learned[0])
+        assert torch.equal(embed(base, "a <rex>")[:2], before[:2])
+    assert base.pipeline.text_encoder.get_input_embeddings() is vocabulary
+    assert "<rex>" not in base.pipeline.tokenizer.get_vocab()
+    assert torch.equal(embed(base, "a dog"), before)
+
+
+def test_several_tokens_of_several_vectors(base: Base) -> None:
+    first, second = torch.randn(2, 32), torch.randn(1, 32)
+    with added_tokens(base, {"<rex>": first, "<tom>": second}):
+        rows = embed(base, "<tom> <rex>")
+    assert torch.equal(rows[1:4], torch.cat([second, first]))
+
+
+def test_only_the_token_gets_a_gradient(base: Base) -> None:
+    with added_tokens(base, {"<rex>": torch.zeros(1, 32)}) as embedding:
+        base.pipeline.text_encoder(tokenize(base, ["a <rex> here"])).last_hidden_state.sum().backward()
+        assert embedding.learned.grad is not None
+        assert embedding.learned.grad.abs().sum() > 0
+        assert embedding.base.weight.grad is None
+
+
+def test_a_known_word_is_refused(base: Base) -> None:
+    vocabulary = base.pipeline.text_encoder.get_input_embeddings()
+    with pytest.raises(SboraError, match="knows the token a already"), added_tokens(base, {"a": torch.zeros(1, 32)}):
+        pass
+    assert base.pipeline.text_encoder.get_input_embeddings() is vocabulary
+
+
+def test_class_embedding_is_the_mean_of_its_tokens(base: Base) -> None:
+    rows = embed(base, "ab")[1:3]
+    torch.testing.assert_close(class_embedding(base, "ab"), rows.mean(0, keepdim=True))
+    with pytest.raises(SboraError, match="class noun"):
+        class_embedding(base, " ")

@@ -1,0 +1,176 @@
+"""Training: resumed bit for bit, repeatable, nothing left behind in the base model, and what may go wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sbora_diffusion.adapter.basis import Interval, indices
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.diffusion import train as training
+from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.train import StepLog, rate_factor, train
+from sbora_diffusion.errors import SboraError
+
+from .conftest import short_config
+
+INTERVAL = Interval(4, 4)
+
+
+def result(logs: list[StepLog]) -> Adapter:
+    assert logs[-1].adapter is not None
+    return logs[-1].adapter
+
+
+def assert_same(one: Adapter, other: Adapter) -> None:
+    assert one.factors.keys() == other.factors.keys()
+    for key, factor in one.factors.items():
+        assert torch.equal(factor.index, other.factors[key].index)
+        assert torch.equal(factor.weight, other.factors[key].weight)
+    assert one.tokens.keys() == other.tokens.keys()
+    assert all(torch.equal(one.tokens[key], other.tokens[key]) for key in one.tokens)
+
+
+def snapshot(base: Base) -> dict[str, Tensor]:
+    modules = nn.ModuleDict({name: base.component(name) for name in TARGETS})
+    return {key: value.clone() for key, value in modules.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
+def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
+    config = short_config(method)
+    logs = list(train(concept, base, INTERVAL, config, tmp_path / "run"))
+    adapter = result(logs)
+    assert [log.step for log in logs] == [1, 2, 3, 4, 5, 6, 6]
+    assert adapter.factors.keys() == base.layers.keys()
+    for key, factor in adapter.factors.items():
+        dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
+        assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.basis_seed))
+        assert factor.weight.abs().sum() > 0
+    assert adapter.tokens["text_encoder.<rex>"].shape == (1, 32)
+    assert adapter.spec.tokens == {"<rex>": "dog"}
+    assert adapter.spec.base_fingerprint == base.fingerprint
+    assert logs[-1].before_after is not None
+    assert logs[-1].before_after.stat().st_size > 1000
+
+
+def test_the_base_model_is_as_it_was(base: Base, concept: Concept, config: TrainConfig, tmp_path: Path) -> None:
+    before = snapshot(base)
+    list(train(concept, base, INTERVAL, config, tmp_path / "run"))
+    after = snapshot(base)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert "<rex>" not in base.pipeline.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_resumed_is_straight_bit_for_bit(
+    base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, stop: int
+) -> None:
+    straight = result(list(train(concept, base, INTERVAL, config, tmp_path / "straight")))
+    before = snapshot(base)
+    stopped = train(concept, base, INTERVAL, config, tmp_path / "run")
+    for _ in range(stop):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    assert all(torch.equal(value, before[key]) for key, value in snapshot(base).items())
+
+    resumed = list(train(concept, base, INTERVAL, config, tmp_path / "run", resume=True))
+    assert resumed[0].step == stop // 2 * 2 + 1  # from the checkpoint after every second step
+    assert_same(result(resumed), straight)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_same_seed_same_adapter_other_seed_another(base: Base, concept: Concept, tmp_path: Path) -> None:
+    first, again, other = (
+        result(list(train(concept, base, INTERVAL, short_config(seed=seed), tmp_path / name)))
+        for name, seed in (("first", "1"), ("again", "1"), ("other", "2"))
+    )
+    assert_same(first, again)
+    key = next(iter(first.factors))
+    assert not torch.equal(first.factors[key].weight, other.factors[key].weight)
+
+
+def test_it_learns(base: Base, concept: Concept, tmp_path: Path) -> None:
+    """At the same noise, the loss falls below that of a training whose rates are next to nothing."""
+    totals = []
+    for scale in (1e-2, 1e-12):
+        rates = {f"{part}learning_rate": str(scale) for part in ("", "text_encoder_", "token_")}
+        config = short_config(steps="60", prior_batch="0", caption_dropout="0", **rates)
+        logs = list(train(concept, base, INTERVAL, config, tmp_path / str(scale)))
+        totals.append(sum(log.loss for log in logs[40:60]))
+    assert totals[0] < 0.97 * totals[1]
+
+
+def test_the_prior_holds_the_class_in_place(base: Base, concept: Concept, tmp_path: Path) -> None:
+    drifts = []
+    for weight in ("0", "30"):
+        config = short_config(steps="40", learning_rate="2e-2", prior_weight=weight, prior_batch="4")
+        adapter = result(list(train(concept, base, INTERVAL, config, tmp_path / weight)))
+        drifts.append(adapter.spec.metrics["class_drift"])
+    assert drifts[1] < drifts[0]
+
+
+def test_an_interrupted_training_is_not_overwritten(
+    base: Base, concept: Concept, config: TrainConfig, tmp_path: Path
+) -> None:
+    stopped = train(concept, base, INTERVAL, config, tmp_path)
+    for _ in range(3):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    with pytest.raises(SboraError, match="interrupted training") as caught:
+        next(train(concept, base, INTERVAL, config, tmp_path))
+    assert "--resume" in (caught.value.hint or "")
+    with pytest.raises(SboraError, match=r"differs in config\.seed \(0 there, 5 here\), interval"):
+        next(train(concept, base, Interval(8, 4), short_config(seed="5"), tmp_path, resume=True))
+    (tmp_path / "checkpoint.pt").write_bytes(b"two\nlines")
+    with pytest.raises(SboraError, match="cannot read"):
+        next(train(concept, base, INTERVAL, config, tmp_path, resume=True))
+
+
+def test_one_folder_one_training(base: Base, concept: Concept, config: TrainConfig, tmp_path: Path) -> None:
+    first = train(concept, base, INTERVAL, config, tmp_path)
+    next(first)
+    with pytest.raises(SboraError, match="another training is running"):
+        next(train(concept, base, INTERVAL, config, tmp_path))
+    first.close()  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(
+    base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(base: Base, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return base.pipeline.unet(noisy * float("nan"), t, base.pipeline.text_encoder(ids).last_hidden_state).sample
+
+    monkeypatch.setattr(training, "predict", broken)
+    with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
+        next(train(concept, base, INTERVAL, config, tmp_path))
+    assert "learning_rate" in (caught.value.hint or "")
+
+
+def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) -> None:
+    logs = list(train(concept, base, INTERVAL, short_config(preview_every="2"), tmp_path))
+    previews = [log.preview for log in logs if log.preview]
+    assert [path.name for path in previews] == ["preview-000002.png", "preview-000004.png"]
+    assert all(path.exists() for path in previews)
+
+
+def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp_path: Path) -> None:
+    """A rate of zero leaves its part where it started, and only that part."""
+    config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")
+    adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
+    moved = dict.fromkeys(TARGETS, False)
+    for key, factor in adapter.factors.items():
+        moved[key.split(".")[0]] |= bool(factor.weight.abs().sum() > 0)
+    assert moved == {"unet": True, "text_encoder": False}
+
+
+def test_rate_factor_warms_up_and_decays() -> None:
+    config = short_config(steps="100", warmup_steps="10", final_rate="0.1")
+    factors = [rate_factor(step, config) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == pytest.approx(factors[9])
+    assert factors[-1] == pytest.approx(0.109)
