@@ -148,6 +148,8 @@ def test_two_pictures_with_one_caption_file(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match=r"2 pictures share the caption file .*a\.txt"):
         load_concept(str(folder_of(tmp_path / "dog", "a.png", "a.jpg", a="a <dog>")), [])
     assert len(captions(folder_of(tmp_path / "cat", "a.png", "a.jpg"))) == 2
+    toml = '[captions]\n"a.png" = "a <cow>"'
+    assert captions(folder_of(tmp_path / "cow", "a.png", "a.jpg", toml=toml, a="my <cow>")) == ["my <cow>", "a <cow>"]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a brown dog"])
