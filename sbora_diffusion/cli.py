@@ -90,6 +90,7 @@ def train(
     from sbora_diffusion.cli_train import train_concept
     from sbora_diffusion.library import Library
 
+    _hide_loading_bars()
     overrides = _parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
     library = Library(ADAPTERS)
     for path in train_concept(
@@ -115,6 +116,7 @@ def generate(
     from sbora_diffusion.diffusion.base import load_base
     from sbora_diffusion.library import Library
 
+    _hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     loaded = load_base(base or (adapters[0].spec.base_id if adapters else "emoji64"))
     with diffusion.applied(loaded, adapters, _parse_numbers(strengths, len(adapters))):
@@ -191,7 +193,7 @@ def remove(
     from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
-    if not yes and not typer.confirm(f"Delete {library.locate(name)}?", err=True):
+    if not yes and not typer.confirm(f"Delete {library.path(name)}?", err=True):
         raise SboraError("nothing was deleted")
     library.remove(name)
 
@@ -214,6 +216,15 @@ def _set_up_logging() -> None:
     logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
     # bitsandbytes looks for an optional package on some CPUs and warns at import that it is not there
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.msg)
+
+
+def _hide_loading_bars() -> None:
+    """Of other libraries: a model takes seconds to load, and each draws several."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _parse_settings(settings: Sequence[str]) -> dict[str, str]:

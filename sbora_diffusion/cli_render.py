@@ -89,7 +89,7 @@ def adapter_details(path: Path, adapter: Adapter) -> Table:
         "name": spec.name,
         "file": f"{path} ({_size(path)})",
         "base": f"{spec.base_id} [{spec.base_fingerprint}]",
-        "method": f"SBoRA-{spec.side.upper()} of rank {spec.rank}, {num_parameters:,} parameters",
+        "adapter": f"SBoRA-{spec.side.upper()} of rank {spec.rank}, {num_parameters:,} parameters",
         "layers": f"{len(adapter.factors)}",
         "intervals": f"{_intervals(adapter)} (seed {spec.seed})",
         "tokens": _tokens(adapter),

@@ -171,7 +171,12 @@ class Library:
 
     def remove(self, name: str) -> None:
         """Delete a concept's file, which frees its columns, and end its reservation."""
-        self.path(name).unlink(missing_ok=True)
+        path = self.path(name)
+        if not path.exists() and all(reservation.name != name for reservation in self._state().reservations):
+            raise SboraError(
+                f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})"
+            )
+        path.unlink(missing_ok=True)
         self.release(name)
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:

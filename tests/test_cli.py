@@ -133,12 +133,12 @@ def test_merge_renames_a_token_that_two_have(adapters: Path, caplog: pytest.LogC
 @pytest.mark.usefixtures("adapters")
 def test_inspect() -> None:
     one = run("inspect", "dog").stdout
-    for part in ("<dog> (dog)", "0:8", "SBoRA-FA of rank 8", "steps", "class_drift"):
-        assert part in one
+    for part in ("<dog> (dog)", "0:8", "SBoRA-FA of rank 8", "save_every", "class_drift"):
+        assert part in " ".join(one.split())
     several = run("inspect", "dog", "cat").stdout
     assert "8:16" in several
     assert "disjoint: no column" in several
-    assert all(len(line) <= 80 for line in several.splitlines())
+    assert max(map(len, several.splitlines())) <= 80
 
 
 def test_ledger(adapters: Path) -> None:
@@ -193,7 +193,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("train --concept nosuch", "nosuch"),
         ("train --concept empty", "no picture in empty"),
         ("train --concept unreadable --base TINY", "unreadable/a.png"),
-        ("train --concept dog --base nosuch", "could not load base model 'nosuch'"),
+        ("train --concept horse --base nosuch", "could not load base model 'nosuch'"),
         ("train --concept dog --base TINY", "adapters/dog.safetensors exists"),
         ("train --concept horse --base TINY --interval 30:38", "30:38 does not fit"),
         ("train --concept horse --base TINY --interval 4:12", "4:12 is taken"),
@@ -214,8 +214,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("merge dog cat --how nonsense", "got --how nonsense"),
         ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
         ("inspect posing.safetensors", "posing.safetensors: cannot be read"),
-        ("remove nosuch", "no adapter 'nosuch'"),
-        ("remove nosuch --yes", "no adapter 'nosuch'"),
+        ("remove nosuch --yes", "nothing of the name 'nosuch' in adapters (there: cat, dog)"),
     ],
 )
 def test_bad_input(adapters: Path, base: Path, tmp_path: Path, words: str, message: str) -> None:
