@@ -30,7 +30,7 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
     """
     if how != "sum":
         raise SboraError(f"got merge method {how!r}, expected 'sum'")
-    if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
+    if len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
         raise SboraError(f"got {len(adapters)} adapters and the weights {list(weights)}, expected one number for each")
     pairs = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].spec.name, _digest(*pair)))
     adapters, weights = [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
@@ -105,6 +105,8 @@ class Certificate:
 
 
 def _check_mergeable(specs: Sequence[Spec]) -> None:
+    if not specs:
+        raise SboraError("got no adapters, expected at least one")
     for what in ("side", "seed", "base_fingerprint"):
         first, *others = sorted({str(getattr(spec, what)) for spec in specs})
         if others:

@@ -65,7 +65,7 @@ class WrittenWeights:
         for layer, factor in factors.items():
             _check_writable(layer, factor, side, weights)
         before = self._written[name].factors if name in self._written else {}
-        self._written[name] = _Written(factors, side, strength)
+        self._written[name] = _Written(dict(factors), side, strength)
         self._rewrite({*before, *factors}, weights)
 
     def restore(self, name: str) -> None:

@@ -22,25 +22,10 @@ from sbora_diffusion.adapter.layer import SboraLayer, attach, detect
 from sbora_diffusion.adapter.variant import FastForward
 from sbora_diffusion.errors import SboraError
 
-from .tiny import KINDS, Kind, Tiny, activate, inject, perturb, run
+from .tiny import KINDS, NAMES, Kind, Tiny, activate, attached, inject, perturb, run
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_side = pytest.mark.parametrize("side", ["fa", "fb"])
-
-
-def attached(
-    tiny: Tiny, kind: Kind, *sides: Side, trained: bool = True, **options: Any
-) -> tuple[Any, list[dict[str, SboraLayer]]]:
-    """A model with adapters "0", "1", … of the given sides at consecutive intervals, all active."""
-    model, adapters = tiny.load(kind), []
-    for number, side in enumerate(sides):
-        model = inject(kind, model, str(number), **options)
-        adapters.append(attach(model, str(number), side, Interval(4 * number, 4), seed=0))
-    activate(model, *map(str, range(len(sides))))
-    if trained:
-        for number, layers in enumerate(adapters):
-            perturb((layer.trained for layer in layers.values()), seed=number)
-    return model, adapters
 
 
 def plain_copy(tiny: Tiny, kind: Kind, model: Any, *names: str) -> Any:
@@ -97,7 +82,7 @@ def test_attached_adapter_changes_nothing_yet(tiny: Tiny, kind: Kind, side: Side
 @pytest.mark.parametrize("sides", [("fa",), ("fb",), ("fa", "fa", "fb")], ids=",".join)
 def test_gradients_equal_plain_peft(tiny: Tiny, kind: Kind, sides: tuple[Side, ...]) -> None:
     model, _ = attached(tiny, kind, *sides)
-    plain = plain_copy(tiny, kind, model, *map(str, range(len(sides))))
+    plain = plain_copy(tiny, kind, model, *NAMES[: len(sides)])
     assert_close(run(kind, model), run(kind, plain), rtol=1e-5, atol=1e-5)
     got, expected = gradients(kind, model), gradients(kind, plain)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -131,11 +116,11 @@ def test_training_mode_and_checkpointing_give_the_same_gradients(tiny: Tiny, kin
 def test_one_hot_factor_stays_frozen(tiny: Tiny, side: Side) -> None:
     model, (layers, _) = attached(tiny, "unet", side, "fa")
     one_hot = {name: lora(layer, frozen=True).detach().clone() for name, layer in layers.items()}
-    for adapters in (["1"], ["0"], ["0", "1"]):
+    for adapters in (["cat"], ["dog"], ["dog", "cat"]):
         activate(model, *adapters)
         for layer in layers.values():
             assert not lora(layer, frozen=True).requires_grad
-            assert layer.trained.requires_grad == ("0" in adapters)
+            assert layer.trained.requires_grad == ("dog" in adapters)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
     run("unet", model).square().mean().backward()
     optimiser.step()
@@ -181,8 +166,8 @@ def test_delta_is_the_dense_one(tiny: Tiny, side: Side) -> None:
 @each_side
 def test_detect_recognises_what_plain_peft_loaded(tiny: Tiny, kind: Kind, side: Side) -> None:
     model, (layers,) = attached(tiny, kind, side)
-    foreign = plain_copy(tiny, kind, model, "0")
-    found = detect(foreign, "0")
+    foreign = plain_copy(tiny, kind, model, "dog")
+    found = detect(foreign, "dog")
     assert found.keys() == layers.keys()
     for name, layer in found.items():
         assert layer.side == side
@@ -193,9 +178,9 @@ def test_detect_recognises_what_plain_peft_loaded(tiny: Tiny, kind: Kind, side: 
 
 
 def test_detect_finds_nothing_in_a_dense_lora(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "0", init_lora_weights=False)
+    model = inject("clip", tiny.load("clip"), "dog", init_lora_weights=False)
     expected = run("clip", model)
-    assert detect(model, "0") == {}
+    assert detect(model, "dog") == {}
     assert detect(model, "other") == {}
     assert torch.equal(run("clip", model), expected)
 
@@ -203,7 +188,7 @@ def test_detect_finds_nothing_in_a_dense_lora(tiny: Tiny) -> None:
 @pytest.mark.parametrize("weights", [[1.0, 0.5, 1.0], [-2.0, 0.25, 3.0]])
 def test_detect_folds_the_scale_of_a_concatenation(tiny: Tiny, weights: list[float]) -> None:
     model, adapters = attached(tiny, "llama", "fa", "fa", "fa", rank=4)
-    model.base_model.add_weighted_adapter(["0", "1", "2"], weights, "all", combination_type="cat")
+    model.base_model.add_weighted_adapter(["dog", "cat", "fox"], weights, "all", combination_type="cat")
     model.base_model.set_adapter("all")
     expected = run("llama", model)
     found = detect(model, "all")
@@ -217,33 +202,33 @@ def test_detect_folds_the_scale_of_a_concatenation(tiny: Tiny, weights: list[flo
 
 def test_concatenation_over_shared_columns_stays_dense(tiny: Tiny) -> None:
     model, _ = attached(tiny, "llama", "fa")
-    model.base_model.add_weighted_adapter(["0", "0"], [1.0, 1.0], "twice", combination_type="cat")
+    model.base_model.add_weighted_adapter(["dog", "dog"], [1.0, 1.0], "twice", combination_type="cat")
     assert detect(model, "twice") == {}
 
 
 def test_detect_after_a_hot_swap(tiny: Tiny) -> None:
     model, (layers, others) = attached(tiny, "clip", "fa", "fb")
-    activate(model, "1")
+    activate(model, "cat")
     expected = run("clip", model)
-    activate(model, "0")
+    activate(model, "dog")
     with torch.no_grad():
         for name, layer in layers.items():
             for frozen in (True, False):
                 a_or_b = lora(layer, frozen)
                 a_or_b.copy_(lora(others[name], frozen=not frozen))  # the other side: A is trained, B is one-hot
-    found = detect(model, "0")
+    found = detect(model, "dog")
     assert all(layer.side == "fb" for layer in found.values())
     assert torch.equal(run("clip", model), expected)
-    activate(model, "0")
+    activate(model, "dog")
     assert all(layer.trained.requires_grad and not lora(layer, frozen=True).requires_grad for layer in found.values())
 
 
 def test_a_dense_hot_swap_becomes_plain_lora(tiny: Tiny) -> None:
     model, (layers,) = attached(tiny, "clip", "fa")
     perturb((lora(layer, frozen=True) for layer in layers.values()), std=0.5)
-    assert detect(model, "0") == {}
-    assert torch.equal(run("clip", model), run("clip", plain_copy(tiny, "clip", model, "0")))
-    activate(model, "0")
+    assert detect(model, "dog") == {}
+    assert torch.equal(run("clip", model), run("clip", plain_copy(tiny, "clip", model, "dog")))
+    activate(model, "dog")
     assert all(lora(layer, frozen=True).requires_grad for layer in layers.values())
 
 
@@ -272,8 +257,8 @@ def test_dropout_gathers_first_and_is_unbiased() -> None:
 def test_plain_and_sbora_adapters_together(tiny: Tiny) -> None:
     model, _ = attached(tiny, "clip", "fa")
     model = inject("clip", model, "plain", init_lora_weights=False)
-    activate(model, "0", "plain")
-    assert_close(run("clip", model), run("clip", plain_copy(tiny, "clip", model, "0", "plain")), rtol=1e-5, atol=1e-5)
+    activate(model, "dog", "plain")
+    assert_close(run("clip", model), run("clip", plain_copy(tiny, "clip", model, "dog", "plain")), rtol=1e-5, atol=1e-5)
 
 
 def test_a_trainable_base_gets_its_gradient(tiny: Tiny) -> None:
@@ -340,7 +325,7 @@ def test_merging_into_the_weights(tiny: Tiny, kind: Kind) -> None:
 
 def test_merge_order_does_not_matter(tiny: Tiny) -> None:
     merged = []
-    for order in (["0", "1"], ["1", "0"]):
+    for order in (["dog", "cat"], ["cat", "dog"]):
         model, (layers, _) = attached(tiny, "unet", "fa", "fa")
         for layer in layers.values():
             layer.module.merge(adapter_names=order)
@@ -353,9 +338,9 @@ def test_unfuse_is_exact_whatever_happened_to_the_scale(tiny: Tiny, dtype: torch
     model, _ = attached(tiny, "unet", "fa", "fb")
     model.to(dtype)
     before = base_weights(model)
-    model.fuse_lora(lora_scale=0.7, adapter_names=["0", "1"])
+    model.fuse_lora(lora_scale=0.7, adapter_names=["dog", "cat"])
     assert not all(torch.equal(base_weights(model)[name], before[name]) for name in before)
-    model.set_adapters(["0", "1"], [1.0, 1.0])
+    model.set_adapters(["dog", "cat"], [1.0, 1.0])
     model.unfuse_lora()
     assert_same_weights(model, before)
 
@@ -383,8 +368,8 @@ def test_a_linear4bit_that_was_repacked_has_gradients_again(tiny: Tiny) -> None:
     model = tiny.load("llama-nf4")
     with torch.no_grad():
         expected = run("llama-nf4", model)  # on a CPU with AVX512-BF16 this repacks the weights
-    model = inject("llama-nf4", model, "0")
-    attach(model, "0", "fa", Interval(0, 4), 0)
+    model = inject("llama-nf4", model, "dog")
+    attach(model, "dog", "fa", Interval(0, 4), 0)
     quantised: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert quantised
     for module in quantised:
@@ -421,27 +406,27 @@ def test_nothing_to_attach(tiny: Tiny) -> None:
 
 
 def test_interval_must_have_the_rank_and_fit(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "0")
+    model = inject("clip", tiny.load("clip"), "dog")
     before = run("clip", model)
     with pytest.raises(SboraError, match=r"has rank 4 .* interval has 8"):
-        attach(model, "0", "fa", Interval(0, 8), 0)
+        attach(model, "dog", "fa", Interval(0, 8), 0)
     with pytest.raises(SboraError, match="interval 30:34 does not fit"):
-        attach(model, "0", "fa", Interval(30, 4), 0)
+        attach(model, "dog", "fa", Interval(30, 4), 0)
     assert not any(isinstance(module, FastForward) for module in model.modules())
     assert torch.equal(run("clip", model), before)
 
 
 def test_dora_is_refused(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "0", use_dora=True)
+    model = inject("clip", tiny.load("clip"), "dog", use_dora=True)
     with pytest.raises(SboraError, match="already has DoraLinearVariant"):
-        attach(model, "0", "fa", Interval(0, 4), 0)
-    assert detect(model, "0") == {}
+        attach(model, "dog", "fa", Interval(0, 4), 0)
+    assert detect(model, "dog") == {}
 
 
 def test_lora_bias_is_refused(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "0", lora_bias=True)
+    model = inject("clip", tiny.load("clip"), "dog", lora_bias=True)
     with pytest.raises(SboraError, match="already has a LoRA bias"):
-        attach(model, "0", "fa", Interval(0, 4), 0)
+        attach(model, "dog", "fa", Interval(0, 4), 0)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Embedding(9, 4)])
@@ -457,9 +442,9 @@ def test_a_merged_adapter_is_left_alone(tiny: Tiny) -> None:
     for layer in layers.values():
         layer.module.merge()
     with pytest.raises(SboraError, match="is merged into layer"):
-        detect(model, "0")
+        detect(model, "dog")
     with pytest.raises(SboraError, match="is merged into layer"):
-        attach(model, "0", "fa", Interval(0, 4), 0)
+        attach(model, "dog", "fa", Interval(0, 4), 0)
 
 
 def test_without_a_peft_hook_it_stays_a_dense_lora(
@@ -478,7 +463,7 @@ def test_without_a_peft_hook_it_stays_a_dense_lora(
 
 def test_attaching_again_starts_afresh(tiny: Tiny) -> None:
     model, _ = attached(tiny, "clip", "fa")
-    layers = attach(model, "0", "fb", Interval(8, 4), seed=1)
+    layers = attach(model, "dog", "fb", Interval(8, 4), seed=1)
     assert torch.equal(run("clip", model), run("clip", tiny.load("clip")))
     assert all(layer.side == "fb" and type(layer.module).__mro__.count(FastForward) == 1 for layer in layers.values())
     modules = [module for module in model.modules() if isinstance(module, LoraLayer)]

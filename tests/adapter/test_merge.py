@@ -113,8 +113,9 @@ def test_one_finite_weight_for_each(weights: list[float]) -> None:
 
 
 def test_nothing_to_merge() -> None:
-    with pytest.raises(SboraError, match="got 0 adapters"):
-        merge([], [], "sum")
+    for function in (lambda: merge([], [], "sum"), lambda: certify([])):
+        with pytest.raises(SboraError, match="got no adapters"):
+            function()
 
 
 def widths(adapters: list[Adapter]) -> dict[str, int]:

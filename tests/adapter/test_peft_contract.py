@@ -14,21 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sbora_diffusion.adapter.basis import Interval, Side
-from sbora_diffusion.adapter.layer import SboraLayer, attach, detect
+from sbora_diffusion.adapter.basis import Side
+from sbora_diffusion.adapter.layer import detect
 from sbora_diffusion.adapter.variant import FastForward, SboraVariant
 
-from .tiny import KINDS, Kind, Tiny, activate, inject, perturb, run
-
-
-def attached(tiny: Tiny, kind: Kind, *sides: Side) -> tuple[Any, list[dict[str, SboraLayer]]]:
-    model, adapters = tiny.load(kind), []
-    for number, side in enumerate(sides):
-        model = inject(kind, model, str(number))
-        adapters.append(attach(model, str(number), side, Interval(4 * number, 4), seed=0))
-        perturb((layer.trained for layer in adapters[-1].values()), seed=number)
-    activate(model, *map(str, range(len(sides))))
-    return model, adapters
+from .tiny import KINDS, NAMES, Kind, Tiny, activate, attached, run
 
 
 def test_our_variant_has_every_method_of_a_lora_variant() -> None:
@@ -55,19 +45,23 @@ def test_frozen_names_hold_through_every_switch(tiny: Tiny, kind: Kind, side: Si
     model, adapters = attached(tiny, kind, side, "fa")
     frozen = {"fa": "lora_A", "fb": "lora_B"}
     switches: list[Callable[[], Any]] = [
-        lambda: activate(model, "1"),
-        lambda: activate(model, "0"),
-        lambda: activate(model, "0", "1"),
+        lambda: activate(model, "cat"),
+        lambda: activate(model, "dog"),
+        lambda: activate(model, "dog", "cat"),
     ]
     if kind == "unet":
-        switches += [model.disable_adapters, model.enable_adapters, lambda: model.set_adapters(["0", "1"], [0.5, 2.0])]
+        switches += [
+            model.disable_adapters,
+            model.enable_adapters,
+            lambda: model.set_adapters(["dog", "cat"], [0.5, 2.0]),
+        ]
     for switch in switches:
         switch()
-        for number, layers in enumerate(adapters):
+        for adapter, layers in zip(NAMES, adapters, strict=False):
             for layer in layers.values():
                 name = frozen[layer.side]
-                assert layer.module.frozen_peft_weight_names[str(number)] == (name,)
-                assert not getattr(layer.module, name)[str(number)].weight.requires_grad
+                assert layer.module.frozen_peft_weight_names[adapter] == (name,)
+                assert not getattr(layer.module, name)[adapter].weight.requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,12 +105,12 @@ def test_mixed_batches(tiny: Tiny, kind: Kind) -> None:
     model, _ = attached(tiny, kind, "fa", "fb")
     ids = torch.randint(0, 96, (3, 7))
     expected = []
-    for names in (["0"], ["1"]):
+    for names in (["dog"], ["cat"]):
         activate(model, *names)
         expected.append(model(ids).logits)
     with model.disable_adapter():
         expected.append(model(ids).logits)
-    mixed = model(ids, adapter_names=["0", "1", "__base__"]).logits
+    mixed = model(ids, adapter_names=["dog", "cat", "__base__"]).logits
     for row, logits in enumerate(expected):
         assert_close(mixed[row], logits[row], rtol=1e-4, atol=1e-5)
 
@@ -126,9 +120,9 @@ def test_a_peft_folder_carries_it(tiny: Tiny, tmp_path: Path, side: Side) -> Non
     model, (layers,) = attached(tiny, "llama", side)
     expected = run("llama", model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.load("llama"), tmp_path / "0", adapter_name="0")
+    loaded = PeftModel.from_pretrained(tiny.load("llama"), tmp_path / "dog", adapter_name="dog")
     assert_close(run("llama", loaded), expected, rtol=1e-5, atol=1e-5)
-    assert detect(loaded, "0").keys() == layers.keys()
+    assert detect(loaded, "dog").keys() == layers.keys()
     assert torch.equal(run("llama", loaded), expected)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -137,30 +131,30 @@ def test_a_peft_folder_carries_it(tiny: Tiny, tmp_path: Path, side: Side) -> Non
 def test_diffusers_carries_it_and_hot_swaps_it(tiny: Tiny, tmp_path: Path, side: Side) -> None:
     model, (layers, _) = attached(tiny, "unet", side, side)
     outputs: list[Tensor] = []
-    for name in ("0", "1"):
+    for name in ("dog", "cat"):
         activate(model, name)
         outputs.append(run("unet", model))
         model.save_lora_adapter(tmp_path / name, adapter_name=name)
     fresh = tiny.load("unet")
     file = "pytorch_lora_weights.safetensors"
-    fresh.load_lora_adapter(tmp_path / "0", prefix=None, weight_name=file, adapter_name="dog")
+    fresh.load_lora_adapter(tmp_path / "dog", prefix=None, weight_name=file, adapter_name="dog")
     assert_close(run("unet", fresh), outputs[0], rtol=1e-5, atol=1e-5)
     assert detect(fresh, "dog").keys() == layers.keys()
     assert torch.equal(run("unet", fresh), outputs[0])
 
-    fresh.load_lora_adapter(tmp_path / "1", prefix=None, weight_name=file, adapter_name="dog", hotswap=True)
+    fresh.load_lora_adapter(tmp_path / "cat", prefix=None, weight_name=file, adapter_name="dog", hotswap=True)
     assert detect(fresh, "dog").keys() == layers.keys()
     assert_close(run("unet", fresh), outputs[1], rtol=1e-6, atol=1e-6)
 
 
 def test_deleting_an_adapter_leaves_nothing(tiny: Tiny) -> None:
     model, (layers, others) = attached(tiny, "unet", "fa", "fb")
-    model.delete_adapters("0")
+    model.delete_adapters("dog")
     for layer in layers.values():
-        assert "0" not in layer.module.lora_variant
-        assert "0" not in layer.module.frozen_peft_weight_names
-        assert layer.module.frozen_peft_weight_names == {"1": ("lora_B",)}
-    activate(model, "1")
+        assert "dog" not in layer.module.lora_variant
+        assert "dog" not in layer.module.frozen_peft_weight_names
+        assert layer.module.frozen_peft_weight_names == {"cat": ("lora_B",)}
+    activate(model, "cat")
     assert all(layer.trained.requires_grad for layer in others.values())
     model.unload_lora()
     assert torch.equal(run("unet", model), run("unet", tiny.load("unet")))
@@ -170,9 +164,9 @@ def test_deleting_an_adapter_leaves_nothing(tiny: Tiny) -> None:
 def test_the_scale_is_read_at_every_forward(tiny: Tiny) -> None:
     model, (layers,) = attached(tiny, "unet", "fa")
     base = run("unet", tiny.load("unet"))
-    model.set_adapters("0", 0.0)
+    model.set_adapters("dog", 0.0)
     assert torch.equal(run("unet", model), base)
-    model.set_adapters("0", 0.5)
+    model.set_adapters("dog", 0.5)
     assert {layer.scaling for layer in layers.values()} == {1.0}  # alpha 8, rank 4
 
 

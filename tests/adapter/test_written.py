@@ -167,6 +167,16 @@ def test_a_refused_write_changes_nothing() -> None:
     assert same_bits(model.weights(), before)
 
 
+def test_the_callers_mapping_stays_the_callers() -> None:
+    model = Two()
+    before = model.weights()
+    written, stored = WrittenWeights(model), factors("fa", Interval(0, 3), 0)
+    written.write("dog", stored, "fa")
+    stored.clear()
+    written.restore("dog")
+    assert same_bits(model.weights(), before)
+
+
 def test_nf4_is_refused(tiny: Tiny) -> None:
     model = tiny.load("llama-nf4")
     shapes = {"model.model.layers.0.self_attn.q_proj": (64, 64)}

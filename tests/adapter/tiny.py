@@ -9,7 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
+from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.layer import SboraLayer, attach
+
 Kind = Literal["unet", "clip", "llama", "llama-nf4"]
+NAMES = ("dog", "cat", "fox")  # of adapters; PEFT mistakes a number for a part of a module name
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -82,6 +86,21 @@ def perturb(parameters: Any, seed: int = 1, std: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def attached(
+    tiny: Tiny, kind: Kind, *sides: Side, trained: bool = True, **options: Any
+) -> tuple[Any, list[dict[str, SboraLayer]]]:
+    """A model with adapters dog, cat, fox of the given sides at consecutive intervals, all active."""
+    model, adapters = tiny.load(kind), []
+    for number, (name, side) in enumerate(zip(NAMES, sides, strict=False)):
+        model = inject(kind, model, name, **options)
+        adapters.append(attach(model, name, side, Interval(4 * number, 4), seed=0))
+    activate(model, *NAMES[: len(sides)])
+    if trained:
+        for number, layers in enumerate(adapters):
+            perturb((layer.trained for layer in layers.values()), seed=number)
+    return model, adapters
 
 
 def _unet() -> UNet2DConditionModel:
