@@ -166,7 +166,7 @@ def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", h
         return
     show(adapter_table(paths, adapters))
     try:
-        typer.echo(f"\n{certify(adapters).describe()}")
+        show(f"\n{certify(adapters).describe()}")
     except SboraError as reason:
         log.warning("cannot be merged: %s", reason)
 

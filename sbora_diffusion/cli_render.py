@@ -59,7 +59,7 @@ class TrainingProgress:
 
 def show(renderable: RenderableType) -> None:
     """Write to stdout, nothing of it cut off."""
-    Console(highlight=False, soft_wrap=False).print(renderable)
+    Console(highlight=False, markup=False).print(renderable)
 
 
 def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:

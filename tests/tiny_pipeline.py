@@ -29,9 +29,9 @@ def save_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
         norm_num_groups=4,
     )
     vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
         norm_num_groups=4,
     )
     text_encoder = CLIPTextModel(
