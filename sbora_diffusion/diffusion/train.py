@@ -141,19 +141,18 @@ class _Live:
 
 @contextmanager
 def _live_concept(concept: Concept, base: Base, interval: Interval, config: TrainConfig) -> Iterator[_Live]:
-    """Inject the adapter and the token; take both out at the end."""
-    pipeline = base.pipeline
+    """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
     start = class_embedding(base, concept.class_noun)
     try:
+        layers = {}
+        for component, targets in TARGETS.items():
+            model: Any = base.component(component)
+            model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
+            layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
         with added_tokens(base, {concept.token: start}) as embedding:
-            layers = {}
-            for component, targets in TARGETS.items():
-                model: Any = base.component(component)
-                model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
-                layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
             yield _Live(layers, embedding)
     finally:
-        pipeline.unload_lora_weights()
+        base.pipeline.unload_lora_weights()
 
 
 class _Run:

@@ -12,6 +12,7 @@ from sbora_diffusion.diffusion import train as training
 from sbora_diffusion.diffusion.base import TARGETS, Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.tokens import class_embedding
 from sbora_diffusion.diffusion.train import StepLog, rate_factor, train
 from sbora_diffusion.errors import SboraError
 
@@ -50,7 +51,9 @@ def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, 
         dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
         assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.basis_seed))
         assert factor.weight.abs().sum() > 0
-    assert adapter.tokens["text_encoder.<rex>"].shape == (1, 32)
+    start = class_embedding(base, concept.class_noun)
+    assert adapter.tokens["text_encoder.<rex>"].shape == start.shape
+    assert not torch.equal(adapter.tokens["text_encoder.<rex>"], start)
     assert adapter.spec.tokens == {"<rex>": "dog"}
     assert adapter.spec.base_fingerprint == base.fingerprint
     assert logs[-1].before_after is not None
@@ -162,6 +165,7 @@ def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp
     """A rate of zero leaves its part where it started, and only that part."""
     config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")
     adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
+    assert torch.equal(adapter.tokens["text_encoder.<rex>"], class_embedding(base, concept.class_noun))
     moved = dict.fromkeys(TARGETS, False)
     for key, factor in adapter.factors.items():
         moved[key.split(".")[0]] |= bool(factor.weight.abs().sum() > 0)
