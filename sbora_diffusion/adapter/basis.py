@@ -90,7 +90,7 @@ def indices(layer: str, dim: int, interval: Interval, seed: int) -> Tensor:
             f"interval {interval} does not fit layer {canonical(layer)}, which has the positions 0:{dim}",
             hint="Choose a smaller rank or an earlier interval.",
         )
-    return permutation(layer, dim, seed)[interval.start : interval.stop]
+    return permutation(layer, dim, seed)[interval.start : interval.stop].clone()
 
 
 def capacity(dims: Iterable[int], rank: int) -> int:

@@ -85,6 +85,10 @@ def test_slots_share_no_column(dim: int, rank: int, seed: int) -> None:
     assert all(0 <= column < dim for column in owned)
 
 
+def test_indices_do_not_keep_the_permutation() -> None:
+    assert indices("layer", 320, Interval(8, 4), 0).untyped_storage().nbytes() == 4 * 8
+
+
 def test_layers_and_seeds_differ() -> None:
     a = permutation("a", 320, 0)
     assert not torch.equal(a, permutation("b", 320, 0))
