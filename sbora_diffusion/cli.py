@@ -22,6 +22,12 @@ ADAPTERS, RUNS = Path("adapters"), Path("runs")
 BATCH = 8  # pictures generated at once
 
 
+IMPORT_NOTICES = {  # logger -> what it says at import about optional packages that we advise against
+    "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+}
+
+
 class Commands(TyperGroup):
     """Turns what a user can do something about into a line on stderr and an exit status."""
 
@@ -212,10 +218,10 @@ class _EchoHandler(logging.Handler):
 
 
 def _set_up_logging() -> None:
-    logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING)
+    logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING, format="%(message)s")
     logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
-    # bitsandbytes looks for an optional package on some CPUs and warns at import that it is not there
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.msg)
+    for name, unwanted in IMPORT_NOTICES.items():
+        logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
 
 
 def _hide_loading_bars() -> None:
