@@ -77,7 +77,7 @@ def generate(
     *,
     seeds: Sequence[int],
     steps: int = 20,
-    guidance: float = 4.0,
+    guidance: float = 3.0,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, at the base model's own resolution.

@@ -177,7 +177,7 @@ def build(data: Path) -> Art:
             images.append(pixels)
             cutouts.append(_describe(subject, style, width, height))
     art = Art(np.stack(images), tuple(cutouts))
-    np.savez(data / "art.npz", images=art.images, cutouts=json.dumps([asdict(c) for c in cutouts]))
+    save_art(art, data)
     return art
 
 
@@ -186,8 +186,13 @@ def _describe(subject: Subject, style: str, width: float, height: float) -> CutO
     return CutOut(subject.name, style, subject.tier, width, height, held_out)
 
 
+def save_art(art: Art, data: Path) -> None:
+    """Store all cut-outs as `art.npz` in the data folder."""
+    np.savez(data / "art.npz", images=art.images, cutouts=json.dumps([asdict(cutout) for cutout in art.cutouts]))
+
+
 def load_art(data: Path) -> Art:
-    """Load what `build` stored."""
+    """The inverse of `save_art`."""
     path = data / "art.npz"
     if not path.exists():
         raise SboraError(f"no art in {data}", "run: python -m sbora_diffusion.emoji64.art")

@@ -38,6 +38,7 @@ POOL = 8_000  # latents kept; each is shown a handful of times before it is repl
 FRESH = 64  # latents replaced at once
 REUSE = 12  # how often a latent is shown on average
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights, whose memory is 1000 steps
+SAMPLING_STEPS = 20
 EMPTY = 0.1  # captions dropped for classifier-free guidance
 
 
@@ -135,7 +136,9 @@ def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
     pipeline = model.assemble(data, networks["unet"], networks["text_encoder"])
     generator = torch.Generator().manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pictures = pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator, output_type="pt")
+        pictures = pipeline(
+            prompts, num_inference_steps=SAMPLING_STEPS, guidance_scale=3.0, generator=generator, output_type="pt"
+        )
     return pictures.images.float() * 2 - 1
 
 

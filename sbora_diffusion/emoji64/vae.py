@@ -20,6 +20,7 @@ from sbora_diffusion.emoji64.compose import RESOLUTION, Composer, Variety, pictu
 log = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 8
+POOL = 6000  # compositions that crops are taken from
 EVERYTHING = Variety(tiers=99, size=(30, 56), shift=6, flip=0.5, pairs=0.4)
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.manual_seed(args.seed)
     composer = Composer(load_art(args.data), args.seed, EVERYTHING)
-    pool = torch.cat([composer.batch(100)[0] for _ in range(60)])
+    pool = torch.cat([composer.batch(100)[0] for _ in range(POOL // 100)])
     unseen = Composer(load_art(args.data), args.seed + 1, EVERYTHING).batch(128)[0]
 
     vae = new_vae().train()

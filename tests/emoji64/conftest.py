@@ -1,9 +1,11 @@
 """Art built in code: coloured shapes that stand in for the emoji, which are not in the repository."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from sbora_diffusion.emoji64.art import SIZE, Art, CutOut
+from sbora_diffusion.emoji64.art import SIZE, Art, CutOut, save_art
 
 SUBJECTS = [("dog", 0, True), ("owl", 0, False), ("red apple", 0, False), ("turtle", 1, False)]
 
@@ -20,3 +22,10 @@ def art() -> Art:
             filled = (SIZE - 8) / SIZE
             cutouts.append(CutOut(subject, style, tier, filled, filled, is_concept and style == "3d"))
     return Art(np.stack(images), tuple(cutouts))
+
+
+@pytest.fixture
+def art_folder(art: Art, tmp_path: Path) -> Path:
+    """A data folder that holds this art."""
+    save_art(art, tmp_path)
+    return tmp_path

@@ -1,0 +1,69 @@
+"""Draw docs/images: every trained concept alone, and three of them merged, from the concept files in ./adapters."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.merge import merge
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.dataset import load_picture
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.sheet import sheet
+
+PLACES = ("on the beach", "in the snow", "at night", "and a red apple on the grass")
+
+
+def pictures(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
+    """A labelled picture of a subject in each of PLACES, for each seed."""
+    prompts = [f"a {subject} {place}" for place in PLACES for _ in seeds]
+    return list(zip(prompts, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
+
+
+def given(name: str) -> list[tuple[str, Image.Image]]:
+    """The first picture that the concept was taught from."""
+    return [("given", load_picture(load_concept(name, default_roots()).pictures[1].path))]
+
+
+def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequence[int]) -> list:
+    """One row a concept, drawn with whatever is applied now."""
+    rows = []
+    for adapter in adapters:
+        (token,) = adapter.spec.tokens
+        rows.append((f"{token}, {loaded}", given(adapter.spec.name) + pictures(base, token, seeds)))
+    return rows
+
+
+def main() -> None:
+    """Write concepts.png (one row a concept, alone) and merged.png (all of them in one merge, and without tokens)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="+", help="concepts in ./adapters")
+    parser.add_argument("--merged", type=int, default=3, help="how many of them to merge")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    args = parser.parse_args()
+    base = load_base("emoji64")
+    adapters = [Adapter.load(f"adapters/{name}.safetensors") for name in args.names]
+    alone = []
+    for adapter in adapters:
+        with applied(base, [adapter]):
+            alone += rows_of(base, [adapter], "alone", args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sheet(alone, cell=96).save(args.out / "concepts.png", optimize=True)
+
+    chosen = adapters[: args.merged]
+    nouns = [noun for adapter in chosen for noun in adapter.spec.tokens.values()]
+    before = {noun: pictures(base, noun, args.seeds) for noun in nouns}
+    with applied(base, [merge(chosen, [1.0] * len(chosen), "sum")]):
+        rows = rows_of(base, chosen, f"{len(chosen)} concepts merged", args.seeds)
+        for noun in nouns:
+            rows.append((f"{noun}, without token: the base model", given(noun) + before[noun]))
+            rows.append((f"{noun}, without token: after the merge", given(noun) + pictures(base, noun, args.seeds)))
+    sheet(rows, cell=96).save(args.out / "merged.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
