@@ -38,7 +38,7 @@ def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequenc
 
 
 def main() -> None:
-    """Write concepts.png (one row a concept, alone) and merged.png (all of them in one merge, and without tokens)."""
+    """Draw every concept alone (concepts.png; its first seed is readme.png), and some merged (merged.png)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="+", help="concepts in ./adapters")
     parser.add_argument("--merged", type=int, default=3, help="how many of them to merge")
@@ -53,6 +53,8 @@ def main() -> None:
             alone += rows_of(base, [adapter], "alone", args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
     sheet(alone, cell=96).save(args.out / "concepts.png", optimize=True)
+    first = [(title, drawn[:1] + drawn[1 :: len(args.seeds)]) for title, drawn in alone]
+    sheet(first, cell=96).save(args.out / "readme.png", optimize=True)
 
     chosen = adapters[: args.merged]
     nouns = [noun for adapter in chosen for noun in adapter.spec.tokens.values()]

@@ -30,6 +30,7 @@ class TrainConfig:
     smallest_crop: float  # the smallest variant's side, as a fraction of the picture's
     prior_batch: int  # samples a step that hold the base model's own answers in place
     prior_weight: float
+    prior_prompts: tuple[str, ...]  # what else the base model's answers are held for
     preview_every: int  # steps; 0 for none
     save_every: int  # steps between checkpoints
     sampling_steps: int
@@ -80,7 +81,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the inverse of `from_dict`."""
-        return asdict(self) | {"preview_prompts": list(self.preview_prompts)}
+        return asdict(self) | {key: list(getattr(self, key)) for key in ("preview_prompts", "prior_prompts")}
 
 
 def _kind(key: str) -> Any:

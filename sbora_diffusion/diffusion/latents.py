@@ -14,7 +14,7 @@ from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import load_picture, to_tensor
 
-PRIOR_SIZE = 96  # answers of the base model that are held
+PRIOR_SIZE = 192  # answers of the base model that are held
 
 
 class Noising:
@@ -86,18 +86,42 @@ def _crop(image: Image.Image, generator: torch.Generator, smallest: float) -> Im
 
 
 @torch.no_grad()
-def prior_answers(base: Base, latents: Tensor, ids: Tensor, noising: Noising, seed: int) -> Batch:
-    """What the base model answers on noisy concept pictures when the caption says only the class.
+def prior_answers(base: Base, latents: Tensor, ids: Tensor, noising: Noising, config: TrainConfig) -> Batch:
+    """What the base model answers where the concept is not asked for.
 
-    Training holds these answers in place ("prior prediction"), so that the class stays what it was.
+    Half of the noisy pictures are the concept's under the caption of its class, half are the base model's own under the
+    prior prompts. Training holds these answers in place ("prior prediction"): the first half so that the class stays
+    what it was, the second so that the adapter is quiet on everything else, other concepts' pictures included.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(latents), (PRIOR_SIZE,), generator=generator)
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = draw_latents(base, config.prior_prompts, config)
+    sources = [(latents, ids), (drawn, tokenize(base, config.prior_prompts))] if len(drawn) else [(latents, ids)]
+    counts = [PRIOR_SIZE // len(sources)] * len(sources)
+    rows = [torch.randint(len(each), (n,), generator=generator) for (each, _), n in zip(sources, counts, strict=True)]
+    clean = torch.cat([each[chosen] for (each, _), chosen in zip(sources, rows, strict=True)])
+    ids = torch.cat([each[chosen] for (_, each), chosen in zip(sources, rows, strict=True)])
+    shuffled = torch.randperm(PRIOR_SIZE, generator=generator)  # every timestep sees both
+    clean, ids = clean[shuffled], ids[shuffled]
     t = stratified_timesteps(PRIOR_SIZE, noising.num_timesteps, generator).to(base.device)
-    noise = torch.randn(latents[rows].shape, generator=generator).to(base.device)
-    noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
+    noise = torch.randn(clean.shape, generator=generator).to(base.device)
+    noisy = noising.add(clean, noise, t)
     answers = [predict(base, *parts) for parts in zip(noisy.split(8), t.split(8), ids.split(8), strict=True)]
     return Batch(noisy, t, ids, torch.cat(answers))
+
+
+@torch.no_grad()
+def draw_latents(base: Base, prompts: Sequence[str], config: TrainConfig) -> Tensor:
+    """The base model's own pictures of the prompts, as latents (len(prompts), channels, height, width)."""
+    if not prompts:
+        return torch.empty(0)
+    result: Any = base.pipeline(
+        list(prompts),
+        num_inference_steps=config.sampling_steps,
+        guidance_scale=config.guidance,
+        generator=[torch.Generator("cpu").manual_seed(config.seed + number) for number in range(len(prompts))],
+        output_type="latent",
+    )
+    return result.images
 
 
 def stratified_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> Tensor:

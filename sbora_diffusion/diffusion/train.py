@@ -123,7 +123,7 @@ def _prepare_data(concept: Concept, base: Base, config: TrainConfig) -> _Data:
     latents, captions = encode(base, concept, config)
     noising = Noising(base)
     said = [caption.replace(concept.token, concept.class_noun) for caption in captions]
-    prior = prior_answers(base, latents, tokenize(base, said), noising, config.seed)
+    prior = prior_answers(base, latents, tokenize(base, said), noising, config)
     return _Data(latents, captions, prior, noising)
 
 

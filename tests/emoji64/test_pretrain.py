@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_every_noun_of_the_world_is_one_token_a_word() -> None:
 
 def test_latents_are_normalised_without_changing_the_pictures() -> None:
     torch.manual_seed(0)
-    network, pictures = vae.new_vae().eval(), torch.rand(64, 3, 64, 64) * 2 - 1
+    network: Any = vae.new_vae().eval()
+    pictures = torch.rand(64, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         before = network.decode(network.encode(pictures).latent_dist.mode()).sample
         vae.normalise_latents(network, pictures)
