@@ -190,7 +190,9 @@ class _Run:
         nn.utils.clip_grad_norm_(self._live.parameters(), self._config.max_grad_norm)
         value = own.mean().item()
         if not torch.isfinite(loss):
-            raise SboraError(f"the loss is {value} at step {step + 1}", "lower it: --set learning_rate=1e-3")
+            raise SboraError(
+                f"the loss is {value} at step {step + 1}", "train with a lower rate: --set learning_rate=1e-3"
+            )
         self._optimizer.step()
         self._schedule.step()
         self.step = step + 1
