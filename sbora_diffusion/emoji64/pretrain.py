@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sbora_diffusion.emoji64 import loop, model
 from sbora_diffusion.emoji64.art import load_art
 from sbora_diffusion.emoji64.compose import Composer, Variety, picture_grid, render
+from sbora_diffusion.emoji64.optimizer import MuonAdamW
 from sbora_diffusion.emoji64.world import caption, load_world
 
 log = logging.getLogger(__name__)
@@ -143,7 +145,7 @@ def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
 
 
 def training_step(
-    networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, diffusion: Diffusion, latents: Latents, batch: int
+    networks: nn.ModuleDict, optimizer: MuonAdamW, diffusion: Diffusion, latents: Latents, batch: int
 ) -> Tensor:
     """One optimiser step on a batch of stratified timesteps; returns the loss."""
     truth, ids = latents.batch(batch)
@@ -151,7 +153,6 @@ def training_step(
     ids = torch.where(dropped, latents.tokens([""]), ids)
     t = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
     loss = diffusion.loss(networks, truth, ids, t, torch.randn_like(truth))
-    optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
     optimizer.step()
@@ -169,49 +170,79 @@ def report(
     return gap
 
 
+class Trainee:
+    """The networks in training, their averaged copy, the optimiser, and how far they are."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, learning_rate: float) -> None:
+        self.networks = nn.ModuleDict({"unet": model.new_unet(), "text_encoder": model.new_text_encoder(tokenizer)})
+        self.average = copy.deepcopy(self.networks).eval().requires_grad_(False)
+        self.optimizer = MuonAdamW(self.networks, learning_rate)
+        self.step = self.stage = 0
+
+    def start_from_package(self) -> None:
+        """Take the weights that ship with the package, at the last stage; the optimiser starts afresh."""
+        shipped = StableDiffusionPipeline.from_pretrained(model.WEIGHTS)
+        for networks in (self.networks, self.average):
+            networks["unet"].load_state_dict(shipped.unet.state_dict())
+            networks["text_encoder"].load_state_dict(shipped.text_encoder.state_dict())
+        self.stage = len(STAGES) - 1
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint."""
+        self.step, self.stage = state["step"], state["stage"]
+        self.networks.load_state_dict(state["networks"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint."""
+        parts = {name: getattr(self, name).state_dict() for name in ("networks", "average", "optimizer")}
+        return {"step": self.step, "stage": self.stage, **parts}
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights, faster at first."""
+        rate = max(0.001 * AVERAGE_EVERY, 9 / (10 + self.step / AVERAGE_EVERY))
+        for kept, current in zip(self.average.parameters(), self.networks.parameters(), strict=True):
+            kept.lerp_(current, rate)
+
+
 def main() -> None:
     """Train the denoiser and the text encoder; checkpoints and samples go to the data folder."""
     parser = loop.arguments(main.__doc__ or "", steps=16_000, batch=32, learning_rate=1e-3)
+    parser.add_argument(
+        "--from-package", action="store_true", help="without a checkpoint, start from the weights that ship"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.manual_seed(args.seed)
-    tokenizer = CLIPTokenizer.from_pretrained(args.data / "tokenizer")
-    networks = nn.ModuleDict({"unet": model.new_unet(), "text_encoder": model.new_text_encoder(tokenizer)})
-    optimizer = torch.optim.AdamW(networks.parameters(), args.learning_rate, (0.9, 0.99), weight_decay=0.01, fused=True)
+    trainee = Trainee(CLIPTokenizer.from_pretrained(args.data / "tokenizer"), args.learning_rate)
     checkpoint = args.data / "base.pt"
-    state: dict[str, Any] = {"step": 0, "stage": 0}
     if stored := loop.load_state(checkpoint):
-        state = stored
-        networks.load_state_dict(state["networks"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.manual_seed(args.seed + state["step"])
-    average = copy.deepcopy(networks).eval().requires_grad_(False)
-    if "average" in state:
-        average.load_state_dict(state["average"])
-    stage, diffusion, latents = state["stage"], Diffusion(), Latents(args.data, args.seed + state["step"])
-    latents.open(stage)
+        trainee.load(stored)
+    elif args.from_package:
+        trainee.start_from_package()
+    torch.manual_seed(args.seed + trainee.step)
+    diffusion, latents = Diffusion(), Latents(args.data, args.seed + trainee.step)
+    latents.open(trainee.stage)
 
     losses: list[Tensor] = []
-    for step, _ in loop.count_steps(state["step"], args.steps, "emoji64"):
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * loop.cosine(step, args.steps, warmup=100, hold=0.65)
-        losses.append(training_step(networks, optimizer, diffusion, latents, args.batch))
+    for step, _ in loop.count_steps(trainee.step, args.steps, "emoji64"):
+        trainee.optimizer.set_rate(loop.cosine(step, args.steps, warmup=100, hold=0.65))
+        losses.append(training_step(trainee.networks, trainee.optimizer, diffusion, latents, args.batch))
+        trainee.step = step + 1
         if step % AVERAGE_EVERY == 0:
-            rate = max(0.001 * AVERAGE_EVERY, 9 / (10 + step / AVERAGE_EVERY))
-            for kept, current in zip(average.parameters(), networks.parameters(), strict=True):
-                kept.lerp_(current, rate)
+            trainee.update_average()
         if step % (FRESH * REUSE // args.batch) == 0:
             latents.refresh()
-        if (step + 1) % args.report_every == 0 or step + 1 == args.steps:
+        if trainee.step % args.report_every == 0 or trainee.step == args.steps:
             log.info("loss %.4f", torch.stack(losses).mean())
             losses.clear()
-            gap = report(args, step + 1, average, latents, diffusion, stage)
-            if gap > GATE and stage + 1 < len(STAGES):
-                stage += 1
-                latents.open(stage)
-            state = {"step": step + 1, "stage": stage, "networks": networks.state_dict()}
-            state |= {"average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            loop.save_state(checkpoint, state)
+            gap = report(args, trainee.step, trainee.average, latents, diffusion, trainee.stage)
+            if gap > GATE and trainee.stage + 1 < len(STAGES):
+                trainee.stage += 1
+                latents.open(trainee.stage)
+            loop.save_state(checkpoint, trainee.state())
 
 
 if __name__ == "__main__":
