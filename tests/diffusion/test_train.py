@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval, indices
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion import train as training
+from sbora_diffusion.diffusion import run as run_module
 from sbora_diffusion.diffusion.base import TARGETS, Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.run import rate_factor
 from sbora_diffusion.diffusion.tokens import class_embedding
-from sbora_diffusion.diffusion.train import StepLog, rate_factor, train
+from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 
 from .conftest import short_config
@@ -148,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
     def broken(base: Base, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         return base.pipeline.unet(noisy * float("nan"), t, base.pipeline.text_encoder(ids).last_hidden_state).sample
 
-    monkeypatch.setattr(training, "predict", broken)
+    monkeypatch.setattr(run_module, "predict", broken)
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
         next(train(concept, base, INTERVAL, config, tmp_path))
     assert "learning_rate" in (caught.value.hint or "")
