@@ -1,0 +1,133 @@
+"""A suite: the prompts that a concept, or several in one picture, are evaluated on."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.suite_readers import Kind, read_prompts
+
+_ANGLE = re.compile(r"<[^<>\s]+>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A text in which "{0}" stands for the first concept's token, "{1}" for the second's, and so on."""
+
+    text: str
+    kind: Kind
+
+    @classmethod
+    def parse(cls, text: str, kind: Kind) -> "Prompt":
+        """Read a prompt as people write it: one concept as "{}", "{0}" or "<TOK>", several as "{0}" and "{1}".
+
+        Raises:
+            SboraError: no placeholder, an unknown one, or a second concept in a prompt for one.
+        """
+        single = " ".join(text.split()).replace("<TOK>", "{0}")
+        words = single.replace("{}", "{0}") if single.count("{}") == 1 else single
+        numbers = _placeholders(words, text)
+        if not numbers:
+            raise SboraError(f"the prompt {text!r} has no placeholder", "write {} for the concept")
+        if kind != "joint" and numbers != {0}:
+            raise SboraError(f"the {kind} prompt {text!r} speaks of several concepts", 'for that the kind is "joint"')
+        return cls(text=words, kind=kind)
+
+    @property
+    def placeholders(self) -> set[int]:
+        return _placeholders(self.text, self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Prompts that all speak of the same number of concepts; `sha256` is that of the file they came from."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise SboraError(f"the suite {self.name} has no prompts", "write one a line")
+        if len({prompt.kind == "joint" for prompt in self.prompts}) > 1:
+            raise SboraError(f"the suite {self.name} mixes joint prompts with others", "make two suites of it")
+        numbers = set[int]().union(*(prompt.placeholders for prompt in self.prompts))
+        if numbers != set(range(self.num_concepts)):
+            raise SboraError(f"the prompts of the suite {self.name} have the placeholders {sorted(numbers)} only")
+
+    @property
+    def num_concepts(self) -> int:
+        """How many concepts a picture is to show; a published joint prompt here and there names only one of them."""
+        highest = max(number for prompt in self.prompts for number in prompt.placeholders)
+        return max(highest + 1, 2 if self.prompts[0].kind == "joint" else 1)
+
+    def bind(self, tokens: Sequence[str]) -> list[str]:
+        """The prompts with the concepts' words in place: learned tokens, or class nouns.
+
+        Raises:
+            SboraError: not one word for each concept that the prompts speak of.
+        """
+        if len(tokens) != self.num_concepts:
+            raise SboraError(
+                f"the suite {self.name} speaks of {self.num_concepts} concepts in one picture, "
+                f"got {len(tokens)}: {', '.join(tokens) or 'none'}",
+                f"give {self.num_concepts} concepts, or choose another suite",
+            )
+        return [prompt.text.format(*tokens) for prompt in self.prompts]
+
+
+def default_suites() -> Path:
+    """The folder of the suites that come with the package or lie in the checkout."""
+    package = Path(__file__).parents[1]
+    packaged = package / "suites"
+    return packaged if packaged.is_dir() else package.parent / "eval" / "suites"
+
+
+def known_suites() -> list[str]:
+    """Names of the suites that come with the package, sorted."""
+    return sorted(path.stem for path in default_suites().glob("*.toml"))
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """Read a suite by its name, or from a file or folder in a layout that `suite_readers` knows.
+
+    Args:
+        name_or_path: such as "emoji64", "mine.toml", "test_pet.txt" (Mix-of-Show), "dreambooth/dog" (a folder of its
+            data set), "dataset.json#pet_cat1" (CustomConcept101; after # a concept, or several joined by +).
+
+    Raises:
+        SboraError: nothing of that name, no prompts, a prompt that is not right, a layout that is not known.
+    """
+    if name_or_path in known_suites():
+        name, path, entry = name_or_path, default_suites() / f"{name_or_path}.toml", ""
+    else:
+        file, _, entry = name_or_path.partition("#")
+        path = Path(file)
+        name = f"{path.stem}#{entry}" if entry else path.stem
+    if not name_or_path or not path.exists():
+        raise SboraError(f"no suite and no file {name_or_path!r}; known suites: {', '.join(known_suites())}")
+    source, lines = read_prompts(path, entry)
+    try:
+        prompts = tuple(Prompt.parse(text, kind) for text, kind in lines)
+    except SboraError as defect:
+        raise SboraError(f"{source}: {defect}", defect.hint) from None
+    return Suite(name=name, prompts=prompts, sha256=hashlib.sha256(source.read_bytes()).hexdigest())
+
+
+def _placeholders(text: str, original: str) -> set[int]:
+    """The numbers in braces."""
+    try:
+        parts = [(field, any(rest)) for _, field, *rest in Formatter().parse(text) if field is not None]
+    except ValueError as error:
+        raise SboraError(f"the prompt {original!r} cannot be read: {error}", "double braces that are meant") from None
+    odd = [f"{{{field}}}" for field, is_formatted in parts if is_formatted or not field.isdecimal()]
+    odd += _ANGLE.findall(text)
+    if odd:
+        raise SboraError(
+            f"unknown placeholder {odd[0]} in the prompt {original!r}",
+            "allowed are {} or <TOK> for one concept, {0} and {1} for two",
+        )
+    return {int(field) for field, _ in parts}
