@@ -9,10 +9,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Side
-from sbora_diffusion.adapter.layer import detect
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
@@ -97,20 +96,6 @@ def read_spec(path: str | Path) -> Spec:
         return Spec.from_json(_read(Path(path), header_only=True)[0])
     except SboraError as defect:
         raise SboraError(f"{path}: {defect}", defect.hint) from None
-
-
-def collect(model: nn.Module, adapter_name: str, component: str) -> dict[str, Factor]:
-    """Take an adapter out of a live model: detached float32 copies on the CPU, by "<component>.<layer>"."""
-    layers = detect(model, adapter_name)
-    if not layers:
-        raise SboraError(f"adapter {adapter_name!r} of the {component} has no layer with a one-hot factor")
-    return {
-        f"{component}.{name}": Factor(
-            index=layer.index.detach().cpu().clone(),
-            weight=layer.trained.detach().to("cpu", torch.float32) * layer.scaling,
-        )
-        for name, layer in layers.items()
-    }
 
 
 def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""SBoRA on PEFT's LoRA layers: attach to freshly injected ones, detect in what somebody loaded."""
+"""SBoRA on PEFT's LoRA layers: attach to freshly injected ones, detect in what somebody loaded, collect the result."""
 
 import logging
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer,
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval, Side, canonical, indices
+from sbora_diffusion.adapter.file import Factor
 from sbora_diffusion.adapter.variant import FastForward, SboraVariant, fast_class, trained_factor
 from sbora_diffusion.errors import SboraError
 
@@ -91,6 +92,20 @@ def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
                 layers[layer.name] = layer
     _warn_of_missing_hooks(layers)
     return layers
+
+
+def collect(model: nn.Module, adapter_name: str, component: str) -> dict[str, Factor]:
+    """Take an adapter out of a live model: detached float32 copies on the CPU, by "<component>.<layer>"."""
+    layers = detect(model, adapter_name)
+    if not layers:
+        raise SboraError(f"adapter {adapter_name!r} of the {component} has no layer with a one-hot factor")
+    return {
+        f"{component}.{name}": Factor(
+            index=layer.index.detach().cpu().clone(),
+            weight=layer.trained.detach().to("cpu", torch.float32) * layer.scaling,
+        )
+        for name, layer in layers.items()
+    }
 
 
 def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -8,7 +8,8 @@ import psutil
 import torch
 
 from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter, collect
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.layer import collect
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.diffusion.base import TARGETS, Base
 from sbora_diffusion.diffusion.concept import Concept

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sbora_diffusion.adapter.basis import Interval, Side
-from sbora_diffusion.adapter.file import Adapter, Factor, check_fits, collect, read_spec
-from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.adapter.file import Adapter, Factor, check_fits, read_spec
 from sbora_diffusion.errors import SboraError
 
 from .random_adapters import SHAPES, adapter, free_intervals, sides, spec
-from .tiny import Tiny, inject, perturb
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -319,36 +317,6 @@ def load_never_crashes(tmp_path: Path, content: bytes) -> None:
         loaded.describe().encode()
         message = str(path)
     assert str(path) in message
-
-
-@pytest.mark.parametrize("side", ["fa", "fb"])
-def test_collect_folds_the_scale(tiny: Tiny, side: Side) -> None:
-    model = inject("clip", tiny.load("clip"), "dog", rank=4, alpha=12)
-    layers = attach(model, "dog", side, Interval(0, 4), 0)
-    perturb(layer.trained for layer in layers.values())
-    factors = collect(model, "dog", "text_encoder")
-    assert factors.keys() == {f"text_encoder.{name}" for name in layers}
-    for name, layer in layers.items():
-        factor = factors[f"text_encoder.{name}"]
-        assert torch.equal(factor.weight, layer.trained.detach() * 3)
-        assert torch.equal(factor.index, layer.index)
-        assert not factor.weight.requires_grad
-        assert factor.weight.data_ptr() != layer.trained.data_ptr()
-
-
-def test_collected_numbers_do_not_change_with_the_model(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "dog", rank=4, alpha=4)
-    layers = attach(model, "dog", "fa", Interval(0, 4), 0)
-    factors = collect(model, "dog", "text_encoder")
-    perturb(layer.trained for layer in layers.values())
-    assert all(factor.weight.count_nonzero() == 0 for factor in factors.values())
-
-
-def test_nothing_to_collect(tiny: Tiny) -> None:
-    model = inject("clip", tiny.load("clip"), "dense", init_lora_weights=False)
-    for name in ("dense", "other"):
-        with pytest.raises(SboraError, match=f"adapter '{name}' of the text_encoder has no layer"):
-            collect(model, name, "text_encoder")
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])

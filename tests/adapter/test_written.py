@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sbora_diffusion.adapter.basis import Interval, Side
-from sbora_diffusion.adapter.file import Factor, collect
-from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.adapter.file import Factor
+from sbora_diffusion.adapter.layer import attach, collect
 from sbora_diffusion.adapter.written import WrittenWeights
 from sbora_diffusion.errors import SboraError
 
