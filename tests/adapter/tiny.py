@@ -3,24 +3,32 @@
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.layer import SboraLayer, attach
+from sbora_diffusion.adapter.variant import FastForward
 
 Kind = Literal["unet", "clip", "llama", "llama-nf4"]
 NAMES = ("dog", "cat", "fox")  # of adapters; PEFT mistakes a number for a part of a module name
 KINDS: tuple[Kind, ...] = get_args(Kind)
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "clip": ["q_proj", "k_proj", "v_proj", "out_proj"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "llama-nf4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "llama": LLAMA,
+    "llama-nf4": LLAMA,
 }
+DEPTH: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}  # of the text models
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_side = pytest.mark.parametrize("side", ["fa", "fb"])
 
 
 class Tiny:
@@ -103,6 +111,38 @@ def attached(
     return model, adapters
 
 
+def plain_copy(tiny: Tiny, kind: Kind, model: Any, *names: str) -> Any:
+    """The same adapters in plain PEFT, which multiplies by the one-hot factor."""
+    plain = tiny.load(kind)
+    for name in names:
+        plain = inject(kind, plain, name)
+    activate(plain, *names)
+    for module in plain.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(model.get_parameter(name))
+    assert not any(isinstance(module, FastForward) for module in plain.modules())
+    return plain
+
+
+def lora(layer: SboraLayer, frozen: bool) -> Tensor:
+    """The one-hot factor of a layer, or the trained one."""
+    factor = (layer.module.lora_A if (layer.side == "fa") == frozen else layer.module.lora_B)[layer.adapter]
+    assert isinstance(factor, nn.Linear)
+    return factor.weight
+
+
+def dense_delta(layer: SboraLayer) -> Tensor:
+    """ΔW (out, in) in float64, by multiplying both factors."""
+    a, b = layer.module.lora_A[layer.adapter], layer.module.lora_B[layer.adapter]
+    assert isinstance(a, nn.Linear)
+    assert isinstance(b, nn.Linear)
+    return b.weight.detach().double() @ a.weight.detach().double() * layer.scaling
+
+
 def _unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -119,28 +159,10 @@ def _unet() -> UNet2DConditionModel:
 
 
 def _clip() -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            bos_token_id=98,
-            eos_token_id=99,
-        )
-    )
+    sizes = DEPTH | {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 37, "max_position_embeddings": 16}
+    return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=98, eos_token_id=99))
 
 
 def _llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    config = LlamaConfig(**DEPTH, vocab_size=96, hidden_size=64, intermediate_size=128, num_key_value_heads=2)
+    return LlamaForCausalLM(config)
