@@ -159,8 +159,16 @@ def _unet() -> UNet2DConditionModel:
 
 
 def _clip() -> CLIPTextModel:
-    sizes = DEPTH | {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 37, "max_position_embeddings": 16}
-    return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=98, eos_token_id=99))
+    config = CLIPTextConfig(
+        **DEPTH,
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=37,
+        max_position_embeddings=16,
+        bos_token_id=98,
+        eos_token_id=99,
+    )
+    return CLIPTextModel(config)
 
 
 def _llama() -> LlamaForCausalLM:
