@@ -1,21 +1,28 @@
 """Pictures from disk, whatever a camera or a drawing program made of them, to tensors a model can learn from."""
 
+import io
+import logging
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from sbora_diffusion.errors import SboraError
 
+log = logging.getLogger(__name__)
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MIN_SIDE = 32  # pixels; less shows nothing that could be learned
+PROFILED = {"L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}  # mode -> what a profile speaks of
 
 
 def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Read a JPEG, PNG or WebP file as upright RGB, 8 bits a channel; the first frame if it is animated.
+    """Read a JPEG, PNG or WebP file as upright sRGB, 8 bits a channel; the first frame if it is animated.
+
+    Colours are what the embedded ICC profile says; 16-bit grey and palettes are taken for sRGB.
 
     Args:
         path: the file; what counts is its content, not its extension.
@@ -29,7 +36,7 @@ def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                picture = ImageOps.exif_transpose(file)
+                picture = _to_srgb(ImageOps.exif_transpose(file), path)
                 picture = _flatten(_eight_bits(picture), background)
     except FileNotFoundError as error:
         raise SboraError(f"no such picture: {path}") from error
@@ -51,6 +58,22 @@ def to_tensor(picture: Image.Image, resolution: int) -> Tensor:
     """
     square = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """What the picture's ICC profile makes of its numbers; the picture itself if there is none, or none that works."""
+    profile, mode = picture.info.get("icc_profile"), PROFILED.get(picture.mode)
+    if not profile or mode is None:
+        return picture
+    try:
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImageCms.PyCMSError as error:
+        log.warning("%s: its colour profile does not work (%s), its colours are taken for sRGB", path, error)
+        return picture
+    converted = transform.apply(picture.convert(mode))
+    if picture.has_transparency_data:
+        converted.putalpha(picture.convert("RGBA").getchannel("A"))
+    return converted
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sbora_diffusion.diffusion.dataset import load_picture, to_tensor
 from sbora_diffusion.errors import SboraError
@@ -169,7 +169,8 @@ def test_damaged_bytes_give_a_picture_or_our_error(
     path = tmp_path_factory.mktemp("damaged") / "a"
     exif = Image.Exif()
     exif[0x0112] = 6
-    quarters().save(path, kind, exif=exif)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    quarters().save(path, kind, exif=exif, icc_profile=profile)
     content = bytearray(path.read_bytes())
     for where, flip in flips:
         content[int(where * (len(content) - 1))] ^= flip
