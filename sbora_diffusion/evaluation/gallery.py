@@ -1,0 +1,98 @@
+"""The pictures of an evaluation on disk: whose they are, which of them are there, each one whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from sbora_diffusion.errors import SboraError
+
+PICTURES, MANIFEST = "pictures", "evaluation.json"
+
+
+@contextmanager
+def claimed(folder: Path, identity: Mapping[str, Any], force: bool = False) -> Iterator[Path]:
+    """Hold a folder for one evaluation, begun here or in an earlier process; gives the folder of its pictures.
+
+    Args:
+        identity: what the pictures depend on, in JSON values; another evaluation's folder has another one.
+        force: throw the pictures of another evaluation away.
+
+    Raises:
+        SboraError: another evaluation's pictures lie there, or another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SboraError(f"another evaluation is running in {folder}", "wait for it, or choose another --out") from None
+    try:
+        _take_over(folder, identity, force)
+        yield folder / PICTURES
+    finally:
+        lock.release()
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG; a kill at any moment leaves the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        picture.save(file, format="png")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of this evaluation as RGB, of any size.
+
+    Raises:
+        SboraError: it is missing or damaged.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            return file.convert("RGB")
+    except Exception as error:  # decoders of damaged files raise all kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SboraError(f"cannot read {path}: {reason}", "delete it and run the evaluation again") from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """The same for a text."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _take_over(folder: Path, identity: Mapping[str, Any], force: bool) -> None:
+    pictures, manifest = folder / PICTURES, folder / MANIFEST
+    defect = _difference(pictures, manifest, identity)
+    if defect and not force:
+        raise SboraError(f"{folder} {defect}", "choose another --out, or throw its pictures away with --force")
+    if defect:
+        shutil.rmtree(pictures, ignore_errors=True)
+    write_text(json.dumps(identity, indent=2, sort_keys=True), manifest)
+
+
+def _difference(pictures: Path, manifest: Path, identity: Mapping[str, Any]) -> str | None:
+    """What keeps the pictures that are there from being this evaluation's."""
+    if not pictures.exists():
+        return None
+    try:
+        before = json.loads(manifest.read_bytes())
+        there = {key: json.dumps(before.get(key)) for key in {*identity, *before}}
+    except FileNotFoundError:
+        return f"has pictures, but no {MANIFEST} that tells whose they are"
+    except (ValueError, AttributeError, TypeError):
+        return f"has a damaged {MANIFEST}"
+    here = {key: json.dumps(identity.get(key)) for key in there}
+    changed = [f"{key} ({there[key]} there, {here[key]} here)" for key in sorted(there) if there[key] != here[key]]
+    return f"holds another evaluation: it differs in {', '.join(changed)}" if changed else None

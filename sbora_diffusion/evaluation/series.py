@@ -1,0 +1,167 @@
+"""Which pictures an evaluation is made of: for each model and concept a series, every prompt with every seed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.gallery import write_picture
+from sbora_diffusion.evaluation.suite import Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are made."""
+
+    steps: int = 20
+    guidance: float = 3.0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise SboraError(f"got steps={self.steps}, expected at least 1")
+
+
+DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Series:
+    """The prompts of a suite, bound to the tokens of some concepts, for one model."""
+
+    model: str  # as in results.Result
+    shown: tuple[str, ...]
+    adapters: tuple[Adapter, ...]  # the model is the base with these applied
+    tokens: dict[str, str]  # token in the prompts -> class noun
+    prompts: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where its pictures lie in the folder of pictures."""
+        return f"{self.model}/{'+'.join(self.shown)}"
+
+    def files(self, pictures: Path, seeds: Sequence[int]) -> tuple[tuple[Path, ...], ...]:
+        """Paths by prompt and seed: "<prompt's number>-<seed>.png"."""
+        folder = pictures / self.folder
+        return tuple(tuple(folder / f"{n:03d}-{seed}.png" for seed in seeds) for n in range(len(self.prompts)))
+
+
+def plan(suite: Suite, adapters: Sequence[Adapter], merged: Adapter | None) -> list[Series]:
+    """The series of an evaluation.
+
+    A suite for one concept at a time: each concept by its own adapter, then each by the merge. A joint suite: all
+    concepts in each picture, by the merge, or without one by all adapters at once.
+
+    Raises:
+        SboraError: an adapter that is a merge itself, two of one name, a joint suite for another number of concepts, a
+            merge that lacks a concept.
+    """
+    names = tuple(adapter.spec.name for adapter in adapters)
+    if len(set(names)) < len(names):
+        raise SboraError(f"got two adapters of one name: {', '.join(names)}", "evaluate them one after the other")
+    own = [_own_token(adapter) for adapter in adapters]
+    nouns = [adapter.spec.tokens[token] for adapter, token in zip(adapters, own, strict=True)]
+    in_merge = [merged_token(merged, adapter) for adapter in adapters] if merged else []
+    if suite.num_concepts > 1:
+        model, applying, tokens = ("merged", (merged,), in_merge) if merged else ("together", tuple(adapters), own)
+        return [_series(model, suite, names, applying, tokens, nouns)]
+    series = [
+        _series("single", suite, (name,), (adapter,), [token], [noun])
+        for name, adapter, token, noun in zip(names, adapters, own, nouns, strict=True)
+    ]
+    if merged:
+        pairs = zip(names, in_merge, nouns, strict=True)
+        series += [_series("merged", suite, (name,), (merged,), [token], [noun]) for name, token, noun in pairs]
+    return series
+
+
+def merged_token(merged: Adapter, adapter: Adapter) -> str:
+    """What a concept's token is called in a merge, which renames a token that several of its parents have.
+
+    The concept's learned embedding tells, for a merge keeps it as it is.
+
+    Raises:
+        SboraError: the merge has no such concept.
+    """
+    token = _own_token(adapter)
+    learned = adapter.tokens.get(f"text_encoder.{token}")
+    for candidate in merged.spec.tokens:
+        embedding = merged.tokens.get(f"text_encoder.{candidate}")
+        if learned is not None and embedding is not None and torch.equal(embedding, learned):
+            return candidate
+    raise SboraError(
+        f"the merge {merged.spec.name!r} has not learned {token} as {adapter.spec.name!r} has; "
+        f"it was merged from {', '.join(merged.spec.parents) or 'nothing'}",
+        "merge again: sbora-diffusion merge",
+    )
+
+
+def draw(
+    base: Base, series: Series, pictures: Path, seeds: Sequence[int], sampling: Sampling, batch_size: int
+) -> Iterator[int]:
+    """Make the pictures that are not there yet; yields how many are, first before any new one is made.
+
+    Batches are what they would be if all were missing, so a picture is the same, bit for bit, whenever it is made: seed
+    by seed, for more seeds to come after.
+    """
+    files = series.files(pictures, seeds)
+    jobs = [
+        (row[column], prompt, seed)
+        for column, seed in enumerate(seeds)
+        for row, prompt in zip(files, series.prompts, strict=True)
+    ]
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    done = sum(path.exists() for path, _, _ in jobs)
+    yield done
+    if done == len(jobs):
+        return
+    with applied(base, series.adapters):
+        for batch in batches:
+            missing = [path for path, _, _ in batch if not path.exists()]
+            if missing:
+                for path, picture in _generate(base, batch, sampling):
+                    if path in missing:
+                        write_picture(picture, path)
+                done += len(missing)
+                yield done
+
+
+def _generate(
+    base: Base, batch: Sequence[tuple[Path, str, int]], sampling: Sampling
+) -> Iterator[tuple[Path, Image.Image]]:
+    paths, prompts, seeds = zip(*batch, strict=True)
+    return zip(paths, generate(base, prompts, seeds=seeds, **vars(sampling)), strict=True)
+
+
+def _own_token(adapter: Adapter) -> str:
+    spec = adapter.spec
+    if len(spec.tokens) != 1:
+        has = ", ".join(spec.tokens) or "none"
+        raise SboraError(
+            f"{spec.name!r} brings the tokens {has}, expected the adapter of one concept",
+            "give the concepts' names and the merge as --merged FILE",
+        )
+    return next(iter(spec.tokens))
+
+
+def _series(
+    model: str,
+    suite: Suite,
+    shown: Sequence[str],
+    adapters: Sequence[Adapter],
+    tokens: Sequence[str],
+    nouns: Sequence[str],
+) -> Series:
+    return Series(
+        model=model,
+        shown=tuple(shown),
+        adapters=tuple(adapters),
+        tokens=dict(zip(tokens, nouns, strict=True)),
+        prompts=tuple(suite.bind(tokens)),
+    )

@@ -1,0 +1,251 @@
+"""Evaluations on a tiny base: single, merged, joint, resumed bit for bit, and everything that can be wrong."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.merge import merge
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation import series as series_module
+from sbora_diffusion.evaluation.encoders import Encoder
+from sbora_diffusion.evaluation.evaluate import evaluate, quick_score
+from sbora_diffusion.evaluation.results import Report
+from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.series import Sampling, merged_token, plan
+from sbora_diffusion.evaluation.suite import Suite
+
+from .conftest import make_adapter
+
+QUICK = Sampling(steps=2)
+SEEDS = range(2)
+Evaluate = Callable[..., Report]
+
+
+@pytest.fixture
+def run(
+    base: Base, adapters: list[Adapter], suite: Suite, concepts: list[Concept], judge: Encoder, tmp_path: Path
+) -> Evaluate:
+    """Evaluate rex, or what is said instead."""
+
+    def evaluated(**changes: Any) -> Report:
+        arguments = {
+            "base": base,
+            "adapters": adapters[:1],
+            "suite": suite,
+            "concepts": concepts,
+            "encoder": judge,
+            "seeds": SEEDS,
+            "folder": tmp_path / "out",
+            "sampling": QUICK,
+            "batch_size": 4,
+        }
+        return evaluate(**arguments | changes)
+
+    return evaluated
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_one_concept(run: Evaluate, base: Base, adapters: list[Adapter], tmp_path: Path) -> None:
+    seen = []
+    report = run(on_picture=lambda done, total: seen.append((done, total)))
+    (result,) = report.results
+    assert (result.model, result.concept, result.shown) == ("single", "rex", ("rex",))
+    assert result.prompts == ("a red <rex>", "a <rex> on a blue background", "a green <rex>")
+    assert {values.shape for values in result.scores.values()} == {(3, 2)}
+    assert seen == [(0, 6), (4, 6), (6, 6)]
+    names = [f"single/rex/{prompt:03d}-{seed}.png" for prompt in range(3) for seed in SEEDS]
+    assert list(contents(tmp_path / "out/pictures")) == names
+    with applied(base, adapters[:1]):
+        (expected,) = generate(base, ["a green <rex>"], seeds=[1], steps=2)
+    with Image.open(tmp_path / "out/pictures/single/rex/002-1.png") as picture:
+        assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # in a batch or alone
+
+
+def test_scores_are_those_of_the_pictures(run: Evaluate, judge: Encoder, concepts: list[Concept]) -> None:
+    (result,) = run().results
+    with Image.open(result.pictures[1][0]) as picture:
+        judged = instruct(judge, reference_pictures(concepts), None)
+        alone = score([picture.copy()], [result.prompts[1]], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+    for metric, values in result.scores.items():
+        assert values[1, 0].item() == pytest.approx(alone[metric].item(), abs=1e-6)
+
+
+def test_what_a_report_says_about_itself(run: Evaluate, base: Base, adapters: list[Adapter], tmp_path: Path) -> None:
+    about = run(merged=merge(adapters, [1, 1], "sum")).about
+    adapters[0].save(tmp_path / "rex.safetensors")
+    file = (tmp_path / "rex.safetensors").read_bytes()
+    assert about["adapters"] == {"rex": hashlib.sha256(file).hexdigest()}
+    assert list(about["merged"]) == ["rex+tom"]
+    assert about["base"] == {"id": base.id, "fingerprint": base.fingerprint}
+    assert about["encoder"] == {"id": "colours", "weights": "0" * 16}
+    assert about["sampling"] == {"steps": 2, "guidance": 3.0, "negative_prompt": ""}
+    assert (about["seeds"], about["dtype"], about["suite"]["sha256"][:6]) == ([0, 1], "float32", "c0ffee")
+    assert sorted(about["references"]) == ["ann", "rex", "tom"]
+    assert {"torch", "diffusers", "transformers", "sbora-diffusion"} <= about["versions"].keys()
+
+
+def test_merged_against_single(run: Evaluate, adapters: list[Adapter]) -> None:
+    """A merge of weights one and zero differs from rex alone in nothing; of another strength it does."""
+    same = run(merged=merge(adapters, [1, 0], "sum"))
+    assert [(result.model, result.concept) for result in same.results] == [("single", "rex"), ("merged", "rex")]
+    single, merged = same.results
+    assert contents(single.pictures[0][0].parent) == contents(merged.pictures[0][0].parent)
+    assert all(change.mean == change.low == change.high == 0 for change in same.retention()["rex"].values())
+    half = run(merged=merge(adapters, [0.5, 0], "sum"), force=True)
+    assert half.retention()["rex"]["image"].mean == pytest.approx(
+        (half.results[1].scores["image"] - half.results[0].scores["image"]).mean().item(), abs=1e-6
+    )
+    assert half.retention()["rex"]["image"].mean != 0
+
+
+def test_several_concepts(run: Evaluate, adapters: list[Adapter]) -> None:
+    report = run(adapters=adapters, merged=merge(adapters, [1, 1], "sum"))
+    order = [(result.model, result.concept) for result in report.results]
+    assert order == [("single", "rex"), ("single", "tom"), ("merged", "rex"), ("merged", "tom")]
+    assert sorted(report.retention()) == ["rex", "tom"]
+
+
+def test_joint_prompts(run: Evaluate, adapters: list[Adapter], joint_suite: Suite) -> None:
+    together = run(adapters=adapters, suite=joint_suite)
+    assert [(result.model, result.concept) for result in together.results] == [("together", "rex"), ("together", "tom")]
+    assert together.results[0].prompts == ("a <rex> and a <tom>", "a red <tom> and a <rex>")
+    assert together.results[0].shown == ("rex", "tom")
+    assert together.retention() == {}
+    merged = run(adapters=adapters, suite=joint_suite, merged=merge(adapters, [1, 1], "sum"), force=True)
+    assert [result.model for result in merged.results] == ["merged", "merged"]
+    assert merged.results[0].scores["image"].allclose(together.results[0].scores["image"], atol=1e-2)
+
+
+def test_a_merge_that_renamed_tokens(run: Evaluate, base: Base, concepts: list[Concept]) -> None:
+    """Two concepts that both call themselves <it>: each keeps its own, whatever the merge calls it."""
+    both = [make_adapter(base, name, start, "<it>") for name, start in (("rex", 0), ("tom", 4))]
+    merged = merge(both, [1, 1], "sum")
+    assert [merged_token(merged, adapter) for adapter in both] == ["<it>", "<it-2>"]
+    loaded = Adapter(
+        replace(merged.spec, tokens=dict(sorted(merged.spec.tokens.items()))), merged.factors, merged.tokens
+    )
+    report = run(adapters=both, merged=loaded, concepts=concepts)
+    assert [result.prompts[0] for result in report.results] == [
+        "a red <it>",
+        "a red <it>",
+        "a red <it>",
+        "a red <it-2>",
+    ]
+
+
+def test_an_interrupted_evaluation_goes_on(run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = run(folder=tmp_path / "whole")
+    written = []
+
+    def write_four(picture: Image.Image, path: Path) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        picture.save(path.parent.mkdir(parents=True, exist_ok=True) or path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(series_module, "write_picture", write_four)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    before = {path: path.stat().st_mtime_ns for path in written}
+    assert len(before) == 3
+    seen = []
+    resumed = run(on_picture=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 6), (4, 6), (6, 6)]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert contents(tmp_path / "out/pictures") == contents(tmp_path / "whole/pictures")
+    for metric, values in resumed.results[0].scores.items():
+        assert torch.equal(values, whole.results[0].scores[metric])
+
+
+def test_more_seeds_later(run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = run(seeds=range(1)).results[0]
+    more = run(seeds=range(2)).results[0]
+    assert torch.equal(more.scores["image"][:, :1], fewer.scores["image"])
+    monkeypatch.setattr(series_module, "generate", None)
+    assert torch.equal(run(seeds=range(2)).results[0].scores["image"], more.scores["image"])
+
+
+def test_another_evaluation_in_the_folder(run: Evaluate, adapters: list[Adapter]) -> None:
+    run()
+    with pytest.raises(SboraError, match=r"differs in steps"):
+        run(sampling=Sampling(steps=3))
+    with pytest.raises(SboraError, match=r"differs in adapter rex .*, adapter tom"):
+        run(adapters=adapters[1:])
+    run(adapters=adapters[1:], force=True)
+
+
+def test_a_damaged_picture(run: Evaluate) -> None:
+    (result,) = run().results
+    result.pictures[0][1].write_bytes(b"\x89PNG")
+    with pytest.raises(SboraError, match=r"cannot read .*000-1.png"):
+        run()
+
+
+def test_other_pictures_than_the_trained_ones(
+    run: Evaluate, adapters: list[Adapter], caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = replace(adapters[0].spec, recipe={"pictures": "f00d"})
+    with caplog.at_level(logging.WARNING):
+        run(adapters=[Adapter(trained, adapters[0].factors, adapters[0].tokens)])
+    assert "rex was trained with other pictures" in caplog.text
+
+
+def test_what_cannot_be_evaluated(
+    run: Evaluate, adapters: list[Adapter], concepts: list[Concept], joint_suite: Suite, tmp_path: Path
+) -> None:
+    rex = adapters[0]
+    both = merge(adapters, [1, 1], "sum")
+    stranger = Adapter(replace(rex.spec, base_fingerprint="f00d"), rex.factors, rex.tokens)
+    for changes, message in (
+        ({"adapters": []}, "got 0 adapters and 2 seeds"),
+        ({"seeds": range(0)}, "got 1 adapters and 0 seeds"),
+        ({"batch_size": 0}, "got batch_size=0"),
+        ({"concepts": concepts[1:]}, "the pictures of rex are not known"),
+        ({"adapters": [stranger]}, "trained for"),
+        ({"merged": Adapter(replace(both.spec, base_fingerprint="f00d"), both.factors, both.tokens)}, "trained for"),
+        ({"adapters": [rex, rex]}, "two adapters of one name: rex, rex"),
+        ({"suite": joint_suite}, "speaks of 2 concepts in one picture, got 1: <rex>"),
+        ({"adapters": adapters, "merged": rex}, "'rex' has not learned <tom> as 'tom' has"),
+    ):
+        with pytest.raises(SboraError, match=message):
+            run(**changes)
+    with pytest.raises(SboraError, match=r"'rex\+tom' brings the tokens <rex>, <tom>, expected the adapter of one"):
+        plan(joint_suite, [both], None)
+    with pytest.raises(SboraError, match="got steps=0"):
+        Sampling(steps=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_score_of_what_is_in_the_model(
+    base: Base, adapters: list[Adapter], concepts: list[Concept], judge: Encoder
+) -> None:
+    """The same numbers as a whole evaluation's, of the model as it is, and nobody's random numbers are touched."""
+    prompts, random = ["a red <rex>", "a <rex>"], torch.get_rng_state()
+    with applied(base, adapters[:1]):
+        strong = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
+        jobs = [(prompt, seed) for prompt in prompts for seed in SEEDS]
+        pictures = generate(base, [p for p, _ in jobs], seeds=[seed for _, seed in jobs], steps=2)
+    with applied(base, adapters[:1], [0.1]):
+        weak = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
+    assert torch.equal(torch.get_rng_state(), random)
+    judged = instruct(judge, reference_pictures(concepts[:1]), None)
+    expected = score(pictures, [p for p, _ in jobs], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+    assert strong == pytest.approx({metric: values.mean().item() for metric, values in expected.items()}, abs=1e-6)
+    assert strong.keys() == METRICS.keys() - {"vision", "success"}
+    assert strong["image"] != weak["image"]
