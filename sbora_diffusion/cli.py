@@ -18,7 +18,7 @@ from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-ADAPTERS, RUNS = Path("adapters"), Path("runs")
+ADAPTERS, RUNS, EVALUATIONS = Path("adapters"), Path("runs"), Path("evaluations")
 BATCH = 8  # pictures generated at once
 
 
@@ -155,6 +155,53 @@ def merge(
     log.info(certify(adapters).describe())
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
     typer.echo(path)
+
+
+@app.command("eval")
+def evaluate(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Trained concepts.")],
+    merged: Annotated[str, typer.Option(metavar="NAME|FILE", help="A merge of them, to compare with.")] = "",
+    suite: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="The prompts; default: emoji64 or objects, by the base.")
+    ] = "",
+    encoder: Annotated[
+        str,
+        typer.Option(metavar="ID", help="The judge: emoji-clip, a CLIP's folder or hub id, open_clip:NAME/WEIGHTS."),
+    ] = "",
+    concept: Annotated[list[str], typer.Option(metavar="DIR", help="Pictures of a concept of yours.")] = [],  # noqa: B006
+    base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapters were trained for.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: a folder in evaluations, by the names.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Throw away another evaluation's pictures in --out.")] = False,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Score how well concepts do what prompts say, alone and merged; run again, it goes on where it was.
+
+    --set takes seeds, steps, guidance, negative_prompt, batch_size, and vision for a second judge of pictures.
+    """
+    kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
+    options = _convert(_parse_settings(settings), kinds)
+    from sbora_diffusion.cli_eval import evaluate_concepts
+    from sbora_diffusion.library import Library
+
+    _hide_loading_bars()
+    table, paths = evaluate_concepts(
+        names,
+        merged,
+        suite,
+        encoder,
+        concept,
+        base,
+        options,
+        library=Library(ADAPTERS),
+        evaluations=EVALUATIONS,
+        out=out,
+        force=force,
+    )
+    typer.echo(f"{table}\n")
+    for path in paths:
+        typer.echo(path)
 
 
 @app.command()
