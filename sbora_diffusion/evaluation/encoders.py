@@ -223,7 +223,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key, weight in sorted(weights.items()):
         digest.update(f"{key} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().reshape(-1).numpy())
+        digest.update(weight.cpu().reshape(-1).numpy().data)
     return digest.hexdigest()[:16]
 
 
