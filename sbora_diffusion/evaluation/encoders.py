@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 BATCH = 32
 OPEN_CLIP = "open_clip:"
-_FIRST_EOS = 2  # of older CLIP configurations: not the id of the end, transformers then takes the largest id
+_LEGACY_EOS = 2  # in older CLIP configurations: not the end's id; transformers then looks for the largest id
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -135,7 +135,7 @@ def _load_clip(name: str, path: str) -> Encoder:
     tokenizer = CLIPTokenizer.from_pretrained(path)
     processor: Any = CLIPImageProcessorPil.from_pretrained(path)
     size, text = model.config.vision_config.image_size, model.config.text_config
-    if text.eos_token_id not in (_FIRST_EOS, tokenizer.eos_token_id):
+    if text.eos_token_id not in (_LEGACY_EOS, tokenizer.eos_token_id):
         raise SboraError(
             f"{name!r} ends a text with token {text.eos_token_id}, its tokenizer with {tokenizer.eos_token_id}",
             "give the model its own tokenizer's files",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
+import open_clip  # pyright: ignore[reportMissingImports]
 import pytest
 import torch
 from PIL import Image
@@ -112,9 +112,10 @@ def save_transformers(folder: Path, state: dict[str, Tensor], quick_gelu: bool) 
 
 def _tokenizer() -> CLIPTokenizer:
     """CLIP's own vocabulary, which open_clip ships."""
-    simple = open_clip.SimpleTokenizer()
-    special = {"<start_of_text>": START, "<end_of_text>": END}
-    vocabulary = {special.get(token, token): number for token, number in simple.encoder.items()}
+    simple: Any = open_clip.SimpleTokenizer()
+    vocabulary: dict[str, int] = dict(simple.encoder)
+    vocabulary[START] = vocabulary.pop("<start_of_text>")
+    vocabulary[END] = vocabulary.pop("<end_of_text>")
     merges: Any = list(simple.bpe_ranks)  # a list of pairs, whatever the annotation of CLIPTokenizer says
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, pad_token=END, unk_token=END)
 

@@ -218,6 +218,12 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
         load_encoder(save_clip(tmp_path, tiny_clip(end=7)))
 
 
+def test_older_configurations_name_no_end(clip_folder: str, tmp_path: Path) -> None:
+    """As OpenAI's published one: the end is then the largest id of a text."""
+    older = load_encoder(save_clip(tmp_path, tiny_clip(end=2)))
+    assert torch.equal(older.texts(["dog", "A cat"]), load_encoder(clip_folder).texts(["dog", "A cat"]))
+
+
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     save_clip(tmp_path, tiny_clip())
     for file in tmp_path.glob("*token*"):
