@@ -1,6 +1,7 @@
 """Cut-outs of openly licensed emoji art: fetched from npm, rendered to premultiplied RGBA, named.
 
-One command: `python -m sbora_diffusion.emoji64.art [--data DIR]` (needs npm and the `emoji64` extra).
+One command: `python -m sbora_diffusion.emoji64.art [--data DIR]` (needs npm and the `emoji64` extra). It stores the art
+of the base model's world and, apart, the wider art that the judge is trained on.
 """
 
 import argparse
@@ -10,18 +11,19 @@ import logging
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageSequence
 
-from sbora_diffusion.emoji64.world import Subject, load_world
+from sbora_diffusion.emoji64.world import Judge, Subject, load_world
 from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
 
+ART, WIDE_ART = "art.npz", "wide-art.npz"
 SIZE = 128  # pixels of a cut-out's side
 PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -90,6 +92,7 @@ class Sources:
     def __init__(self, data: Path) -> None:
         self._root = data / "npm"
         entries = json.loads((self._package("names") / "en" / "data.json").read_text())
+        self._entries = entries
         self._codes = {entry["label"]: entry["hexcode"].lower() for entry in entries}
         self._sets = {style: self._icon_set(name) for style, name in SVG_SETS.items()}
 
@@ -112,6 +115,16 @@ class Sources:
         if label not in self._codes:
             raise SboraError(f"unknown emoji label {label!r}", "use a label of emojibase-data's en/data.json")
         return self._codes[label]
+
+    def labels(self, judge: Judge) -> list[str]:
+        """The labels of the judge's groups: plain things, of at most three words."""
+        return [
+            entry["label"]
+            for entry in self._entries
+            if entry.get("group") in judge.groups
+            and entry["subgroup"] not in judge.skip_subgroups
+            and len(entry["label"].split()) <= 3
+        ]
 
     def _package(self, folder: str) -> Path:
         return self._root / folder / "package"
@@ -165,9 +178,29 @@ def cut_out(image: Image.Image, size: int = SIZE) -> tuple[np.ndarray, float, fl
 def build(data: Path) -> Art:
     """Render every subject of the world in every style and store it as `art.npz` in the data folder."""
     fetch(data)
+    art = _render(Sources(data), load_world().subjects, ())
+    save_art(art, data)
+    return art
+
+
+def build_wide(data: Path) -> Art:
+    """The same for the world's subjects and all that the judge sees besides, as `wide-art.npz`."""
     sources, world = Sources(data), load_world()
+    known = {subject.label for subject in world.subjects}
+    others = [Subject(label, label.lower(), 0, False) for label in sources.labels(world.judge) if label not in known]
+    names = [subject.name for subject in (*world.subjects, *others)]
+    twice = {name for name in names if names.count(name) > 1}  # the world's "ice cream" is not emojibase's
+    others = [subject for subject in others if subject.name not in twice]
+    art = _render(sources, (*world.subjects, *others), world.judge.held_out)
+    save_art(art, data, WIDE_ART)
+    return art
+
+
+def _render(sources: "Sources", subjects: Sequence[Subject], held_out: Sequence[str]) -> Art:
+    """Every subject in every style that there is; the world's held-out art and these subjects are marked as such."""
     images, cutouts = [], []
-    for subject in world.subjects:
+    world = load_world()
+    for subject in subjects:
         for style in world.styles:
             picture = sources.picture(subject.label, style)
             if picture is None:
@@ -175,27 +208,21 @@ def build(data: Path) -> Art:
                 continue
             pixels, width, height = cut_out(picture)
             images.append(pixels)
-            cutouts.append(_describe(subject, style, width, height))
-    art = Art(np.stack(images), tuple(cutouts))
-    save_art(art, data)
-    return art
+            held = world.held_out(subject.name, style) or subject.name in held_out
+            cutouts.append(CutOut(subject.name, style, subject.tier, width, height, held))
+    return Art(np.stack(images), tuple(cutouts))
 
 
-def _describe(subject: Subject, style: str, width: float, height: float) -> CutOut:
-    held_out = load_world().held_out(subject.name, style)
-    return CutOut(subject.name, style, subject.tier, width, height, held_out)
+def save_art(art: Art, data: Path, name: str = ART) -> None:
+    """Store all cut-outs in the data folder."""
+    np.savez(data / name, images=art.images, cutouts=json.dumps([asdict(cutout) for cutout in art.cutouts]))
 
 
-def save_art(art: Art, data: Path) -> None:
-    """Store all cut-outs as `art.npz` in the data folder."""
-    np.savez(data / "art.npz", images=art.images, cutouts=json.dumps([asdict(cutout) for cutout in art.cutouts]))
-
-
-def load_art(data: Path) -> Art:
+def load_art(data: Path, name: str = ART) -> Art:
     """The inverse of `save_art`."""
-    path = data / "art.npz"
+    path = data / name
     if not path.exists():
-        raise SboraError(f"no art in {data}", "run: python -m sbora_diffusion.emoji64.art")
+        raise SboraError(f"no {name} in {data}", "run: python -m sbora_diffusion.emoji64.art")
     with np.load(path) as stored:
         return Art(stored["images"], tuple(CutOut(**entry) for entry in json.loads(str(stored["cutouts"]))))
 
@@ -206,9 +233,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data_dir())
     data = parser.parse_args().data
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    art = build(data)
-    held = sum(cutout.held_out for cutout in art.cutouts)
-    log.info("%d cut-outs, %d of them held out, in %s", len(art.cutouts), held, data / "art.npz")
+    for name, art in ((ART, build(data)), (WIDE_ART, build_wide(data))):
+        held = sum(cutout.held_out for cutout in art.cutouts)
+        log.info("%d cut-outs, %d of them held out, in %s", len(art.cutouts), held, data / name)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Captioned 64-pixel scenes, composed on the fly from cut-outs and backgrounds by batched grid sampling."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -76,9 +77,15 @@ class Backgrounds:
         plain = torch.tensor(colour).to(torch.uint8).view(3, 1, 1).expand(3, scenes.SIZE, scenes.SIZE)
         return plain, f"on a {name} background"
 
-    def any(self, plain: float) -> str:
-        """The name of a random background, a plain colour with probability `plain`."""
-        return self._rng.choice(list(self._world.colours if self._rng.random() < plain else self._world.scenes))
+
+def places(subjects: Sequence[str], style: str, *, withheld: bool) -> list[str]:
+    """The scenes and colours in which these subjects may be composed for training, or those kept for tests.
+
+    About every tenth combination of subjects, style and place is kept: which ones is fixed by a hash of their names.
+    """
+    world = load_world()
+    keys = {place: ",".join([*sorted(subjects), style, place]).encode() for place in (*world.scenes, *world.colours)}
+    return [place for place, key in keys.items() if (hashlib.blake2b(key).digest()[0] < 26) == withheld]
 
 
 class Composer:
@@ -101,22 +108,25 @@ class Composer:
         return render(plans), plans
 
     def plan(self) -> Plan:
-        """Choose what the next picture shows."""
+        """Choose what the next picture shows, never a combination that is kept for tests."""
         first = self.rng.randrange(len(self.cutouts))
-        style = self.cutouts[first].style
-        place = self.backgrounds.any(self.variety.plain)
         if self.rng.random() < self.variety.pairs:
-            return self._plan_pair(first, self.rng.choice(self._by_style[style]), style, place)
-        return self.plan_single(first, place)
+            return self.plan_pair(first, self.rng.choice(self._by_style[self.cutouts[first].style]))
+        return self.plan_single(first)
 
-    def plan_single(self, number: int, place: str) -> Plan:
-        """One cut-out, near the middle."""
+    def plan_single(self, number: int, place: str | None = None) -> Plan:
+        """One cut-out, near the middle; anywhere that is not kept for tests, if no place is given."""
+        cutout = self.cutouts[number]
+        place = place or self._place((cutout.subject,), cutout.style)
         shift = self.variety.shift
         x, y = CENTRE + self.rng.uniform(-shift, shift), CENTRE + 1 + self.rng.uniform(-shift, shift)
         part = Placed(self._images[number], x, y, self.rng.uniform(*self.variety.size), self._flip())
         return self._finish((part,), (self.cutouts[number].subject,), self.cutouts[number].style, place)
 
-    def _plan_pair(self, left: int, right: int, style: str, place: str) -> Plan:
+    def plan_pair(self, left: int, right: int, place: str | None = None) -> Plan:
+        """Two cut-outs of one style side by side on the ground; places as in `plan_single`."""
+        style = self.cutouts[left].style
+        place = place or self._place((self.cutouts[left].subject, self.cutouts[right].subject), style)
         ground = self.rng.uniform(51, 55)
         parts = []
         for number, x in ((left, 17), (right, 47)):
@@ -124,6 +134,14 @@ class Composer:
             y = ground - size * self.cutouts[number].height / 2
             parts.append(Placed(self._images[number], x + self.rng.uniform(-1.5, 1.5), y, size, self._flip()))
         return self._finish(tuple(parts), (self.cutouts[left].subject, self.cutouts[right].subject), style, place)
+
+    def _place(self, subjects: Sequence[str], style: str) -> str:
+        allowed = places(subjects, style, withheld=False)
+        world, plain = load_world(), self.variety.plain
+        weights = [
+            (1 - plain) / len(world.scenes) if p in world.scenes else plain / len(world.colours) for p in allowed
+        ]
+        return self.rng.choices(allowed, weights)[0]
 
     def _flip(self) -> bool:
         return self.rng.random() < self.variety.flip

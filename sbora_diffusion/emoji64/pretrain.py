@@ -85,7 +85,7 @@ class Latents:
         rng = Random(seed)
         nouns = sorted({cutout.subject for cutout in self.composer.cutouts})
         numbers = [rng.randrange(len(self.composer.cutouts)) for _ in range(count)]
-        plans = [self.composer.plan_single(number, self.composer.backgrounds.any(0.4)) for number in numbers]
+        plans = [self.composer.plan_single(number) for number in numbers]
         others = [rng.choice([noun for noun in nouns if noun != plan.subjects[0]]) for plan in plans]
         swapped = [p.caption.replace(p.subjects[0], other) for p, other in zip(plans, others, strict=True)]
         latents = self._vae.encode(render(plans)).latent_dist.mode()

@@ -18,6 +18,16 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """What emoji-clip sees beyond the world's subjects, and what it must never see."""
+
+    groups: tuple[int, ...]  # of emojibase
+    skip_subgroups: tuple[int, ...]
+    held_out: tuple[str, ...]
+    siblings: dict[str, list[str]]  # concept -> emojibase labels of other individuals of its class
+
+
+@dataclass(frozen=True)
 class World:
     """The parsed world.toml; every mapping keeps the file's order."""
 
@@ -25,6 +35,7 @@ class World:
     colours: dict[str, tuple[int, int, int]]
     scenes: dict[str, str]
     subjects: tuple[Subject, ...]
+    judge: Judge
 
     def held_out(self, subject: str, style: str) -> bool:
         """Whether this art must never enter pre-training (concept subjects in the Fluent styles)."""
@@ -38,7 +49,9 @@ def load_world() -> World:
     subjects = [_subject(entry, 0, True) for entry in raw["subjects"]["concepts"]]
     for tier, entries in enumerate(raw["subjects"]["tiers"]):
         subjects += [_subject(entry, tier, False) for entry in entries]
-    return World(raw["styles"], {k: tuple(v) for k, v in raw["colours"].items()}, raw["scenes"], tuple(subjects))
+    colours = {name: tuple(rgb) for name, rgb in raw["colours"].items()}
+    judge = Judge(**{key: value if key == "siblings" else tuple(value) for key, value in raw["judge"].items()})
+    return World(raw["styles"], colours, raw["scenes"], tuple(subjects), judge)
 
 
 def _subject(entry: str | dict[str, str], tier: int, is_concept: bool) -> Subject:

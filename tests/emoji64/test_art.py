@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sbora_diffusion.emoji64.art import PACKAGES, SIZE, SVG_SETS, Sources, build, cut_out, load_art
+from sbora_diffusion.emoji64.art import (
+    PACKAGES,
+    SIZE,
+    SVG_SETS,
+    WIDE_ART,
+    Sources,
+    build,
+    build_wide,
+    cut_out,
+    load_art,
+)
 from sbora_diffusion.emoji64.world import load_world
 from sbora_diffusion.errors import SboraError
 
 SVG = '<rect x="8" y="12" width="16" height="8" fill="#ff0000"/>'
+BEYOND = (("zebra", 3, 34), ("dog face", 3, 34), ("ringed planet", 5, 59), ("thumbs up", 1, 19), ("ice cream", 4, 46))
 
 
 @pytest.fixture
@@ -23,6 +34,9 @@ def data(tmp_path: Path) -> Path:
         (packages[name] / "assets").mkdir(parents=True)
     (packages["names"] / "en").mkdir(parents=True)
     entries = [{"label": label, "hexcode": code.upper()} for label, code in labels.items()]
+    for number, (label, group, subgroup) in enumerate(BEYOND):
+        labels[label] = f"{number + 0x1FA00:x}"
+        entries.append({"label": label, "hexcode": labels[label].upper(), "group": group, "subgroup": subgroup})
     (packages["names"] / "en" / "data.json").write_text(json.dumps(entries))
     for style, name in SVG_SETS.items():
         icons = {code: {"body": SVG} for label, code in labels.items() if (label, style) != ("unicorn", "flat")}
@@ -46,6 +60,17 @@ def test_build_stores_all_there_is(data: Path, caplog: pytest.LogCaptureFixture)
     held = {(cutout.subject, cutout.style) for cutout in loaded.cutouts if cutout.held_out}
     assert len(held) == 32
     assert {("dog", "3d"), ("dog", "flat")} <= held
+
+
+def test_the_judges_art_is_wider(data: Path) -> None:
+    build_wide(data)
+    wide = load_art(data, WIDE_ART)
+    beyond = {c.subject: c.held_out for c in wide.cutouts}
+    world = {subject.name for subject in load_world().subjects}
+    assert set(beyond) - world == {"zebra", "dog face"}  # no sky, no hands, and no second "ice cream"
+    assert (beyond["zebra"], beyond["dog face"]) == (True, False)
+    assert sum(c.subject == "ice cream" for c in wide.cutouts) == 4
+    assert {c.style for c in wide.cutouts if c.subject == "dog" and c.held_out} == {"3d", "flat"}
 
 
 def test_svg_art_is_drawn_and_cut_out(data: Path) -> None:
@@ -85,6 +110,6 @@ def test_nothing_to_cut_out() -> None:
 
 
 def test_missing_art(tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match="no art in") as caught:
+    with pytest.raises(SboraError, match="no art.npz in") as caught:
         load_art(tmp_path)
     assert caught.value.hint == "run: python -m sbora_diffusion.emoji64.art"

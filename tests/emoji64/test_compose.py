@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.emoji64.art import Art
-from sbora_diffusion.emoji64.compose import Composer, Placed, Plan, Variety, picture_grid, render
+from sbora_diffusion.emoji64.compose import Composer, Placed, Plan, Variety, picture_grid, places, render
 from sbora_diffusion.emoji64.scenes import SIZE
 from sbora_diffusion.emoji64.world import load_world
 
@@ -44,6 +44,22 @@ def test_held_out_art_and_closed_tiers_never_enter(art: Art) -> None:
         assert {subject for subject, _ in shown} == subjects
         assert ("dog", "3d") not in shown
         assert ("dog", "drawing") in shown
+
+
+def test_combinations_kept_for_tests_are_never_composed(art: Art) -> None:
+    some = composer(art, tiers=2, pairs=0.5)
+    plans = [some.plan() for _ in range(400)]
+    assert not [p for p in plans if p.place in places(p.subjects, p.style, withheld=True)]
+    assert len({p.place for p in plans}) == 14
+
+
+def test_about_a_tenth_of_all_combinations_is_kept_for_tests() -> None:
+    world = load_world()
+    kept = [len(places([s.name], style, withheld=True)) for s in world.subjects for style in world.styles]
+    assert 0.08 < sum(kept) / (14 * len(kept)) < 0.12
+    assert places(["owl", "dog"], "3d", withheld=True) == places(["dog", "owl"], "3d", withheld=True)
+    both = [*places(["owl"], "3d", withheld=True), *places(["owl"], "3d", withheld=False)]
+    assert sorted(both) == sorted([*world.scenes, *world.colours])
 
 
 def test_a_cut_out_lands_where_it_is_placed() -> None:
