@@ -50,7 +50,8 @@ def load_world() -> World:
     for tier, entries in enumerate(raw["subjects"]["tiers"]):
         subjects += [_subject(entry, tier, False) for entry in entries]
     colours = {name: tuple(rgb) for name, rgb in raw["colours"].items()}
-    judge = Judge(**{key: value if key == "siblings" else tuple(value) for key, value in raw["judge"].items()})
+    told = raw["judge"]
+    judge = Judge(tuple(told["groups"]), tuple(told["skip_subgroups"]), tuple(told["held_out"]), told["siblings"])
     return World(raw["styles"], colours, raw["scenes"], tuple(subjects), judge)
 
 
