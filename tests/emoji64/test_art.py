@@ -110,6 +110,6 @@ def test_nothing_to_cut_out() -> None:
 
 
 def test_missing_art(tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match="no art.npz in") as caught:
+    with pytest.raises(SboraError, match=r"no art\.npz in") as caught:
         load_art(tmp_path)
     assert caught.value.hint == "run: python -m sbora_diffusion.emoji64.art"

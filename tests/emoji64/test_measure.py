@@ -1,0 +1,87 @@
+"""What the model card's figures mean: which answers count as right, what is kept for tests, the intervals."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbora_diffusion.emoji64 import measure
+from sbora_diffusion.emoji64.art import Art
+from sbora_diffusion.emoji64.compose import Plan, places
+from sbora_diffusion.evaluation.encoders import Encoder
+
+WORDS = ("owl", "red apple", "turtle", "3d", "drawing", "flat", "cartoon", "beach", "snow", "night", "white")
+
+
+def bag_of_words(text: str) -> Tensor:
+    return torch.tensor([float(word in text) for word in WORDS])
+
+
+def encoder(seen: str) -> Encoder:
+    """An encoder to which every picture looks like one sentence; texts are bags of words."""
+
+    def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
+        return bag_of_words(seen).repeat(len(pictures), 1)
+
+    def embed_texts(texts: Sequence[str]) -> Tensor:
+        return torch.stack([bag_of_words(text) + 1e-3 for text in texts])
+
+    return Encoder(id="words", weights="", embed_images=embed_images, embed_texts=embed_texts)
+
+
+def plan(*subjects: str) -> Plan:
+    return Plan(torch.zeros(3, 128, 128), (), "", subjects, "3d", "beach")
+
+
+@pytest.mark.parametrize(
+    ("subjects", "seen", "right"),
+    [
+        (("owl",), "a 3d owl on the beach", (True, True, True)),
+        (("owl",), "a 3d turtle on the beach", (False, True, True)),
+        (("owl",), "a drawing of an owl in the snow", (True, False, False)),
+        (("owl", "turtle"), "a 3d owl and a turtle on the beach", (True, True, True)),
+        (("owl", "turtle"), "a 3d owl on the beach", (False, True, True)),
+    ],
+)
+def test_an_answer_is_right_when_the_right_word_is_nearest(
+    subjects: tuple[str, ...], seen: str, right: tuple[bool, bool, bool]
+) -> None:
+    judgement = measure.Judgement(encoder(seen), ["red apple", "turtle", "owl"])
+    found = judgement.of([plan(*subjects)], [Image.new("RGB", (64, 64))])
+    assert (found["subject"], found["style"], found["place"]) == ([right[0]], [right[1]], [right[2]])
+
+
+def test_share_gives_the_wilson_interval() -> None:
+    found = measure.share([True] * 8 + [False] * 2)
+    assert (found["share"], found["n"]) == (0.8, 10)
+    assert found["low"] == pytest.approx(0.4902, abs=1e-3)  # tables of the Wilson score interval: 8 of 10
+    assert found["high"] == pytest.approx(0.9433, abs=1e-3)
+
+
+def test_only_combinations_kept_for_tests_are_asked_for(art: Art, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PAIRS", 3)
+    singles, pairs = measure.plans_kept_for_tests(art)
+    assert len(pairs) == 3
+    assert all(len(set(p.subjects)) == 2 for p in pairs)
+    assert all(p.place in places(p.subjects, p.style, withheld=True) for p in [*singles, *pairs])
+    assert ("dog", "3d") not in {(p.subjects[0], p.style) for p in singles}
+
+
+def test_plans_of_opens_held_out_art(art: Art) -> None:
+    held = Art(art.images, tuple(replace(cutout, held_out=True) for cutout in art.cutouts))
+    plans = measure.plans_of(held, [("owl", "3d")], 99, measure.VARIETY)
+    assert len(plans) == 14
+    assert {p.subjects for p in plans} == {("owl",)}
+    assert len({p.place for p in plans}) == 14
+
+
+def test_recall_counts_both_directions() -> None:
+    several = [replace(plan(noun), place=place) for noun, place in (("owl", "beach"), ("turtle", "snow"))]
+    black = torch.zeros(3, 128, 128, dtype=torch.uint8)
+    several = [replace(each, background=black) for each in several]
+    found = measure.recall(encoder("a 3d owl on the beach"), several)
+    assert (found["image to text R@1"], found["image to text R@5"]) == (0.5, 1.0)  # every picture looks like the first
+    assert found["text to image R@1"] == 1.0  # equal similarities: the tie is no loss
