@@ -53,6 +53,9 @@ class TrainingProgress:
         self._progress.update(self._task, completed=step.step, description=state)
         if not self._is_terminal and not step.adapter and step.step % max(1, step.steps // 10) == 0:
             log.info("step %d/%d  %s", step.step, step.steps, state)
+        if step.scores:
+            scores = "  ".join(f"{name} {value:.3f}" for name, value in step.scores.items())
+            log.info("step %d/%d  %s", step.step, step.steps, scores)
         if step.preview:
             log.info("preview: %s", step.preview)
 

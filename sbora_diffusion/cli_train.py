@@ -4,13 +4,13 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.cli_render import TrainingProgress
-from sbora_diffusion.diffusion.base import load_base
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.run_folder import RunFolder
 from sbora_diffusion.diffusion.train import train
@@ -46,11 +46,12 @@ def train_concept(
     width = base.width(side)
     interval = library.reserve(base.fingerprint, base.id, side, config.rank, width, concept.name, interval)
     written: list[Path] = []
+    score = _scorer(base, concept, config) if config.eval_every else None
     try:
         if force and not resume:
             RunFolder(run).finish()
         with TrainingProgress(config.steps) as progress:
-            for step in train(concept, base, interval, config, run, resume):
+            for step in train(concept, base, interval, config, run, resume, score):
                 progress.show(step)
                 if step.adapter and step.before_after:  # the run's checkpoint goes after this
                     step.adapter.save(path, force)
@@ -61,6 +62,25 @@ def train_concept(
         library.release(concept.name)
     log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
     return written
+
+
+def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], dict[str, float]]:
+    """Draws the preview prompts with two seeds and asks the encoder about them."""
+    from sbora_diffusion.evaluation.alignment import overall
+    from sbora_diffusion.evaluation.encoders import load_encoder
+    from sbora_diffusion.evaluation.evaluate import quick_score
+    from sbora_diffusion.evaluation.series import Sampling
+
+    encoder = load_encoder(config.eval_encoder)
+    prompts = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
+    sampling = Sampling(steps=config.sampling_steps, guidance=config.guidance)
+
+    def score() -> dict[str, float]:
+        scores = quick_score(base, concept, encoder, prompts, (config.seed, config.seed + 1), sampling)
+        kept = {"text": scores["text_cosine"], "image": scores["image"]}
+        return kept | {"overall": overall(**kept)}
+
+    return score
 
 
 def _interval_of(run: Path) -> Interval | None:

@@ -33,6 +33,9 @@ class TrainConfig:
     prior_prompts: tuple[str, ...]  # what else the base model's answers are held for
     preview_every: int  # steps; 0 for none
     save_every: int  # steps between checkpoints
+    eval_every: int  # steps between scores of the preview prompts' pictures; 0 for none
+    eval_encoder: str  # who gives them: see evaluation.encoders.load_encoder
+    keep: str  # "last": the result is the last step's; "best": that of the best scored step
     sampling_steps: int
     guidance: float
     preview_prompts: tuple[str, ...]  # {token} stands for the concept's
@@ -42,7 +45,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         method_side(self.method)
         positive = ("rank", "steps", "batch_size", "crops", "save_every", "sampling_steps", "learning_rate")
-        natural = ("warmup_steps", "prior_batch", "preview_every", "seed", "basis_seed", "prior_weight", "guidance")
+        natural = (
+            "warmup_steps",
+            "prior_batch",
+            "preview_every",
+            "eval_every",
+            "seed",
+            "basis_seed",
+            "prior_weight",
+            "guidance",
+        )
         natural += ("text_encoder_learning_rate", "token_learning_rate")
         for key in positive + natural:
             value = getattr(self, key)
@@ -55,6 +67,11 @@ class TrainConfig:
                 raise SboraError(f"got {key}={getattr(self, key)}, expected a number from 0 to 1")
         if self.max_grad_norm <= 0 or self.smallest_crop == 0:
             raise SboraError("max_grad_norm and smallest_crop must be greater than 0")
+        if self.keep not in ("last", "best") or (self.keep == "best" and not self.eval_every):
+            raise SboraError(
+                f"got keep={self.keep} with eval_every={self.eval_every}, expected last, or best with scores to choose by",
+                "such as --set keep=best --set eval_every=50",
+            )
         if not self.preview_prompts or not all("{token}" in prompt for prompt in self.preview_prompts):
             raise SboraError(f"got preview_prompts={list(self.preview_prompts)}, expected texts that contain {{token}}")
 

@@ -1,7 +1,7 @@
 """A training under way: what it learns from, its optimiser, one step after the other, and the state to resume it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,21 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     return Data(latents, captions, prior, noising)
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What was learned up to a step, and how good its pictures are."""
+
+    step: int
+    scores: dict[str, float]
+    parameters: list[Tensor]
+
+
 class Run:
     """The optimiser and the data of a training, at some step."""
 
     def __init__(self, live: Live, data: Data, config: TrainConfig, base: Base) -> None:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
+        self.best: Scored | None = None
         self._live, self._data, self._config, self._base = live, data, config, base
         self._ids = tokenize(base, data.captions)
         self._empty = tokenize(base, [""])
@@ -89,6 +99,15 @@ class Run:
         self.samples_per_second = self._config.batch_size / seconds
         return value, seconds
 
+    def rate(self, scores: Mapping[str, float]) -> None:
+        """Remember what is learned now if no step before scored as high; "overall" decides."""
+        if self.best is None or scores["overall"] > self.best.scores["overall"]:
+            self.best = Scored(self.step, dict(scores), [p.detach().clone() for p in self._live.parameters()])
+
+    def go_back_to(self, scored: Scored) -> None:
+        """Take up what was learned up to an earlier step."""
+        self._set_parameters(scored.parameters)
+
     def _concept_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps, ids and targets of random crops of the pictures."""
         count, device = self._config.batch_size, self._base.device
@@ -114,16 +133,21 @@ class Run:
             "parameters": [parameter.detach() for parameter in self._live.parameters()],
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
+            "best": self.best and vars(self.best),
         }
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         self.step, self.mean_loss = state["step"], state["mean_loss"]
-        for parameter, stored in zip(self._live.parameters(), state["parameters"], strict=True):
-            parameter.copy_(stored)
+        self.best = state["best"] and Scored(**state["best"])
+        self._set_parameters(state["parameters"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def _set_parameters(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._live.parameters(), values, strict=True):
+            parameter.copy_(value)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -1,6 +1,6 @@
 """Train one concept: SBoRA adapters in the U-Net's and the text encoder's attention, and the concept's token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,17 +32,28 @@ class StepLog:
     samples_per_second: float
     memory_bytes: int  # resident on the CPU, or allocated at most on the GPU
     preview: Path | None = None
+    scores: Mapping[str, float] | None = None
     adapter: Adapter | None = None
     before_after: Path | None = None
 
 
 def train(
-    concept: Concept, base: Base, interval: Interval, config: TrainConfig, run_folder: Path, resume: bool = False
+    concept: Concept,
+    base: Base,
+    interval: Interval,
+    config: TrainConfig,
+    run_folder: Path,
+    resume: bool = False,
+    score: Callable[[], Mapping[str, float]] | None = None,
 ) -> Iterator[StepLog]:
     """Train a concept into columns (or rows) `interval` of every adapted layer.
 
     The base model is as it was when the iterator ends or is closed. Every step's random numbers come from
     `config.seed` and the step's number, so a resumed training gives the same adapter, bit for bit.
+
+    Args:
+        score: how good the base model's pictures of the concept are at this moment, the higher "overall" the better;
+            asked every `config.eval_every` steps and at the end.
 
     Raises:
         SboraError: a folder in use or with another training in it, a loss that is not finite.
@@ -60,6 +71,10 @@ def train(
             for step in range(run.step, config.steps):
                 loss, seconds = run.advance(step)
                 done = step + 1
+                is_scored = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
+                scores = score() if score and is_scored else None
+                if scores:
+                    run.rate(scores)
                 if done % config.save_every == 0 and done < config.steps:
                     folder.save(description, run.state())
                 is_shown = config.preview_every and done % config.preview_every == 0 and done < config.steps
@@ -71,9 +86,14 @@ def train(
                     samples_per_second=config.batch_size / seconds,
                     memory_bytes=memory_bytes(base.device),
                     preview=preview.draw(done) if is_shown else None,
+                    scores=scores,
                 )
-            before_after, drift = preview.draw_after()
-            adapter = _result(concept, base, interval, config, live, {"loss": run.mean_loss, "class_drift": drift})
+            metrics = {"loss": run.mean_loss}
+            if config.keep == "best" and run.best:
+                run.go_back_to(run.best)
+                metrics |= {"best_step": run.best.step, **run.best.scores}
+            before_after, metrics["class_drift"] = preview.draw_after()
+            adapter = _result(concept, base, interval, config, live, metrics)
         yield StepLog(
             step=config.steps,
             steps=config.steps,

@@ -62,6 +62,14 @@ def mos_first_reference(images: Tensor, references: Tensor) -> Tensor:
     return mos_image_alignment(images, references[:1])
 
 
+def overall(text: float, image: float) -> float:
+    """One number to choose a checkpoint by: the harmonic mean of two mean cosines, 0 if one is not positive.
+
+    A checkpoint that forgets the prompt scores as low as one that misses the subject. Never a result of its own.
+    """
+    return 2 * text * image / (text + image) if min(text, image) > 0 else 0.0
+
+
 def class_rank(images: Tensor, references: Sequence[Tensor]) -> Tensor:
     """The image alignment of every image with each of K concepts.
 

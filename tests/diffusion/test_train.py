@@ -162,6 +162,38 @@ def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) 
     assert all(path.exists() for path in previews)
 
 
+def test_scores_come_on_time_and_the_best_step_is_kept(base: Base, concept: Concept, tmp_path: Path) -> None:
+    """Scores that fall after step 2: what is kept is what a training of two steps at the same rates has learned."""
+    given = iter([0.5, 0.9, 0.1])
+    config = short_config(eval_every="1", keep="best", steps="3", final_rate="1")
+    scored = list(train(concept, base, INTERVAL, config, tmp_path / "a", score=lambda: {"overall": next(given)}))
+    assert [log.scores for log in scored] == [{"overall": 0.5}, {"overall": 0.9}, {"overall": 0.1}, None]
+    assert result(scored).spec.metrics["best_step"] == 2
+    two = short_config(steps="2", final_rate="1")
+    assert_same(result(scored), result(list(train(concept, base, INTERVAL, two, tmp_path / "b"))))
+
+
+def test_the_best_step_survives_an_interruption(base: Base, concept: Concept, tmp_path: Path) -> None:
+    config = short_config(eval_every="1", keep="best")
+    given = {1: 0.3, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4}
+    steps = iter([1, 2, 3, 3, 4, 5, 6])  # stopped after step 3, resumed from the checkpoint of step 2
+
+    def score() -> dict[str, float]:
+        return {"overall": given[next(steps)]}
+
+    stopped = train(concept, base, INTERVAL, config, tmp_path, score=score)
+    for _ in range(3):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    resumed = result(list(train(concept, base, INTERVAL, config, tmp_path, resume=True, score=score)))
+    assert (resumed.spec.metrics["best_step"], resumed.spec.metrics["overall"]) == (2, 0.9)
+
+
+def test_the_best_step_needs_scores() -> None:
+    with pytest.raises(SboraError, match="keep=best with eval_every=0"):
+        short_config(keep="best")
+
+
 def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp_path: Path) -> None:
     """A rate of zero leaves its part where it started, and only that part."""
     config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")

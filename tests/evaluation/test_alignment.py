@@ -18,6 +18,7 @@ from sbora_diffusion.evaluation.alignment import (
     mos_first_reference,
     mos_image_alignment,
     mos_text,
+    overall,
     roc_auc,
     succeeds,
     text_alignment,
@@ -36,6 +37,11 @@ def random_units(count: int, seed: int) -> Tensor:
 def cosine_by_hand(a: Tensor, b: Tensor) -> float:
     u, v = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return sum(x * y for x, y in zip(u, v, strict=True)) / math.sqrt(sum(u**2) * sum(v**2))
+
+
+def test_overall_is_the_harmonic_mean_and_knows_no_negatives() -> None:
+    assert overall(0.2, 0.8) == pytest.approx(1 / ((1 / 0.2 + 1 / 0.8) / 2))
+    assert overall(-0.1, 0.8) == overall(0.3, 0.0) == 0
 
 
 def test_cosine_of_known_angles() -> None:
