@@ -69,7 +69,7 @@ class TrainConfig:
             raise SboraError("max_grad_norm and smallest_crop must be greater than 0")
         if self.keep not in ("last", "best") or (self.keep == "best" and not self.eval_every):
             raise SboraError(
-                f"got keep={self.keep} with eval_every={self.eval_every}, expected last, or best with scores to choose by",
+                f"got keep={self.keep} with eval_every={self.eval_every}, expected last, or best with scores",
                 "such as --set keep=best --set eval_every=50",
             )
         if not self.preview_prompts or not all("{token}" in prompt for prompt in self.preview_prompts):
