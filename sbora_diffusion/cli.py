@@ -6,7 +6,8 @@ stdout is data: tables, and the paths of what was written. Logs, progress and er
 import errno
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -29,25 +30,32 @@ IMPORT_NOTICES = {  # logger -> what it says at import about optional packages t
 
 
 class Commands(TyperGroup):
-    """Turns what a user can do something about into a line on stderr and an exit status."""
+    """Tells users what they can do something about."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with told_in_a_line():
             return super().invoke(ctx)
-        except SboraError as defect:
-            _fail(str(defect), defect.hint)
-        except KeyboardInterrupt as stop:
-            typer.echo(f"\n{stop or 'stopped'}", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # | head
-                raise
-            place = f": {error.filename}" if error.filename else ""
-            _fail(f"{error.strerror or error}{place}", _DISK_HINT if error.errno == errno.ENOSPC else None)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Turns what a user can do something about into a line on stderr and an exit status."""
+    try:
+        yield
+    except SboraError as defect:
+        _fail(str(defect), defect.hint)
+    except KeyboardInterrupt as stop:
+        typer.echo(f"\n{stop or 'stopped'}", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # | head
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{place}", _DISK_HINT if error.errno == errno.ENOSPC else None)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
 
 
 _DISK_HINT = "Make room and run the command again; what was complete before is still there."
@@ -76,7 +84,7 @@ def commands(version: Annotated[bool, typer.Option("--version", help="Show the v
     if version:
         typer.echo(f"sbora-diffusion {__version__}")
         raise typer.Exit
-    _set_up_logging()
+    set_up_logging()
 
 
 @app.command()
@@ -96,7 +104,7 @@ def train(
     from sbora_diffusion.cli_train import train_concept
     from sbora_diffusion.library import Library
 
-    _hide_loading_bars()
+    hide_loading_bars()
     overrides = _parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
     library = Library(ADAPTERS)
     for path in train_concept(
@@ -122,7 +130,7 @@ def generate(
     from sbora_diffusion.diffusion.base import load_base
     from sbora_diffusion.library import Library
 
-    _hide_loading_bars()
+    hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     loaded = load_base(base or (adapters[0].spec.base_id if adapters else "emoji64"))
     with diffusion.applied(loaded, adapters, _parse_numbers(strengths, len(adapters))):
@@ -178,14 +186,14 @@ def evaluate(
 ) -> None:
     """Score how well concepts do what prompts say, alone and merged; run again, it goes on where it was.
 
-    --set takes seeds, steps, guidance, negative_prompt, batch_size, and vision for a second judge of pictures.
+    Settings: seeds (pictures a prompt), steps, guidance, negative_prompt, batch_size, vision (a second judge).
     """
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
     options = _convert(_parse_settings(settings), kinds)
     from sbora_diffusion.cli_eval import evaluate_concepts
     from sbora_diffusion.library import Library
 
-    _hide_loading_bars()
+    hide_loading_bars()
     table, paths = evaluate_concepts(
         names,
         merged,
@@ -264,14 +272,15 @@ class _EchoHandler(logging.Handler):
         typer.echo(level + self.format(record), err=True)
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """Logs to stderr, ours from INFO on; to be called before anything heavy is imported."""
     logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING, format="%(message)s")
     logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
     for name, unwanted in IMPORT_NOTICES.items():
         logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
 
 
-def _hide_loading_bars() -> None:
+def hide_loading_bars() -> None:
     """Of other libraries: a model takes seconds to load, and each draws several."""
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -16,9 +16,10 @@ from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.encoders import load_encoder, load_vision
 from sbora_diffusion.evaluation.evaluate import BATCH, evaluate
-from sbora_diffusion.evaluation.report import summary, write_report
+from sbora_diffusion.evaluation.report import write_report
 from sbora_diffusion.evaluation.series import Sampling
 from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.evaluation.tables import summary
 from sbora_diffusion.library import Library
 
 log = logging.getLogger(__name__)

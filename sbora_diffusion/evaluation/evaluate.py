@@ -64,10 +64,10 @@ def evaluate(
         raise SboraError(f"got {len(adapters)} adapters and {len(seeds)} seeds, expected at least one of both")
     if batch_size < 1:
         raise SboraError(f"got batch_size={batch_size}, expected at least 1")
-    _check_concepts(adapters, concepts)
     for adapter in [*adapters, *([merged] if merged else [])]:
         check_base(adapter, base)
     all_series = plan(suite, adapters, merged)
+    _check_concepts(adapters, concepts)
     about = _describe(base, adapters, merged, suite, concepts, encoder, vision, sampling, seeds)
     total = len(all_series) * len(suite.prompts) * len(seeds)
     with claimed(folder, _identity(about), force) as pictures:
@@ -166,7 +166,7 @@ def _describe(
         "seeds": list(seeds),
         "dtype": str(base.pipeline.unet.dtype).removeprefix("torch."),
         "device": base.device.type,
-        "references": {c.name: {"pictures": len(c.pictures), "sha256": picture_digest(c)} for c in concepts},
+        "references": {c.name: {"pictures": len(c.pictures), "digest": picture_digest(c)} for c in concepts},
         "versions": versions(),
     }
 

@@ -1,7 +1,7 @@
 """An evaluation for people and programs: numbers (JSON), tables (Markdown), pictures with their scores (PNG)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.evaluation.gallery import read_picture, write_picture, write_text
 from sbora_diffusion.evaluation.results import Estimate, Report, Result
-from sbora_diffusion.evaluation.scores import METRICS
+from sbora_diffusion.evaluation.tables import to_markdown
 
-MAIN = ("text_mos", "text_cd", "image", "vision", "success")  # what the summary shows; image alignment never alone
 _GRID_SEEDS = 4  # pictures of each model and prompt in a grid
 _DIGITS = 6
 
@@ -42,19 +41,6 @@ def to_json(report: Report, root: Path) -> str:
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def summary(report: Report) -> str:
-    """A Markdown table of the main scores, a line for each result and each change."""
-    return _table(report, MAIN)
-
-
-def to_markdown(report: Report) -> str:
-    """All tables."""
-    parts = [f"# {report.title}", _described(report), summary(report)]
-    parts += ["## All scores", _table(report, tuple(METRICS)), "## Each prompt"]
-    parts += [_prompt_table(result) for result in report.results]
-    return "\n\n".join(parts) + "\n"
-
-
 def grid(results: Sequence[Result], references: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """References on top, then a row a prompt: the first seeds' pictures of every model, with their scores.
 
@@ -63,7 +49,9 @@ def grid(results: Sequence[Result], references: Mapping[str, Sequence[Image.Imag
     """
     first = results[0]
     models = list(dict.fromkeys(result.model for result in results))
-    rows = [("references", [(c, picture) for c in first.shown for picture in references[c][:_GRID_SEEDS]])]
+    each = max(1, _GRID_SEEDS // len(first.shown))
+    order = "" if len(first.shown) == 1 else f"; scores below in the order {', '.join(first.shown)}"
+    rows = [(f"references{order}", [(c, picture) for c in first.shown for picture in references[c][:each]])]
     for number, prompt in enumerate(first.prompts):
         cells = []
         for model in models:
@@ -71,75 +59,20 @@ def grid(results: Sequence[Result], references: Mapping[str, Sequence[Image.Imag
             for column, path in enumerate(own[0].pictures[number][:_GRID_SEEDS]):
                 cells.append((_caption(own, number, column), read_picture(path)))
         rows.append((prompt if len(models) == 1 else f"{prompt}: {', then '.join(models)}", cells))
-    return sheet(rows)
+    return sheet(rows, cell=96 + 64 * len(first.shown))  # wide enough for the captions
 
 
 def _caption(results: Sequence[Result], number: int, column: int) -> str:
-    """Such as "text 0.71 image 0.85 yes"; with several concepts, image and success of each by name."""
-    parts = [f"text {results[0].scores['text_mos'][number, column]:.2f}"]
+    """Such as "text 0.71 image 0.85 hit"; of several concepts each one's image alignment and success."""
+    images = []
     for result in results:
-        name = "image" if len(results) == 1 else result.concept
-        hit = {None: "", 1.0: " yes", 0.0: " no"}[_picked(result.scores.get("success"), number, column)]
-        parts.append(f"{name} {result.scores['image'][number, column]:.2f}{hit}")
-    return " ".join(parts)
+        hit = {None: "", 1.0: " hit", 0.0: " miss"}[_picked(result.scores.get("success"), number, column)]
+        images.append(f"{result.scores['image'][number, column]:.2f}{hit}")
+    return f"text {results[0].scores['text_mos'][number, column]:.2f} image {', '.join(images)}"
 
 
 def _picked(values: Tensor | None, number: int, column: int) -> float | None:
     return None if values is None else float(values[number, column])
-
-
-def _prompt_table(result: Result) -> str:
-    columns = [metric for metric in MAIN if metric in result.scores]
-    rows = [
-        [prompt, *(f"{result.scores[metric][number].mean():.3f}" for metric in columns)]
-        for number, prompt in enumerate(result.prompts)
-    ]
-    return f"{_label(result)}, {result.model}\n\n" + _markdown_table(["prompt", *(METRICS[m] for m in columns)], rows)
-
-
-def _label(result: Result) -> str:
-    others = [concept for concept in result.shown if concept != result.concept]
-    return f"{result.concept} (with {', '.join(others)})" if others else result.concept
-
-
-def _count(result: Result) -> int:
-    return sum(map(len, result.pictures))
-
-
-def _cells(estimates: Mapping[str, Estimate], columns: Iterable[str], sign: str = "") -> list[str]:
-    found = (estimates.get(column) for column in columns)
-    return ["–" if e is None else f"{e.mean:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]" for e in found]
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|").replace("<", r"\<") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *escaped, strict=True)]
-    lines = [head, ["-" * width for width in widths], *escaped]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
-def _told(value: Any) -> str:
-    """A JSON value on one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(inner)}" for key, inner in value.items() if inner not in (None, ""))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(report: Report, wanted: Sequence[str]) -> str:
-    columns = [metric for metric in wanted if any(metric in result.scores for result in report.results)]
-    rows = []
-    for result in report.results:
-        rows.append([_label(result), result.model, str(_count(result)), *_cells(result.estimates(), columns)])
-    for concept, change in report.retention().items():
-        rows.append([concept, "merged − single", "", *_cells(change, columns, "+")])
-    return _markdown_table(["concept", "model", "n", *(METRICS[metric] for metric in columns)], rows)
-
-
-def _described(report: Report) -> str:
-    keys = ("encoder", "vision", "suite", "base", "sampling", "seeds")
-    lines = [f"- {key}: {_told(report.about[key])}" for key in keys if report.about.get(key)]
-    return "\n".join([*lines, "- means with bootstrap 95 % intervals over prompts and seeds"])
 
 
 def _result_to_dict(result: Result, root: Path) -> dict[str, Any]:

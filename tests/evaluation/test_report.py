@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
-from sbora_diffusion.evaluation.report import grid, summary, to_json, to_markdown, write_report
+from sbora_diffusion.evaluation.report import grid, to_json, write_report
 from sbora_diffusion.evaluation.results import Report, Result
+from sbora_diffusion.evaluation.tables import summary, to_markdown
 
 PROMPTS = ("a <dog>", "a <dog> | a <cat>")
 RED = Image.new("RGB", (40, 40), "red")
@@ -32,7 +33,7 @@ def make_report(*results: Result) -> Report:
         "encoder": {"id": "emoji-clip", "weights": "f00d"},
         "vision": None,
         "seeds": [0, 1, 2],
-        "suite": {"name": "s"},
+        "suite": {"name": "s", "sha256": "0123456789abcdef" * 4, "prompts": list(PROMPTS)},
     }
     return Report(title="dog on s", about=about, results=results, references={"dog": [RED] * 9, "cat": [RED]})
 
@@ -92,7 +93,11 @@ def test_summary(report: Report) -> None:
 
 def test_markdown(report: Report, joint: Report) -> None:
     text = to_markdown(report)
-    assert text.startswith("# dog on s\n\n- encoder: id emoji-clip, weights f00d\n- suite: name s\n- seeds: 0, 1, 2\n")
+    assert text.splitlines()[2:5] == [
+        "- suite: name s, sha256 0123456789abcdef, prompts 2",
+        "- encoder: id emoji-clip, weights f00d",
+        "- seeds: 0, 1, 2",
+    ]
     assert r"| a \<dog> \| a \<cat> | 0.800" in text
     assert "dog (with cat)" in to_markdown(joint)
 
@@ -115,4 +120,4 @@ def test_grid_shows_the_pictures(report: Report, joint: Report) -> None:
     assert middles[0] == [[255, 0, 0]] * 4 + [[255, 255, 255]] * 2
     assert middles[1] == [[0, 40 * number, 200] for number in (0, 1, 2)] * 2
     assert middles[2] == [[0, 40 * number, 200] for number in (3, 4, 5)] * 2
-    assert np.asarray(grid(joint.results, joint.references)).shape[1] == 6 + 5 * step  # 4 + 1 references
+    assert np.asarray(grid(joint.results, joint.references)).shape[1] == 6 + 3 * (224 + 6)  # two concepts, three seeds

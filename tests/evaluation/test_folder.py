@@ -1,0 +1,111 @@
+"""Folders of pictures that others made, by number and by name, and what is wrong with some."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.encoders import Encoder
+from sbora_diffusion.evaluation.folder import score_folder
+from sbora_diffusion.evaluation.results import Result
+
+from .conftest import COLOURS
+
+TEXTS = ["A red dog", "A blue dog at night"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two red and two blue pictures of two prompts, and references of a red thing and of a blue one."""
+    for name, colour in {
+        "pictures/000-0.png": "red",
+        "pictures/000-1.webp": "blue",
+        "pictures/001-0.jpg": "blue",
+        "pictures/001-1.png": "red",
+        "ruby/images/a.png": "red",
+        "sky/a.png": "blue",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50), COLOURS[colour]).save(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("A red <TOK>\nA blue <TOK> at night\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def score(judge: Encoder, prompts: str, references: list[str], nouns: list[str]) -> tuple[Result, ...]:
+    return score_folder(Path("pictures"), prompts, [Path(name) for name in references], nouns, judge).results
+
+
+@pytest.mark.usefixtures("here")
+def test_pictures_by_number(judge: Encoder) -> None:
+    (result,) = score(judge, "prompts.txt", ["ruby", "sky"], ["dog"])
+    assert (result.model, result.concept, result.prompts) == ("pictures", "ruby", tuple(TEXTS))
+    assert [[path.name for path in row] for row in result.pictures] == [
+        ["000-0.png", "000-1.webp"],
+        ["001-0.jpg", "001-1.png"],
+    ]
+    assert result.scores["success"].tolist() == [[1, 0], [0, 1]]
+    assert result.scores["image"][0, 0].item() == pytest.approx(1)
+
+
+def test_pictures_by_name_score_the_same(here: Path, judge: Encoder) -> None:
+    """The layout of CLIPScore and of Custom Diffusion's evaluation: a JSON file tells what each picture shows."""
+    captions = {"000-0.png": TEXTS[0], "000-1": TEXTS[0], "001-0": TEXTS[1], "001-1.png": TEXTS[1], "more": "x"}
+    (here / "captions.json").write_text(json.dumps(captions))
+    (named,) = score(judge, "captions.json", ["ruby"], [])
+    (numbered,) = score(judge, "prompts.txt", ["ruby/images"], ["dog"])
+    assert named.concept == numbered.concept == "ruby"
+    assert named.pictures == numbered.pictures
+    assert {key: values.tolist() for key, values in named.scores.items()} == {
+        key: values.tolist() for key, values in numbered.scores.items()
+    }
+    assert "success" not in named.scores
+
+
+def test_prompts_with_unequal_numbers_of_pictures(here: Path, judge: Encoder) -> None:
+    (here / "pictures/001-1.png").unlink()
+    (result,) = score(judge, "prompts.txt", ["ruby"], ["dog"])
+    assert result.prompts == (TEXTS[0], TEXTS[0], TEXTS[1])
+    assert result.scores["image"].shape == (3, 1)
+
+
+def test_two_concepts_in_a_picture(here: Path, judge: Encoder) -> None:
+    (here / "pairs.txt").write_text("a {0} and a {1}\na {1} and a {0}\n")
+    results = score(judge, "pairs.txt", ["ruby", "sky"], ["dog", "cat"])
+    assert [(result.concept, result.shown) for result in results] == [
+        ("ruby", ("ruby", "sky")),
+        ("sky", ("ruby", "sky")),
+    ]
+    assert results[0].prompts == ("a dog and a cat", "a cat and a dog")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "references", "nouns", "message"),
+    [
+        ("prompts.txt", ["ruby"], [], "speaks of 1 concepts in one picture, got 0"),
+        ("nosuch", ["ruby"], ["dog"], "no suite and no file 'nosuch'"),
+        ("prompts.txt", ["nosuch"], ["dog"], "no folder .*nosuch"),
+        ("prompts.txt", ["empty"], ["dog"], "no picture in .*empty"),
+        ("prompts.txt", [], ["dog"], "got the folders of references none, expected"),
+        ("prompts.txt", ["ruby", "ruby"], ["dog"], "got the folders of references ruby, ruby, expected"),
+        ("one.txt", ["ruby"], ["dog"], "the name 001-0.jpg tells no prompt, expected .* from 0 to 0"),
+        ("few.json", ["ruby"], [], "few.json has no prompt for 000-1.webp"),
+        ("bad.json", ["ruby"], [], "cannot read bad.json"),
+        ("nosuch.json", ["ruby"], [], "no suite and no file 'nosuch.json'"),
+        ("prompts.txt", ["damaged"], ["dog"], "cannot read .*a.png"),
+    ],
+)
+def test_bad_input(
+    here: Path, judge: Encoder, prompts: str, references: list[str], nouns: list[str], message: str
+) -> None:
+    (here / "one.txt").write_text("a <TOK>")
+    (here / "few.json").write_text('{"000-0": "a dog"}')
+    (here / "bad.json").write_text("{")
+    (here / "empty").mkdir()
+    shutil.copytree(here / "sky", here / "damaged")
+    (here / "damaged/a.png").write_bytes(b"no picture")
+    with pytest.raises(SboraError, match=message):
+        score(judge, prompts, references, nouns)
