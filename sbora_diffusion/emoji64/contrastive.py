@@ -23,7 +23,7 @@ from sbora_diffusion.emoji64.art import WIDE_ART, Art, load_art
 from sbora_diffusion.emoji64.compose import RESOLUTION, Composer, Plan, Variety, places, render
 from sbora_diffusion.emoji64.optimizer import MuonAdamW
 from sbora_diffusion.emoji64.phrases import paraphrase
-from sbora_diffusion.emoji64.tokenizer import LENGTH
+from sbora_diffusion.emoji64.tokenizer import LENGTH, forget_origin
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
     """Write an fp16 CLIPModel folder with its tokenizer and image processor."""
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    forget_origin(out)
     side = {"height": RESOLUTION, "width": RESOLUTION}
     CLIPImageProcessorPil(size={"shortest_edge": RESOLUTION}, crop_size=side).save_pretrained(out)
 

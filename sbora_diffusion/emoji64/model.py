@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from sbora_diffusion.emoji64 import loop
 from sbora_diffusion.emoji64.art import default_data_dir
-from sbora_diffusion.emoji64.tokenizer import LENGTH
+from sbora_diffusion.emoji64.tokenizer import LENGTH, forget_origin
 from sbora_diffusion.emoji64.vae import LATENT_CHANNELS
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def main() -> None:
     networks.load_state_dict(state["average"])
     pipeline = assemble(args.data, networks["unet"], networks["text_encoder"]).to(torch.float16)
     pipeline.save_pretrained(args.out, safe_serialization=True)
+    forget_origin(args.out / "tokenizer")
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     log.info("step %d -> %s, %.1f MB", state["step"], args.out, size / 1e6)
 

@@ -69,6 +69,14 @@ def build(names_package: Path, out: Path) -> PreTrainedTokenizerBase:
     return CLIPTokenizer.from_pretrained(out)
 
 
+def forget_origin(folder: Path) -> None:
+    """Drop from a saved tokenizer's settings how it was loaded here, which is nobody's business elsewhere."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Build the tokenizer and store it as DATA/tokenizer."""
     parser = argparse.ArgumentParser(description=main.__doc__)

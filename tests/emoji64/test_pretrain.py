@@ -49,6 +49,7 @@ def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatc
     call(monkeypatch, model.main, "--data", art_folder, "--out", tmp_path / "pipeline")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     assert isinstance(pipeline, StableDiffusionPipeline)
+    assert "local" not in (tmp_path / "pipeline" / "tokenizer" / "tokenizer_config.json").read_text()
     kept = state["average"]["unet.conv_in.weight"].half().float()
     assert torch.equal(pipeline.unet.conv_in.weight, kept)
 
