@@ -60,6 +60,7 @@ def here(base: Base, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "mug/1.png")
     (tmp_path / "clip").symlink_to(clip)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sbora-diffusion", "eval", "it's"])  # what reports say they were made with
     return tmp_path
 
 
@@ -91,7 +92,7 @@ def test_single_and_merged(here: Path, base: Base) -> None:
     ]
     assert all((here / path).stat().st_size for path in files.split())
     about = json.loads((folder / "report.json").read_text())["about"]
-    assert about["command"].startswith("sbora-diffusion ")
+    assert about["command"] == """sbora-diffusion eval 'it'"'"'s'"""
     assert about["base"] == {"id": base.id, "fingerprint": base.fingerprint}
     assert {"dog", "cat", "penguin"} <= about["references"].keys()
 
@@ -134,7 +135,7 @@ def test_ctrl_c_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(series_module, "write_picture", write_one)
         stopped = run("dog", "--suite", "two.txt", "--out", "out")
     assert stopped.exit_code == 130
-    assert "stopped; what was made is kept in out, go on with: sbora-diffusion " in stopped.stderr
+    assert "stopped; what was made is kept in out, go on with: sbora-diffusion eval " in stopped.stderr
     assert len(pictures(Path("out"))) == 2
     again = run("dog", "--suite", "two.txt", "--out", "out")
     assert again.exit_code == 0, again.output
