@@ -13,13 +13,14 @@ from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.sheet import sheet
+from sbora_diffusion.english import with_article
 
 PLACES = ("on the beach", "in the snow", "at night", "and a red apple on the grass")
 
 
 def pictures(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
     """A labelled picture of a subject in each of PLACES, for each seed."""
-    prompts = [f"a {subject} {place}" for place in PLACES for _ in seeds]
+    prompts = [f"{with_article(subject)} {place}" for place in PLACES for _ in seeds]
     return list(zip(prompts, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
 
 

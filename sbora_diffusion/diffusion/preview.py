@@ -12,6 +12,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.diffusion.generate import generate
 from sbora_diffusion.diffusion.sheet import sheet
+from sbora_diffusion.english import say_plainly
 
 
 class Preview:
@@ -20,7 +21,7 @@ class Preview:
     def __init__(self, base: Base, concept: Concept, config: TrainConfig, folder: Path) -> None:
         self._base, self._concept, self._config, self._folder = base, concept, config, folder
         self._named = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
-        self._plain = [prompt.replace(concept.token, concept.class_noun) for prompt in self._named]
+        self._plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in self._named]
         self._before: list[Image.Image] = []
 
     def draw_before(self) -> None:

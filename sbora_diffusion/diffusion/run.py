@@ -21,6 +21,7 @@ from sbora_diffusion.diffusion.latents import (
     tokenize,
 )
 from sbora_diffusion.diffusion.live import Live
+from sbora_diffusion.english import say_plainly
 from sbora_diffusion.errors import SboraError
 
 
@@ -38,7 +39,7 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     """Encode the pictures and ask the untouched base model for its answers."""
     latents, captions = encode(base, concept, config)
     noising = Noising(base)
-    said = [caption.replace(concept.token, concept.class_noun) for caption in captions]
+    said = [say_plainly(caption, concept.token, concept.class_noun) for caption in captions]
     prior = prior_answers(base, latents, tokenize(base, said), noising, config)
     return Data(latents, captions, prior, noising)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from sbora_diffusion.english import with_article
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -59,11 +61,6 @@ def _subject(entry: str | dict[str, str], tier: int, is_concept: bool) -> Subjec
     label = entry if isinstance(entry, str) else entry["label"]
     name = label if isinstance(entry, str) else entry["name"]
     return Subject(label, name, tier, is_concept)
-
-
-def with_article(noun: str) -> str:
-    """`owl` -> `an owl`; the world has no plural names and `unicorn` is its one exception."""
-    return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith("uni") else f"a {noun}"
 
 
 def caption(subjects: Sequence[str], style: str | None, place: str) -> str:

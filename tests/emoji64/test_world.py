@@ -4,7 +4,7 @@ import pytest
 
 from sbora_diffusion.emoji64.art import SVG_SETS
 from sbora_diffusion.emoji64.scenes import PAINTERS
-from sbora_diffusion.emoji64.world import caption, load_world, with_article
+from sbora_diffusion.emoji64.world import caption, load_world
 
 
 @pytest.mark.parametrize(
@@ -22,15 +22,6 @@ from sbora_diffusion.emoji64.world import caption, load_world, with_article
 )
 def test_caption(subjects: list[str], style: str | None, place: str, want: str) -> None:
     assert caption(subjects, style, place) == want
-
-
-def test_articles() -> None:
-    assert {noun: with_article(noun) for noun in ("umbrella", "unicorn", "ice cream", "house")} == {
-        "umbrella": "an umbrella",
-        "unicorn": "a unicorn",
-        "ice cream": "an ice cream",
-        "house": "a house",
-    }
 
 
 def test_every_style_and_scene_can_be_drawn() -> None:
