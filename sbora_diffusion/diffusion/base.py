@@ -14,6 +14,7 @@ from torch import nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.hub import cache_if_offline, why
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,11 @@ class Base:
 
     def width(self, side: Side) -> int:
         """How many columns (fa) or rows (fb) the narrowest adapted layer has: the ledger's length."""
-        return min(shape[1 if side == "fa" else 0] for shape in self.layer_shapes.values())
+        return min(self.widths(side).values())
+
+    def widths(self, side: Side) -> dict[str, int]:
+        """How many columns (fa) or rows (fb) each adapted layer has."""
+        return {key: shape[1 if side == "fa" else 0] for key, shape in self.layer_shapes.items()}
 
 
 def load_base(name: str) -> Base:
@@ -88,11 +93,11 @@ def load_base(name: str) -> Base:
     if name == "emoji64" and not folder.is_dir():
         raise SboraError("the emoji64 weights are not in this installation", "reinstall the package")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
+        with cache_if_offline():
+            pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
         raise SboraError(
-            f"could not load base model {name!r}: {first}",
+            f"could not load base model {name!r}: {why(error)}",
             "give emoji64, a folder in diffusers' format, or a hub id that can be reached",
         ) from error
     if not isinstance(pipeline, StableDiffusionPipeline):

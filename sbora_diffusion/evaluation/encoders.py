@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.hub import cache_if_offline, why
 
 T = TypeVar("T")
 
@@ -193,12 +194,12 @@ def _import_open_clip() -> Any:
 @contextmanager
 def _explained(name: str, hint: str) -> Iterator[None]:
     try:
-        yield
+        with cache_if_offline():
+            yield
     except SboraError:
         raise
     except Exception as error:  # loaders of strangers' files raise all kinds: OSError, KeyError, SafetensorError, …
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SboraError(f"could not load encoder {name!r}: {first}", hint) from error
+        raise SboraError(f"could not load encoder {name!r}: {why(error)}", hint) from error
 
 
 def _pretrained(kind: Any, path: str) -> tuple[Any, set[str]]:
