@@ -31,6 +31,7 @@ class TrainConfig:
     prior_batch: int  # samples a step that hold the base model's own answers in place
     prior_weight: float
     prior_prompts: tuple[str, ...]  # what else the base model's answers are held for
+    quiet_weight: float  # of the adapter's loudness on the prior prompts' inputs
     preview_every: int  # steps; 0 for none
     save_every: int  # steps between checkpoints
     eval_every: int  # steps between scores of the preview prompts' pictures; 0 for none
@@ -53,6 +54,7 @@ class TrainConfig:
             "seed",
             "basis_seed",
             "prior_weight",
+            "quiet_weight",
             "guidance",
         )
         natural += ("text_encoder_learning_rate", "token_learning_rate")
@@ -112,7 +114,7 @@ def _parse(key: str, text: str) -> Any:
     """A setting's text as its field's type; lists are separated by semicolons."""
     kind = _kind(key)
     if isinstance(kind, types.GenericAlias):
-        return [part.strip() for part in text.split(";")]
+        return [part.strip() for part in text.split(";") if part.strip()]
     try:
         return kind(text)
     except ValueError:

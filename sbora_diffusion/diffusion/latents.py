@@ -14,8 +14,6 @@ from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import load_picture, to_tensor
 
-PRIOR_SIZE = 192  # answers of the base model that are held
-
 
 class Noising:
     """The forward process of a base model's scheduler, and what its U-Net is to predict."""
@@ -44,6 +42,9 @@ class Batch:
     t: Tensor
     ids: Tensor
     target: Tensor
+
+    def __add__(self, other: "Batch") -> "Batch":
+        return Batch(*(torch.cat([getattr(self, key), getattr(other, key)]) for key in vars(self)))
 
 
 def tokenize(base: Base, captions: Sequence[str]) -> Tensor:
@@ -86,27 +87,16 @@ def _crop(image: Image.Image, generator: torch.Generator, smallest: float) -> Im
 
 
 @torch.no_grad()
-def prior_answers(base: Base, latents: Tensor, ids: Tensor, noising: Noising, config: TrainConfig) -> Batch:
-    """What the base model answers where the concept is not asked for.
-
-    Half of the noisy pictures are the concept's under the caption of its class, half are the base model's own under the
-    prior prompts. Training holds these answers in place ("prior prediction"): the first half so that the class stays
-    what it was, the second so that the adapter is quiet on everything else, other concepts' pictures included.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    drawn = draw_latents(base, config.prior_prompts, config)
-    sources = [(latents, ids), (drawn, tokenize(base, config.prior_prompts))] if len(drawn) else [(latents, ids)]
-    counts = [PRIOR_SIZE // len(sources)] * len(sources)
-    rows = [torch.randint(len(each), (n,), generator=generator) for (each, _), n in zip(sources, counts, strict=True)]
-    clean = torch.cat([each[chosen] for (each, _), chosen in zip(sources, rows, strict=True)])
-    ids = torch.cat([each[chosen] for (_, each), chosen in zip(sources, rows, strict=True)])
-    shuffled = torch.randperm(PRIOR_SIZE, generator=generator)  # every timestep sees both
-    clean, ids = clean[shuffled], ids[shuffled]
-    t = stratified_timesteps(PRIOR_SIZE, noising.num_timesteps, generator).to(base.device)
-    noise = torch.randn(clean.shape, generator=generator).to(base.device)
-    noisy = noising.add(clean, noise, t)
-    answers = [predict(base, *parts) for parts in zip(noisy.split(8), t.split(8), ids.split(8), strict=True)]
-    return Batch(noisy, t, ids, torch.cat(answers))
+def answers(
+    base: Base, latents: Tensor, ids: Tensor, noising: Noising, count: int, generator: torch.Generator
+) -> Batch:
+    """What the base model answers to `count` noisy versions of latents, each under its caption."""
+    rows = torch.randint(len(latents), (count,), generator=generator)
+    t = stratified_timesteps(count, noising.num_timesteps, generator).to(base.device)
+    noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
+    noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
+    predicted = [predict(base, *parts) for parts in zip(noisy.split(8), t.split(8), ids.split(8), strict=True)]
+    return Batch(noisy, t, ids, torch.cat(predicted))
 
 
 @torch.no_grad()

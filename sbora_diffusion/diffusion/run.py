@@ -14,15 +14,19 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.latents import (
     Batch,
     Noising,
+    answers,
+    draw_latents,
     encode,
     predict,
-    prior_answers,
     stratified_timesteps,
     tokenize,
 )
 from sbora_diffusion.diffusion.live import Live
+from sbora_diffusion.diffusion.quiet import Loudness, recorded_inputs
 from sbora_diffusion.english import say_plainly
 from sbora_diffusion.errors import SboraError
+
+PRIOR_SIZE = 192  # answers of the base model that are held
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +37,26 @@ class Data:
     captions: list[str]
     prior: Batch
     noising: Noising
+    moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts
 
 
 def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
-    """Encode the pictures and ask the untouched base model for its answers."""
+    """Encode the pictures and ask the untouched base model for the answers that training holds in place.
+
+    Half of them ("prior prediction") are to the concept's pictures under the captions of its class, so that the class
+    stays what it was; half to the base model's own pictures of the prior prompts, so that the adapter is quiet on
+    everything else, other concepts' pictures included.
+    """
     latents, captions = encode(base, concept, config)
-    noising = Noising(base)
+    noising, generator = Noising(base), torch.Generator().manual_seed(config.seed)
     said = [say_plainly(caption, concept.token, concept.class_noun) for caption in captions]
-    prior = prior_answers(base, latents, tokenize(base, said), noising, config)
-    return Data(latents, captions, prior, noising)
+    prior = answers(base, latents, tokenize(base, said), noising, PRIOR_SIZE // 2, generator)
+    if not config.prior_prompts:
+        return Data(latents, captions, prior, noising, {})
+    drawn, ids = draw_latents(base, config.prior_prompts, config), tokenize(base, config.prior_prompts)
+    with recorded_inputs(base) as moments:
+        others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
+    return Data(latents, captions, prior + others, noising, moments.means())
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +77,7 @@ class Run:
         self._live, self._data, self._config, self._base = live, data, config, base
         self._ids = tokenize(base, data.captions)
         self._empty = tokenize(base, [""])
+        self._loudness = Loudness(live.layers, data.moments) if data.moments and config.quiet_weight else None
         rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
         groups: list[dict[str, Any]] = [
             {"params": [layer.trained for layer in layers.values()], "lr": rates[component]}
@@ -84,6 +100,8 @@ class Run:
         error = (predict(self._base, both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
         own, held = error.split([len(batch[0]), len(prior[0])])
         loss = own.mean() + self._config.prior_weight * held.sum() / max(1, len(held))
+        if self._loudness:
+            loss = loss + self._config.quiet_weight * self._loudness()
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._live.parameters(), self._config.max_grad_norm)

@@ -1,0 +1,80 @@
+"""Loudness against responses computed the long way, and what its weight does in a training."""
+
+import pytest
+import torch
+from torch import nn
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.latents import predict, tokenize
+from sbora_diffusion.diffusion.live import live_concept
+from sbora_diffusion.diffusion.quiet import Loudness, recorded_inputs
+from sbora_diffusion.diffusion.run import Run, prepare_data
+
+from .conftest import short_config
+
+INTERVAL = Interval(4, 4)
+
+
+def ask(base: Base) -> None:
+    """Two prompts, one noisy picture each, in two calls."""
+    ids, size = tokenize(base, ["a dog", "a red cat at sea"]), base.pipeline.unet.config.sample_size
+    noisy = torch.randn(2, base.pipeline.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number in range(2):
+            predict(base, noisy[[number]], torch.tensor([500]), ids[[number]])
+
+
+@pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
+def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, method: str) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, key=key: seen.setdefault(key, []).append(inputs[0]))
+        for key, layer in base.layers.items()
+    ]
+    with recorded_inputs(base) as moments:
+        ask(base)
+    for hook in hooks:
+        hook.remove()
+    weights = {key: layer.weight.clone() for key, layer in base.layers.items()}
+    with live_concept(concept, base, INTERVAL, short_config(method)) as live:
+        loudness = Loudness(live.layers, moments.means())
+        assert loudness() == 0
+        shares = []
+        for component, layers in live.layers.items():
+            for name, layer in layers.items():
+                nn.init.normal_(layer.trained)
+                key = f"{component}.{name}"
+                x = torch.cat([inputs.flatten(0, -2) for inputs in seen[key]])
+                delta = torch.zeros_like(weights[key])
+                delta[(slice(None), layer.index) if method == "sbora-fa" else layer.index] = layer.delta().detach()
+                shares.append((x @ delta.T).pow(2).sum() / (x @ weights[key].T).pow(2).sum())
+        torch.testing.assert_close(loudness().detach(), torch.stack(shares).mean(), rtol=1e-4, atol=0)
+
+
+def test_no_recorder_stays(base: Base) -> None:
+    with pytest.raises(RuntimeError, match="here"), recorded_inputs(base):
+        raise RuntimeError("here")
+    assert not any(layer._forward_pre_hooks for layer in base.layers.values())
+
+
+def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> None:
+    found = []
+    for weight in ("0", "100"):
+        config = short_config(quiet_weight=weight, prior_batch="0")
+        data = prepare_data(concept, base, config)
+        with live_concept(concept, base, INTERVAL, config) as live:
+            run = Run(live, data, config, base)
+            for step in range(config.steps):
+                run.advance(step)
+            found.append(Loudness(live.layers, data.moments)().item())
+    assert found[1] < 0.8 * found[0]
+
+
+def test_no_prior_prompts_nothing_to_be_quiet_on(base: Base, concept: Concept) -> None:
+    config = short_config(prior_prompts="", quiet_weight="1")
+    data = prepare_data(concept, base, config)
+    assert data.moments == {}
+    with live_concept(concept, base, INTERVAL, config) as live:
+        Run(live, data, config, base).advance(0)
