@@ -57,7 +57,7 @@ class Adapter:
         if path.exists() and not force:
             raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.")
         _check(self)
-        _write_atomically(path, self.to_bytes())
+        write_atomically(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The content of the concept file, the same bytes for the same adapter."""
@@ -184,7 +184,8 @@ def _check_numbers(key: str, tensor: Tensor) -> None:
         raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file: whoever looks sees the old one or the whole new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)

@@ -1,0 +1,93 @@
+"""Export: an adapter as a folder of files that other programs load."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from sbora_diffusion.adapter.exchange.embeddings import Embedding, embedding_file
+from sbora_diffusion.adapter.exchange.lora import Lora, to_loras
+from sbora_diffusion.adapter.exchange.lora_file import diffusers_file, kohya_file
+from sbora_diffusion.adapter.exchange.names import is_sdxl
+from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.adapter.exchange.safefile import to_bytes
+from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.errors import SboraError
+
+Format = Literal["diffusers", "kohya", "peft"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+EMBEDDINGS = "embeddings"  # the folder of learned tokens, beside the LoRA
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own default
+
+
+def export(
+    adapter: Adapter,
+    layer_shapes: Mapping[str, tuple[int, int]],
+    to: str,
+    folder: Path,
+    *,
+    resolution: int,
+    date: str,
+    force: bool = False,
+) -> list[Path]:
+    """Write an adapter in the format of other programs.
+
+    The scale is folded in, one LoRA with alpha = rank. An adapter that was merged from several becomes one LoRA.
+
+    Args:
+        layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
+        to: one of `FORMATS`.
+        resolution, date: for kohya's metadata: pixels of a picture's side; today, ISO 8601.
+
+    Returns:
+        What was written: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory's
+        files for each component (peft), and `embeddings/<token>.safetensors` for each learned token.
+
+    Raises:
+        SboraError: the adapter does not fit the layers, a file exists and `force` is false, components that the format
+            has no names for. Nothing is written then.
+    """
+    if to not in FORMATS:
+        raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
+    loras = to_loras(adapter, layer_shapes)
+    if to == "peft":
+        files = dict(_peft(adapter, loras))
+    elif to == "kohya":
+        sdxl = is_sdxl(layer_shapes)
+        written = kohya_file(loras, adapter.spec, sdxl=sdxl, resolution=resolution, date=date)
+        files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(*written)}
+    else:
+        files = {LORA_NAME: to_bytes(*diffusers_file(loras, adapter.spec))}
+    files |= _embeddings(adapter, kohya=to == "kohya")
+    existing = [folder / name for name in files if (folder / name).exists()]
+    if existing and not force:
+        raise SboraError(f"{existing[0]} exists", hint="Choose another folder, or overwrite it with --force.")
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _peft(adapter: Adapter, loras: Mapping[str, Lora]) -> Iterator[tuple[str, bytes]]:
+    for component in sorted({key.partition(".")[0] for key in loras}):
+        own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
+        config, tensors, metadata = peft_component(own, adapter.spec)
+        yield f"{component}/{CONFIG}", config.encode()
+        yield f"{component}/{WEIGHTS}", to_bytes(tensors, metadata)
+
+
+def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
+    files = {}
+    for token, noun in adapter.spec.tokens.items():
+        split = {key: key.partition(".") for key in adapter.tokens}
+        vectors = {split[key][0]: value for key, value in adapter.tokens.items() if split[key][2] == token}
+        if vectors:
+            name = f"{EMBEDDINGS}/{_slug(token)}.safetensors"
+            if name in files:
+                raise SboraError(f"two tokens would be written to {name}", hint="Export the concepts one by one.")
+            files[name] = to_bytes(*embedding_file(Embedding(token, noun, vectors), kohya=kohya))
+    return files
+
+
+def _slug(text: str) -> str:
+    """A file's name: ComfyUI knows tokens by it, so no brackets and spaces."""
+    return re.sub(r"[^\w+-]+", "-", text).strip("-") or "token"

@@ -1,0 +1,167 @@
+"""LoRA files: diffusers' `pytorch_lora_weights.safetensors`, and kohya's, which ComfyUI, A1111 and Forge read."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.adapter.exchange.lora import Lora, check_lora
+from sbora_diffusion.adapter.exchange.names import diffusers_name, kohya_name
+from sbora_diffusion.adapter.exchange.patterns import patterns_of, scale_of
+from sbora_diffusion.adapter.spec import Spec
+from sbora_diffusion.errors import SboraError
+
+SPEC = "sbora.spec"  # the metadata in which our specification travels
+_CONFIG = "lora_adapter_metadata"  # diffusers' metadata: the fields of PEFT's LoraConfig, by "<component>.<field>"
+
+_PARTS = {
+    ".lora_down.weight": "down",
+    ".lora.down.weight": "down",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_A.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_B.weight": "up",
+    ".alpha": "alpha",
+}
+
+
+def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a diffusers LoRA file.
+
+    Args:
+        loras: of scale one, by "<component>.<canonical layer>".
+    """
+    tensors, config = {}, {}
+    for key, lora in loras.items():
+        kind = "lora" if key.startswith("unet.") else "lora_linear_layer"
+        tensors[f"{diffusers_name(key)}.{kind}.down.weight"] = lora.down
+        tensors[f"{diffusers_name(key)}.{kind}.up.weight"] = lora.up
+    for component in sorted({key.partition(".")[0] for key in loras}):
+        ranks = {k.partition(".")[2]: lora.rank for k, lora in loras.items() if k.startswith(f"{component}.")}
+        config |= {f"{component}.{field}": value for field, value in patterns_of(ranks).items()}
+    return tensors, {"format": "pt", _CONFIG: json.dumps(config, sort_keys=True), SPEC: spec.to_json()}
+
+
+def kohya_file(
+    loras: Mapping[str, Lora], spec: Spec, *, sdxl: bool, resolution: int, date: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a kohya LoRA file; alpha = rank says that the scale is one.
+
+    Args:
+        loras: of scale one, by "<component>.<canonical layer>".
+        sdxl: whether the U-Net's blocks have the original implementation's names.
+        resolution: pixels of a picture's side, for those who read the metadata.
+        date: of today, ISO 8601, for the same.
+    """
+    tensors = {}
+    for key, lora in loras.items():
+        name = kohya_name(key, sdxl)
+        tensors[f"{name}.lora_down.weight"] = lora.down
+        tensors[f"{name}.lora_up.weight"] = lora.up
+        tensors[f"{name}.alpha"] = torch.tensor(float(lora.rank))
+    width = max((lora.down.shape[1] for key, lora in loras.items() if key.endswith("attn2.to_k")), default=768)
+    version, architecture = _model(sdxl, width, resolution)
+    tokens = list(spec.tokens)
+    metadata = {
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(spec.rank),
+        "ss_network_alpha": str(spec.rank),
+        "ss_sd_model_name": spec.base_id,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_steps": str(spec.recipe.get("steps", "")),
+        "ss_tag_frequency": json.dumps({spec.name: dict.fromkeys(tokens, 1)}),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": spec.name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.date": date,
+        "modelspec.trigger_phrase": ", ".join(tokens),
+        "modelspec.merged_from": ", ".join(spec.parents),
+        SPEC: spec.to_json(),
+    }
+    return tensors, {key: value for key, value in metadata.items() if value}
+
+
+def read_loras(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], scale: Callable[[str, int], float] | None = None
+) -> dict[str, Lora]:
+    """The LoRAs of a file of any format, in float32, by the names that it has for the layers.
+
+    Args:
+        scale: what a layer of a rank is multiplied with if there is no `alpha` in the file; by diffusers' metadata, or
+            one, if None.
+
+    Raises:
+        SboraError: keys that belong to no plain LoRA, factors that are missing or do not fit.
+    """
+    scale = scale or _diffusers_scale(metadata)
+    loras = {}
+    for name, parts in _gather(tensors).items():
+        missing = {"down", "up"} - parts.keys()
+        if missing:
+            raise SboraError(f"layer {name} lacks its {' and '.join(sorted(missing))} factor")
+        down, up = parts["down"], parts["up"]
+        check_lora(name, Lora(down, up))
+        alpha = parts.get("alpha")
+        factor = scale(name, down.shape[0]) if alpha is None else _number(name, alpha) / down.shape[0]
+        loras[name] = Lora(down.float(), up.float(), factor)
+        check_lora(name, loras[name])
+    if not loras:
+        raise SboraError("holds no LoRA layer")
+    return loras
+
+
+def _gather(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """layer -> down, up, alpha -> tensor."""
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        ending = next((ending for ending in _PARTS if key.endswith(ending)), None)
+        if ending is None or not key.isprintable():
+            raise SboraError(
+                f"has the key {key!r}, which belongs to no plain LoRA",
+                hint="DoRA, LyCORIS, bias and whole layers cannot be SBoRA adapters.",
+            )
+        parts = gathered.setdefault(key.removesuffix(ending), {})
+        if _PARTS[ending] in parts:
+            raise SboraError(f"layer {key.removesuffix(ending)} has two {_PARTS[ending]} factors")
+        parts[_PARTS[ending]] = tensor
+    return gathered
+
+
+def _diffusers_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
+    """What diffusers multiplies a layer with, by the metadata it writes; one without them."""
+    try:
+        config = json.loads(metadata.get(_CONFIG, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise SboraError(f"the metadata {_CONFIG} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise SboraError(f"the metadata {_CONFIG} is {type(config).__name__}, expected an object")
+
+    def scale(name: str, rank: int) -> float:
+        component, _, layer = name.partition(".")
+        own: dict[str, Any] = {
+            key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")
+        }
+        return scale_of(own, layer, rank) if own else 1.0
+
+    return scale
+
+
+def _number(name: str, alpha: Tensor) -> float:
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise SboraError(f"alpha of layer {name} has {alpha.numel()} numbers of {alpha.dtype}, expected one")
+    return float(alpha)
+
+
+def _model(sdxl: bool, width: int, resolution: int) -> tuple[str, str]:
+    """The base model in kohya's words and in modelspec's, from the width of its text embeddings."""
+    if sdxl:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    if width == 1024:
+        return "sd_v2", "stable-diffusion-v2-768-v" if resolution >= 768 else "stable-diffusion-v2-512"
+    return "sd_v1", "stable-diffusion-v1"
