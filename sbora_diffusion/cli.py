@@ -233,12 +233,31 @@ def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", h
 
 
 @app.command()
-def ledger(rank: Annotated[int, typer.Option(metavar="N", min=1, help="Count the room in this rank.")] = 8) -> None:
-    """Draw who owns which columns in ./adapters, and how much is free."""
-    from sbora_diffusion.cli_render import ledger_bar, show
+def ledger(
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Count the room in this rank, or reserve as many.")] = 8,
+    reserve: Annotated[str, typer.Option(metavar="NAME", help="Keep an interval for a concept to come.")] = "",
+    interval: Annotated[str, typer.Option(metavar="A:B", help="Which; default: the first free.")] = "",
+    base: Base = "emoji64",
+    method: Annotated[str, typer.Option(metavar="NAME", help="sbora-fa (columns) or sbora-fb (rows).")] = "sbora-fa",
+) -> None:
+    """Draw who owns which columns in ./adapters, and how much is free; --reserve keeps some without a training.
+
+    A reservation lasts until the concept's file is there, or `remove NAME`. With --reserve the interval is printed.
+    """
     from sbora_diffusion.library import Library
 
-    ledgers = Library(ADAPTERS).ledgers()
+    library = Library(ADAPTERS)
+    if reserve:
+        from sbora_diffusion.cli_train import reserve_interval
+
+        hide_loading_bars()
+        typer.echo(reserve_interval(reserve, base, method, rank, interval, library=library))
+        return
+    if interval:
+        raise typer.BadParameter("goes with --reserve NAME", param_hint="--interval")
+    from sbora_diffusion.cli_render import ledger_bar, show
+
+    ledgers = library.ledgers()
     if not ledgers:
         log.info("nothing in %s yet; next: sbora-diffusion train --concept dog", ADAPTERS)
     for entry in ledgers:
@@ -250,7 +269,7 @@ def remove(
     name: Annotated[str, typer.Argument(help="A concept in ./adapters.")],
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
-    """Delete a concept's file; its columns are free again."""
+    """Delete a concept's file or reservation; its columns are free again."""
     from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)

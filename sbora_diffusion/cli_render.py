@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OWNED = (("█", "cyan"), ("▓", "magenta"))  # neighbours differ in shade too, for terminals without colour
+SHARED = ("×", "bold red")
 FREE = ("·", "dim")
 
 
@@ -112,28 +113,38 @@ def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:
     """A title, a bar of the positions, and its legend."""
     what = "columns" if ledger.side == "fa" else "rows"
     title = f"{ledger.base_id} [{ledger.base_fingerprint}] {what} ({ledger.side})"
-    if ledger.width is None:
-        room = "how many there are is known after the next training"
-    else:
-        num_free = sum(gap.rank for gap in ledger.gaps)
-        room = f"{num_free} of {ledger.width} free, room for {ledger.room(rank)} more of rank {rank}"
-    stop = ledger.width or max(owner.interval.stop for owner in ledger.owners)
+    stop = ledger.width or max((owner.interval.stop for owner in ledger.owners), default=1)
     bar, legend = Text(), Table.grid(padding=(0, 2))
     cells = list(_cells(ledger, stop, width))
     for mark, style in cells:
         bar.append(mark, style)
     for (mark, style), owner in zip(cycle(OWNED), ledger.owners, strict=False):
-        note = " (in training)" if owner.in_training else ""
+        note = "" if owner.state == "trained" else f" ({owner.state})"
         legend.add_row(Text(mark, style), Text(str(owner.interval)), Text(owner.name + note))
-    return Group(Text(title, "bold"), Text(room), bar, legend)
+    if SHARED in cells:
+        legend.add_row(Text(*SHARED), Text(), Text("several owners"))
+    for name in ledger.unplaced:
+        legend.add_row(Text(), Text("elsewhere"), Text(f"{name}: has no interval, inspect it with others"))
+    return Group(Text(title, "bold"), Text(_room(ledger, rank)), bar, legend)
+
+
+def _room(ledger: Ledger, rank: int) -> str:
+    if ledger.width is None:
+        return "how many there are is known after the next training"
+    num_free = sum(gap.rank for gap in ledger.gaps)
+    return (
+        f"{ledger.width - num_free} of {ledger.width} owned, {num_free} free: "
+        f"room for {ledger.room(rank)} more of rank {rank}, of {ledger.width // rank}"
+    )
 
 
 def _cells(ledger: Ledger, stop: int, width: int) -> Iterator[tuple[str, str]]:
     """Mark and style of each character of the bar: of the owner in the middle of the positions it stands for."""
     styles = list(zip(ledger.owners, cycle(OWNED), strict=False))
     for cell in range(width):
-        position = (cell + 0.5) * stop / width
-        yield next((style for owner, style in styles if owner.interval.start <= position < owner.interval.stop), FREE)
+        position = int((cell + 0.5) * stop / width)
+        own = [style for owner, style in styles if owner.interval.start <= position < owner.interval.stop]
+        yield SHARED if len(own) > 1 else (*own, FREE)[0]
 
 
 def _intervals(adapter: Adapter) -> str:

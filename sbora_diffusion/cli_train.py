@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.cli_render import TrainingProgress
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
@@ -15,7 +15,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.run_folder import RunFolder
 from sbora_diffusion.diffusion.train import train
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Library
+from sbora_diffusion.library import Library, Space
 from sbora_diffusion.methods import method_side
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def train_concept(
     if resume and interval is None:
         interval = _interval_of(run)
     base, side = load_base(base_name), method_side(method)
-    width = base.width(side)
-    interval = library.reserve(base.fingerprint, base.id, side, config.rank, width, concept.name, interval)
+    interval = library.reserve(space_of(base, side, config.basis_seed), config.rank, concept.name, interval)
     written: list[Path] = []
     score = _scorer(base, concept, config) if config.eval_every else None
     try:
@@ -62,6 +61,26 @@ def train_concept(
         library.release(concept.name)
     log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
     return written
+
+
+def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:
+    """Keep an interval for a concept that somebody will train later, here or elsewhere."""
+    library.path(name)  # refuses what cannot be a file's name
+    config = TrainConfig.from_recipe(base_name, method, {"rank": str(rank)})
+    wanted = Interval.parse(pinned) if pinned else None
+    base = load_base(base_name)
+    space = space_of(base, method_side(method), config.basis_seed)
+    interval = library.reserve(space, rank, name, wanted, lasting=True)
+    log.info(
+        "next: sbora-diffusion train --concept %s --base %s --method %s --rank %d; elsewhere with --interval %s",
+        *(name, base_name, method, rank, interval),
+    )
+    return interval
+
+
+def space_of(base: Base, side: Side, seed: int) -> Space:
+    """The columns (fa) or rows (fb) of a base model that the ledger hands out."""
+    return Space(base_id=base.id, base_fingerprint=base.fingerprint, side=side, seed=seed, widths=base.widths(side))
 
 
 def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], dict[str, float]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from filelock import FileLock, Timeout
@@ -24,11 +25,27 @@ LOCK_TIMEOUT = 60  # seconds; the lock is held for milliseconds
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds an interval: a concept file, or a training that will write one."""
+    """Who holds an interval: a concept file, a training that will write one, or a name it was reserved for."""
 
     name: str
     interval: Interval
-    in_training: bool = False
+    state: Literal["trained", "in training", "reserved"] = "trained"
+    seed: int = 0  # of the permutations that give the positions their meaning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What concepts share: the adapted layers of one base model and side, in the order of one seed's permutations."""
+
+    base_id: str
+    base_fingerprint: str
+    side: Side
+    seed: int
+    widths: Mapping[str, int]  # "<component>.<layer>" -> columns (FA) or rows (FB)
+
+    @property
+    def key(self) -> str:
+        return f"{self.base_fingerprint}/{self.side}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,7 @@ class Ledger:
     side: Side
     width: int | None
     owners: tuple[Owner, ...]  # by position
+    unplaced: tuple[str, ...] = ()  # concepts without an interval: imported, they write columns of their own choice
 
     @property
     def gaps(self) -> tuple[Interval, ...]:
@@ -59,18 +77,21 @@ class Ledger:
 
 @dataclass(frozen=True, kw_only=True)
 class _Reservation:
-    """An interval promised to a running process. It ends when the process does."""
+    """An interval promised to a running process, which ends when the process does, or to a name, for good."""
 
     name: str
     base_id: str
     base_fingerprint: str
     side: Side
+    seed: int
     interval: Interval
     host: str
-    pid: int
+    pid: int | None  # None: made by hand, it lasts until its concept's file is there or it is removed
     started: float  # when the process did, in seconds since the epoch: its number may be given out again
 
     def is_live(self) -> bool:
+        if self.pid is None:
+            return True
         if self.host != socket.gethostname():
             return True  # cannot be known from here; `release` ends it
         try:
@@ -83,7 +104,7 @@ class _Reservation:
 class Library:
     """A folder of concept files, "<name>.safetensors" each. They are the truth; what lies beside them is:
 
-    `.ledger.json`: reservations of running trainings, and the widths of the base models met so far;
+    `.ledger.json`: reservations, of running trainings and by hand, and the layers' widths of the base models met here;
     `.ledger.lock`: held while intervals are handed out.
     """
 
@@ -114,70 +135,57 @@ class Library:
         return Adapter.load(self.locate(name))
 
     def reserve(
-        self,
-        base_fingerprint: str,
-        base_id: str,
-        side: Side,
-        rank: int,
-        width: int,
-        name: str,
-        pinned: Interval | None = None,
+        self, space: Space, rank: int, name: str, pinned: Interval | None = None, *, lasting: bool = False
     ) -> Interval:
         """Promise an interval to this process, until it writes the concept's file, releases the name, or ends.
 
-        What the name itself owned counts as free: the new file takes its place.
+        What the name itself owned counts as free: the new file takes its place. An interval that was reserved for the
+        name by hand is the one it gets.
 
         Args:
-            width: columns (FA) or rows (FB) of the narrowest adapted layer.
             pinned: this interval or none, instead of the first that is free.
+            lasting: promise it to the name instead: until its file is there, whoever writes it, or it is removed.
 
         Raises:
             SboraError: another process is training this name, nothing is free, the pinned interval is taken or does
-                not fit.
+                not fit, others' positions mean other columns, `lasting` for a name that has an interval.
         """
         with self._changing_state() as state:
-            state.widths[f"{base_fingerprint}/{side}"] = width
-            running = next((r for r in state.reservations if r.name == name and not _is_own(r)), None)
-            if running is not None:
-                raise SboraError(
-                    f"{name} is being trained by process {running.pid} on {running.host}",
-                    hint=f"Wait for it; if it is long gone: sbora-diffusion remove {name}",
-                )
-            state.reservations = [r for r in state.reservations if r.name != name]
-            owners = _owners(state, self._specs(), base_fingerprint, side)
-            others = [owner for owner in owners if owner.name != name]
+            state.widths[space.key] = dict(space.widths)
+            _check_not_in_training(state, name)
+            state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
+            owners = _owners(state, self._specs(), space.base_fingerprint, space.side)
+            own, others = _partition(owners, name)
+            _check_seed(space, others)
+            if lasting and own:
+                raise SboraError(f"{name} has the interval {own[0].interval} already ({own[0].state})")
+            reserved = next((owner.interval for owner in own if owner.state == "reserved"), None)
+            pinned, width = pinned or reserved, min(space.widths.values())
             if pinned is None:
                 interval = first_free([owner.interval for owner in others], rank, width)
             else:
                 interval = _check_pinned(pinned, others, rank, width)
-            state.reservations.append(
-                _Reservation(
-                    name=name,
-                    base_id=base_id,
-                    base_fingerprint=base_fingerprint,
-                    side=side,
-                    interval=interval,
-                    host=socket.gethostname(),
-                    pid=os.getpid(),
-                    started=psutil.Process().create_time(),
-                )
-            )
+            state.reservations.append(_reservation(space, name, interval, lasting))
         return interval
 
     def release(self, name: str) -> None:
-        """End the reservation of this name, if there is one. A concept's file keeps its columns."""
+        """End the process's reservation of this name, if there is one, and one by hand if its file is there now."""
         with self._changing_state() as state:
-            state.reservations = [r for r in state.reservations if r.name != name]
+            specs = self._specs()
+            state.reservations = [
+                r for r in state.reservations if r.name != name or (r.pid is None and not _is_fulfilled(r, specs))
+            ]
 
     def remove(self, name: str) -> None:
-        """Delete a concept's file, which frees its columns, and end its reservation."""
+        """Delete a concept's file, which frees its columns, and end all reservations of its name."""
         path = self.path(name)
         if not path.exists() and all(reservation.name != name for reservation in self._state().reservations):
             raise SboraError(
                 f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})"
             )
         path.unlink(missing_ok=True)
-        self.release(name)
+        with self._changing_state() as state:
+            state.reservations = [r for r in state.reservations if r.name != name]
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
         """Who owns what of one base model and side, by position."""
@@ -193,11 +201,20 @@ class Library:
                 base_id=base_id,
                 base_fingerprint=fingerprint,
                 side=side,
-                width=state.widths.get(f"{fingerprint}/{side}"),
+                width=state.width(fingerprint, side),
                 owners=_owners(state, specs, fingerprint, side),
+                unplaced=tuple(
+                    name
+                    for name, spec in specs.items()
+                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ())
+                ),
             )
             for base_id, fingerprint, side in sorted(claims)
         ]
+
+    def widths(self, base_fingerprint: str, side: Side) -> dict[str, int] | None:
+        """Columns (FA) or rows (FB) of every adapted layer, if a training or reservation here has met the base."""
+        return self._state().widths.get(f"{base_fingerprint}/{side}")
 
     def _specs(self) -> dict[str, Spec]:
         """What every sound file says of itself, by file name."""
@@ -235,7 +252,11 @@ class _State:
     """What `.ledger.json` holds."""
 
     reservations: list[_Reservation]
-    widths: dict[str, int]  # "<base fingerprint>/<side>" -> columns or rows of the narrowest adapted layer
+    widths: dict[str, dict[str, int]]  # "<base fingerprint>/<side>" -> layer -> columns or rows
+
+    def width(self, base_fingerprint: str, side: Side) -> int | None:
+        """Of the narrowest adapted layer."""
+        return min(self.widths.get(f"{base_fingerprint}/{side}", {}).values(), default=None)
 
     @classmethod
     def read(cls, path: Path) -> "_State":
@@ -245,7 +266,8 @@ class _State:
                 _Reservation(**{**fields, "interval": Interval.parse(fields["interval"])})
                 for fields in content["reservations"]
             ]
-            return cls(reservations, {str(key): int(width) for key, width in content["widths"].items()})
+            widths = {key: {name: int(width) for name, width in w.items()} for key, w in content["widths"].items()}
+            return cls(reservations, widths)
         except FileNotFoundError:
             return cls([], {})
         except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
@@ -263,22 +285,68 @@ class _State:
 
 def _owners(state: _State, specs: Mapping[str, Spec], base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
     """By position. Merges own what they were merged from, so that nothing new is put there while they exist."""
+    here = [r for r in state.reservations if (r.base_fingerprint, r.side) == (base_fingerprint, side)]
     owners = [
-        Owner(name, interval)
+        Owner(name, interval, "trained", spec.seed)
         for name, spec in specs.items()
         if (spec.base_fingerprint, spec.side) == (base_fingerprint, side)
         for interval in spec.intervals
     ]
+    owners += [Owner(r.name, r.interval, "in training", r.seed) for r in here if r.pid is not None]
+    taken = {(owner.name, owner.interval) for owner in owners}
     owners += [
-        Owner(r.name, r.interval, in_training=True)
-        for r in state.reservations
-        if (r.base_fingerprint, r.side) == (base_fingerprint, side)
+        Owner(r.name, r.interval, "reserved", r.seed)
+        for r in here
+        if r.pid is None and not _is_fulfilled(r, specs) and (r.name, r.interval) not in taken
     ]
     return tuple(sorted(owners, key=lambda owner: (owner.interval, owner.name)))
 
 
-def _is_own(reservation: _Reservation) -> bool:
-    return (reservation.host, reservation.pid) == (socket.gethostname(), os.getpid())
+def _is_fulfilled(reservation: _Reservation, specs: Mapping[str, Spec]) -> bool:
+    """Whether the concept's file is there."""
+    spec = specs.get(reservation.name)
+    place = (reservation.base_fingerprint, reservation.side)
+    return spec is not None and (spec.base_fingerprint, spec.side) == place
+
+
+def _partition(owners: Sequence[Owner], name: str) -> tuple[list[Owner], list[Owner]]:
+    """What a name owns, and what others do."""
+    own = [owner for owner in owners if owner.name == name]
+    return own, [owner for owner in owners if owner.name != name]
+
+
+def _reservation(space: Space, name: str, interval: Interval, lasting: bool) -> _Reservation:
+    return _Reservation(
+        name=name,
+        base_id=space.base_id,
+        base_fingerprint=space.base_fingerprint,
+        side=space.side,
+        seed=space.seed,
+        interval=interval,
+        host=socket.gethostname(),
+        pid=None if lasting else os.getpid(),
+        started=psutil.Process().create_time(),
+    )
+
+
+def _check_not_in_training(state: _State, name: str) -> None:
+    own = (socket.gethostname(), os.getpid())
+    for other in state.reservations:
+        if other.name == name and other.pid is not None and (other.host, other.pid) != own:
+            raise SboraError(
+                f"{name} is being trained by process {other.pid} on {other.host}",
+                hint=f"Wait for it; if it is long gone: sbora-diffusion remove {name}",
+            )
+
+
+def _check_seed(space: Space, others: Sequence[Owner]) -> None:
+    for owner in others:
+        if owner.seed != space.seed:
+            raise SboraError(
+                f"{owner.name} has its columns in the order of basis_seed {owner.seed}, got {space.seed}: "
+                "intervals of different orders may share columns",
+                hint=f"Set basis_seed={owner.seed}, or use another folder.",
+            )
 
 
 def _check_pinned(pinned: Interval, others: Sequence[Owner], rank: int, width: int) -> Interval:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,10 +143,46 @@ def test_inspect() -> None:
 def test_ledger(adapters: Path) -> None:
     drawn = run("ledger", "--rank", "4").stdout
     assert "columns (fa)" in drawn
-    assert "16 of 32 free, room for 4 more of rank 4" in drawn
+    assert "16 of 32 owned, 16 free: room for 4 more of rank 4, of 8" in drawn
     assert "8:16" in drawn
+    assert abs(drawn.count("█") - drawn.count("▓")) <= 1
+    assert "×" not in drawn
     (adapters / ".ledger.json").unlink()
     assert "known after the next training" in run("ledger").stdout
+
+
+def test_ledger_shows_what_several_own(adapters: Path) -> None:
+    shutil.copy(adapters / "dog.safetensors", adapters / "hound.safetensors")
+    drawn = run("ledger").stdout
+    assert drawn.count("×") == 19 + 1  # a quarter of 78 characters, and the legend
+    assert "several owners" in drawn
+
+
+def test_ledger_of_concepts_without_an_interval(adapters: Path) -> None:
+    dog = Adapter.load(adapters / "dog.safetensors")
+    for name in ("dog", "cat"):
+        (adapters / f"{name}.safetensors").unlink()
+    (adapters / ".ledger.json").unlink()
+    replace(dog, spec=replace(dog.spec, intervals=())).save(adapters / "foreign.safetensors")
+    assert "foreign: has no interval" in run("ledger").stdout
+
+
+def test_reserve(here: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ("ledger", "--base", base, "--rank", "4", "--reserve")
+    assert run(*words, "dog").stdout == "0:4\n"
+    assert run(*words, "cat", "--interval", "8:12").stdout == "8:12\n"
+    assert "--concept cat" in caplog.messages[-1]
+    assert "elsewhere with --interval 8:12" in caplog.messages[-1]
+    assert run(*words, "fox").stdout == "4:8\n"
+    taken = run(*words, "owl", "--interval", "10:14")
+    assert (taken.exit_code, taken.stdout) == (1, "")
+    assert "the interval 10:14 is taken (8:12 by cat)" in taken.stderr
+    assert "cat (reserved)" in run("ledger").stdout
+    assert train(base, "cat", "--rank", "4").exit_code == 0
+    assert str(Adapter.load(here / "adapters/cat.safetensors").spec.intervals[0]) == "8:12"
+    assert "cat (reserved)" not in run("ledger").stdout
+    assert run("remove", "dog", "--yes").exit_code == 0
+    assert run(*words, "owl").stdout == "0:4\n"
 
 
 @pytest.mark.usefixtures("here")
@@ -173,6 +210,7 @@ def test_help_is_quick(words: list[str]) -> None:
         ["train", "--concept", "dog", "--set", "steps"],
         ["train", "--concept", "dog", "--rank", "many"],
         ["generate", "a dog", "--count", "0"],
+        ["ledger", "--interval", "0:8"],
         ["generate", "a dog", "--set", "nonsense=1"],
         ["generate", "a dog", "--set", "steps=many"],
         ["nonsense"],
@@ -212,6 +250,10 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("merge dog cat --how nonsense", "got --how nonsense"),
         ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
         ("inspect posing.safetensors", "posing.safetensors: cannot be read"),
+        ("ledger --reserve a/b --base TINY", "without slashes"),
+        ("ledger --reserve dog --base TINY", "dog has the interval 0:8 already (trained)"),
+        ("ledger --reserve horse --base TINY --interval 0:4", "rank 8 needs 8"),
+        ("ledger --reserve horse --base nosuch", "could not load base model 'nosuch'"),
         ("remove nosuch --yes", "nothing of the name 'nosuch' in adapters (there: cat, dog)"),
     ],
 )

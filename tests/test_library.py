@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.file import Adapter, Factor, Spec
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Ledger, Library, Owner
+from sbora_diffusion.library import Ledger, Library, Owner, Space
 
 FORK = multiprocessing.get_context("fork")
 
@@ -22,8 +23,8 @@ FORK = multiprocessing.get_context("fork")
 def save_adapter(
     library: Library, name: str, interval: str, side: Side = "fa", base: str = "f00d", parents: tuple[str, ...] = ()
 ) -> None:
-    intervals = tuple(Interval.parse(part) for part in interval.split(","))
-    rank = sum(interval.rank for interval in intervals)
+    intervals = tuple(Interval.parse(part) for part in interval.split(",") if part)
+    rank = sum(interval.rank for interval in intervals) or 1
     spec = Spec(
         side=side, rank=rank, intervals=intervals, seed=0, base_id="toy", base_fingerprint=base,
         tokens={f"<{name}>": "thing"}, name=name, parents=parents,
@@ -33,9 +34,16 @@ def save_adapter(
     Adapter(spec, factors, {f"text_encoder.<{name}>": torch.ones(1, 4)}).save(library.path(name))
 
 
-def reserve(library: Library, name: str, rank: int = 8, width: int = 64, pinned: str | None = None) -> str:
+def space(width: int = 64, seed: int = 0) -> Space:
+    widths = {"unet.narrow": width, "unet.wide": 2 * width}
+    return Space(base_id="toy", base_fingerprint="f00d", side="fa", seed=seed, widths=widths)
+
+
+def reserve(
+    library: Library, name: str, rank: int = 8, width: int = 64, pinned: str | None = None, lasting: bool = False
+) -> str:
     interval = Interval.parse(pinned) if pinned else None
-    return str(library.reserve("f00d", "toy", "fa", rank, width, name, interval))
+    return str(library.reserve(space(width), rank, name, interval, lasting=lasting))
 
 
 @pytest.fixture
@@ -137,6 +145,97 @@ def test_sixteen_processes_at_once_get_sixteen_intervals(library: Library) -> No
     assert got == {f"{start}:{start + 8}" for start in range(0, 128, 8)}
 
 
+def test_sixteen_processes_reserve_for_good(library: Library) -> None:
+    names = [f"concept-{number}" for number in range(16)]
+    processes = [FORK.Process(target=reserve, args=(library, name, 8, 128, None, True)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    owners = library.owners("f00d", "fa")
+    assert [str(owner.interval) for owner in owners] == [f"{start}:{start + 8}" for start in range(0, 128, 8)]
+    assert {(owner.name, owner.state) for owner in owners} == {(name, "reserved") for name in names}
+
+
+def test_sixteen_processes_that_come_and_go_never_share(library: Library) -> None:
+    together, troubles = FORK.Barrier(16), FORK.SimpleQueue()
+
+    def work(number: int) -> None:
+        random, name = Random(number), f"concept-{number}"
+        together.wait()
+        try:
+            for _ in range(12):
+                mine = Interval.parse(reserve(library, name, rank=random.choice((2, 4, 8)), width=160))
+                others = [owner for owner in library.owners("f00d", "fa") if owner.name != name]
+                assert not any(owner.interval.overlaps(mine) for owner in others), (name, mine, others)
+                if random.random() < 0.5:
+                    save_adapter(library, name, str(mine))
+                    library.release(name)
+                    library.remove(name)
+                else:
+                    library.release(name)
+            troubles.put("")
+        except BaseException as trouble:  # to be told in the parent
+            troubles.put(repr(trouble))
+
+    processes = [FORK.Process(target=work, args=(number,)) for number in range(16)]
+    for process in processes:
+        process.start()
+    got = [troubles.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert got == [""] * 16
+    assert library.owners("f00d", "fa") == ()
+
+
+def test_a_reservation_by_hand_lasts_until_the_file_is_there(library: Library) -> None:
+    child = FORK.Process(target=reserve, args=(library, "dog"), kwargs={"pinned": "8:16", "lasting": True})
+    child.start()
+    child.join()
+    assert library.owners("f00d", "fa") == (Owner("dog", Interval(8, 8), "reserved"),)
+    assert reserve(library, "cat") == "0:8"
+    assert reserve(library, "fox") == "16:24"
+    assert reserve(library, "dog") == "8:16", "a training of the name gets what was reserved for it"
+    assert Owner("dog", Interval(8, 8), "in training") in library.owners("f00d", "fa")
+    library.release("dog")
+    assert Owner("dog", Interval(8, 8), "reserved") in library.owners("f00d", "fa"), "nothing was trained"
+    save_adapter(library, "dog", "8:16")
+    library.release("dog")
+    assert Owner("dog", Interval(8, 8)) in library.owners("f00d", "fa")
+    library.remove("dog")
+    assert reserve(library, "owl") == "8:16"
+
+
+def test_a_reservation_by_hand_is_given_back(library: Library) -> None:
+    assert reserve(library, "dog", lasting=True) == "0:8"
+    library.remove("dog")
+    assert library.owners("f00d", "fa") == ()
+
+
+def test_a_name_that_has_an_interval_gets_no_other(library: Library) -> None:
+    reserve(library, "dog", lasting=True)
+    save_adapter(library, "cat", "8:16")
+    for name, message in (("dog", r"dog has the interval 0:8 already \(reserved\)"), ("cat", r"8:16 .*\(trained\)")):
+        with pytest.raises(SboraError, match=message):
+            reserve(library, name, lasting=True)
+    with pytest.raises(SboraError, match="the interval 0:8 has 8 positions, rank 4 needs 4"):
+        reserve(library, "dog", rank=4)
+
+
+def test_positions_of_another_seed_are_other_columns(library: Library) -> None:
+    save_adapter(library, "cat", "0:8")
+    with pytest.raises(SboraError, match="cat has its columns in the order of basis_seed 0, got 1") as caught:
+        library.reserve(space(seed=1), 8, "dog")
+    assert caught.value.hint == "Set basis_seed=0, or use another folder."
+    library.reserve(space(seed=1), 8, "cat")  # takes the file's place
+
+
+def test_concepts_without_an_interval_are_named(library: Library) -> None:
+    save_adapter(library, "foreign", "")
+    (ledger,) = library.ledgers()
+    assert (ledger.owners, ledger.unplaced, ledger.width) == ((), ("foreign",), None)
+
+
 def test_a_name_in_training_is_refused(library: Library, training_dog: BaseProcess) -> None:
     with pytest.raises(SboraError, match=f"dog is being trained by process {training_dog.pid}") as caught:
         reserve(library, "dog")
@@ -202,9 +301,11 @@ def test_ledgers(library: Library) -> None:
         base_fingerprint="f00d",
         side="fa",
         width=64,
-        owners=(Owner("dog", Interval(0, 8), in_training=True), Owner("cat", Interval(8, 8))),
+        owners=(Owner("dog", Interval(0, 8), "in training"), Owner("cat", Interval(8, 8))),
     )
     assert (rows.owners, rows.width, rows.gaps) == ((Owner("horse", Interval(0, 4)),), None, ())
+    assert library.widths("f00d", "fa") == {"unet.narrow": 64, "unet.wide": 128}
+    assert library.widths("f00d", "fb") is None
 
 
 def test_room_is_what_the_gaps_hold() -> None:
