@@ -60,24 +60,21 @@ class Loudness:
     layer the quadratic form tr(ΔW E[x xᵀ] ΔWᵀ), for SBoRA-FA of r × r moments.
     """
 
-    def __init__(self, layers: Mapping[str, Mapping[str, SboraLayer]], moments: Mapping[str, Tensor]) -> None:
-        self._terms = [
-            _term(layer, moments[f"{component}.{name}"])
-            for component, by_name in layers.items()
-            for name, layer in by_name.items()
-        ]
+    def __init__(
+        self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]], moments: Mapping[str, Tensor]
+    ) -> None:
+        self._terms: list[_Term] = []
+        for component, by_name in layers.items():
+            for name, layer in by_name.items():
+                seen, weight = moments[f"{component}.{name}"], base.layers[f"{component}.{name}"].weight
+                own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
+                self._terms.append(_Term(layer, own, _response(weight.detach().float(), seen).item()))
 
     def __call__(self) -> Tensor:
         """A scalar that the adapter's factors learn from."""
         return torch.stack(
             [_response(term.layer.delta(), term.moments) / term.base_response for term in self._terms]
         ).mean()
-
-
-def _term(layer: SboraLayer, moments: Tensor) -> _Term:
-    own = moments[layer.index][:, layer.index] if layer.side == "fa" else moments
-    weight: Tensor = layer.module.get_base_layer().weight.detach().float()  # pyright: ignore[reportAssignmentType]
-    return _Term(layer, own, _response(weight, moments).item())
 
 
 def _response(weight: Tensor, moments: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Run:
         self._live, self._data, self._config, self._base = live, data, config, base
         self._ids = tokenize(base, data.captions)
         self._empty = tokenize(base, [""])
-        self._loudness = Loudness(live.layers, data.moments) if data.moments and config.quiet_weight else None
+        self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
         rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
         groups: list[dict[str, Any]] = [
             {"params": [layer.trained for layer in layers.values()], "lr": rates[component]}

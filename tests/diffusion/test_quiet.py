@@ -20,7 +20,9 @@ INTERVAL = Interval(4, 4)
 def ask(base: Base) -> None:
     """Two prompts, one noisy picture each, in two calls."""
     ids, size = tokenize(base, ["a dog", "a red cat at sea"]), base.pipeline.unet.config.sample_size
-    noisy = torch.randn(2, base.pipeline.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn(
+        2, base.pipeline.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         for number in range(2):
             predict(base, noisy[[number]], torch.tensor([500]), ids[[number]])
@@ -29,9 +31,12 @@ def ask(base: Base) -> None:
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
 def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, method: str) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
+    by_layer: dict[nn.Module, list[torch.Tensor]] = {
+        layer: seen.setdefault(key, []) for key, layer in base.layers.items()
+    }
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, key=key: seen.setdefault(key, []).append(inputs[0]))
-        for key, layer in base.layers.items()
+        layer.register_forward_pre_hook(lambda module, inputs: by_layer[module].append(inputs[0]))
+        for layer in base.layers.values()
     ]
     with recorded_inputs(base) as moments:
         ask(base)
@@ -39,7 +44,7 @@ def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, me
         hook.remove()
     weights = {key: layer.weight.clone() for key, layer in base.layers.items()}
     with live_concept(concept, base, INTERVAL, short_config(method)) as live:
-        loudness = Loudness(live.layers, moments.means())
+        loudness = Loudness(base, live.layers, moments.means())
         assert loudness() == 0
         shares = []
         for component, layers in live.layers.items():
@@ -68,7 +73,7 @@ def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> Non
             run = Run(live, data, config, base)
             for step in range(config.steps):
                 run.advance(step)
-            found.append(Loudness(live.layers, data.moments)().item())
+            found.append(Loudness(base, live.layers, data.moments)().item())
     assert found[1] < 0.8 * found[0]
 
 
