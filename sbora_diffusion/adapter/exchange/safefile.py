@@ -1,5 +1,6 @@
 """Safetensors files of other programs, read with suspicion."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,18 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, the same bytes for the same tensors and metadata."""
+    """The content of a safetensors file, the same bytes for the same tensors and metadata.
+
+    The library writes metadata in an order that differs from run to run, so the header is written again here: eight
+    bytes of length, then JSON padded with blanks to a multiple of eight.
+    """
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    return safetensors.torch.save(contiguous, metadata=dict(metadata))
+    content = safetensors.torch.save(contiguous)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:start])}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 @contextmanager
