@@ -149,7 +149,7 @@ def merge(
     force: Force = False,
 ) -> None:
     """Put concepts together into one concept file."""
-    from sbora_diffusion.adapter.merge import certify
+    from sbora_diffusion.adapter.certificate import certify
     from sbora_diffusion.adapter.merge import merge as merge_adapters
     from sbora_diffusion.library import Library
 
@@ -215,8 +215,8 @@ def evaluate(
 @app.command()
 def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Concept files.")]) -> None:
     """Show what concept files hold, and for several what their sum guarantees."""
-    from sbora_diffusion.adapter.merge import certify
-    from sbora_diffusion.cli_render import adapter_details, adapter_table, show
+    from sbora_diffusion.adapter.certificate import certify
+    from sbora_diffusion.cli_render import adapter_details, adapter_table, certificate_table, show
     from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
@@ -227,9 +227,13 @@ def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", h
         return
     show(adapter_table(paths, adapters))
     try:
-        show(f"\n{certify(adapters).describe()}")
+        spec = adapters[0].spec
+        certificate = certify(adapters, library.widths(spec.base_fingerprint, spec.side))
     except SboraError as reason:
-        log.warning("cannot be merged: %s", reason)
+        log.warning("cannot be merged: %s. %s", reason, reason.hint)
+        return
+    show("")
+    show(certificate_table(certificate))
 
 
 @app.command()

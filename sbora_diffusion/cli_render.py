@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from sbora_diffusion.adapter.certificate import Certificate
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.library import Ledger
 
@@ -107,6 +108,20 @@ def adapter_details(path: Path, adapter: Adapter) -> Table:
         if value:
             grid.add_row(key, Text(value))
     return grid
+
+
+def certificate_table(certificate: Certificate) -> Group:
+    """A row for each group of layers, then what is guaranteed and what is not."""
+    table = Table("layers", "", "shared", "free", "‖ΔW‖ of each", box=None, pad_edge=False)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for column in table.columns[:4]:
+        column.no_wrap = True
+    for group, (number, layer) in certificate.groups.items():
+        norms = (f"{name}={norm:.3g}" for name, norm in zip(certificate.names, layer.norms, strict=True))
+        free = "?" if layer.free is None else str(layer.free)
+        table.add_row(group, str(number), str(layer.overlap), free, Text("  ".join(norms)))
+    return Group(table, Text(f"\n{certificate.describe()}"))
 
 
 def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:

@@ -1,6 +1,7 @@
 """Every command end to end on a tiny base model, every way of giving it nonsense, and every way of stopping it."""
 
 import errno
+import re
 import shutil
 import signal
 import subprocess
@@ -137,7 +138,16 @@ def test_inspect() -> None:
     several = run("inspect", "dog", "cat").stdout
     assert "8:16" in several
     assert "disjoint: no column" in several
+    assert re.search(r"^unet\.mid_block\.attn1 +4 +0 +16  dog=[\d.e-]+  cat=[\d.e-]+ *$", several, re.MULTILINE)
     assert max(map(len, several.splitlines())) <= 80
+
+
+def test_inspect_what_cannot_be_merged(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dog = Adapter.load(adapters / "dog.safetensors")
+    replace(dog, spec=replace(dog.spec, base_fingerprint="beef")).save(adapters / "other.safetensors")
+    assert run("inspect", "dog", "other").exit_code == 0
+    assert "cannot be merged: the adapters differ in base fingerprint" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("Train them for the same one.")
 
 
 def test_ledger(adapters: Path) -> None:

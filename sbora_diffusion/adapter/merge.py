@@ -1,10 +1,10 @@
-"""Several adapters become one, and a certificate says what that guarantees and what it does not."""
+"""Several adapters become one."""
 
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
 from typing import Literal
@@ -12,11 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.file import Adapter, Factor, Spec
 from sbora_diffusion.errors import SboraError
 
 logger = logging.getLogger(__name__)
+
+_BAKE = "write them all into one pipeline: sbora-diffusion bake NAME NAME --out FOLDER"
+_HINTS = {
+    "side": f"FA writes columns and FB rows, one file holds one of both. Train them with one method, or {_BAKE}",
+    "seed": f"Their intervals count in different orders. Train them with one basis_seed, or {_BAKE}",
+    "base_fingerprint": "Each belongs to a base model of its own. Train them for the same one.",
+}
 
 
 def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["sum"]) -> Adapter:
@@ -34,7 +40,8 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
         raise SboraError(f"got {len(adapters)} adapters and the weights {list(weights)}, expected one number for each")
     pairs = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].spec.name, _digest(*pair)))
     adapters, weights = [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
-    _check_mergeable([adapter.spec for adapter in adapters])
+    check_mergeable([adapter.spec for adapter in adapters])
+    _warn_of_repeated_parents([adapter.spec for adapter in adapters])
     keys = sorted({key for adapter in adapters for key in adapter.factors})
     factors = {key: _sum_layer(key, adapters, weights) for key in keys}
     renamings = _renamings(adapters)
@@ -44,76 +51,37 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
     return Adapter(_merged_spec(adapters, weights, factors, renamings), factors, tokens)
 
 
-def certify(adapters: Sequence[Adapter], widths: Mapping[str, int] | None = None) -> "Certificate":
-    """Measure what a sum of these adapters shares and how large each is.
-
-    Args:
-        widths: how many columns (FA) or rows (FB) each layer has, by "<component>.<layer>": files do not know it.
-    """
-    _check_mergeable([adapter.spec for adapter in adapters])
-    layers = {}
-    for key in sorted({key for adapter in adapters for key in adapter.factors}):
-        factors = {position: a.factors[key] for position, a in enumerate(adapters) if key in a.factors}
-        owners = Counter(torch.cat([factor.index for factor in factors.values()]).tolist())
-        layers[key] = LayerCertificate(
-            overlap=sum(count > 1 for count in owners.values()),
-            free=None if widths is None else widths[key] - len(owners),
-            norms=tuple(float(factors[i].weight.norm()) if i in factors else 0.0 for i in range(len(adapters))),
-        )
-    return Certificate(tuple(adapter.spec.name for adapter in adapters), adapters[0].spec.side, layers)
+def distinct_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The same adapters, in the same order, so that no two have a token or a name in common: later ones are renamed."""
+    named = []
+    for adapter, names in zip(adapters, _renamings(adapters), strict=True):
+        spec = adapter.spec
+        taken = {other.spec.name for other in (*adapters, *named)}
+        is_free = all(other.spec.name != spec.name for other in named)
+        name = spec.name if is_free else next(name for name in _numbered(spec.name) if name not in taken)
+        spec = replace(spec, name=name, tokens={names[token]: noun for token, noun in spec.tokens.items()})
+        named.append(replace(adapter, spec=spec, tokens=_renamed_tokens(adapter, names)))
+    return named
 
 
-@dataclass(frozen=True)
-class LayerCertificate:
-    """One layer of a certificate."""
-
-    overlap: int  # columns or rows that more than one adapter writes
-    free: int | None  # columns or rows that nobody writes, if the layer's width is known
-    norms: tuple[float, ...]  # Frobenius norm of each adapter's ΔW, at strength one
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known about a sum of adapters before anybody looks at a picture."""
-
-    names: tuple[str, ...]
-    side: Side
-    layers: dict[str, LayerCertificate]
-
-    @property
-    def disjoint(self) -> bool:
-        return not any(layer.overlap for layer in self.layers.values())
-
-    def describe(self) -> str:
-        """What is guaranteed, and what is not."""
-        what = "column" if self.side == "fa" else "row"
-        shared = [layer.overlap for layer in self.layers.values() if layer.overlap]
-        if self.disjoint:
-            lines = [f"disjoint: no {what} of {len(self.layers)} layers is written by two adapters, so any of them"]
-            lines += ["can be taken out of the sum exactly, and their order does not matter"]
-        else:
-            lines = [f"not disjoint: {sum(shared)} {what}s in {len(shared)} of {len(self.layers)} layers have several"]
-            lines += ["owners; there the adapters change the same weights"]
-        free = [layer.free for layer in self.layers.values() if layer.free is not None]
-        if free:
-            lines.append(f"free: at least {min(free)} {what}s in every layer")
-        for position, name in enumerate(self.names):
-            norm = math.hypot(*(layer.norms[position] for layer in self.layers.values()))
-            lines.append(f"‖ΔW‖ of {name}: {norm:.4g}")
-        lines.append("not guaranteed: that concepts do not disturb each other; each acts on every activation")
-        return "\n".join(lines)
-
-
-def _check_mergeable(specs: Sequence[Spec]) -> None:
+def check_mergeable(specs: Sequence[Spec], same: Sequence[str] = tuple(_HINTS)) -> None:
+    """SboraError unless there are adapters, and all agree on what `same` names."""
     if not specs:
         raise SboraError("got no adapters, expected at least one")
-    for what in ("side", "seed", "base_fingerprint"):
+    for what in same:
         first, *others = sorted({str(getattr(spec, what)) for spec in specs})
         if others:
             raise SboraError(
-                f"the adapters differ in {what.replace('_', ' ')}: {first} and {', '.join(others)}",
-                hint="Train them for the same base model, with the same method and seed.",
+                f"the adapters differ in {what.replace('_', ' ')}: {first} and {', '.join(others)}", hint=_HINTS[what]
             )
+
+
+def _warn_of_repeated_parents(specs: Sequence[Spec]) -> None:
+    """A concept that two merges brought along counts twice: its columns are added."""
+    parents = Counter(parent for spec in specs for parent in spec.parents or (spec.name,))
+    for parent, number in parents.items():
+        if number > 1:
+            logger.warning("%s is in %d of what is merged: where both write, it counts several times", parent, number)
 
 
 def _digest(adapter: Adapter, weight: float) -> bytes:
