@@ -8,6 +8,7 @@ end the model is written in transformers' format to --out.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -28,8 +29,8 @@ from sbora_diffusion.emoji64.tokenizer import LENGTH, forget_origin
 log = logging.getLogger(__name__)
 
 CLIP = Path(__file__).parent / "clip"
-VARIETY = Variety(tiers=99, size=(30, 56), shift=7, flip=0.5, pairs=1.0)  # pairs=1: plan() is asked for pairs alone
-PAIRS = 0.25  # of a batch; the rest are subjects in two views each
+VARIETY = Variety(tiers=99, size=(30, 56), shift=7, flip=0.5, pairs=0.0)
+PAIRS = 0.4  # of a batch
 IDENTITY = 0.5  # weight of the loss that tells individuals apart
 TEMPERATURE = 0.1  # of that loss
 UNSEEN = 500  # scenes that recall is measured on
@@ -64,26 +65,48 @@ class Batch:
 
 
 class Scenes:
-    """Batches of composed scenes: each subject in two styles, each of those twice, elsewhere; and pairs."""
+    """Batches of composed scenes in which every word of a caption is needed to tell it from the others.
+
+    Each single subject is there in two styles, both of them in the same two places; pairs come in rings of four, of one
+    style and in one place, so that each subject of a pair is in two of them.
+    """
 
     def __init__(self, art: Art, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.composer = Composer(art, seed, VARIETY)
         self._rng = Random(seed)
         self._tokenizer = tokenizer
         self._by_subject: dict[str, list[int]] = {}
+        self._by_style: dict[str, list[int]] = {}
         for number, cutout in enumerate(self.composer.cutouts):
             self._by_subject.setdefault(cutout.subject, []).append(number)
+            self._by_style.setdefault(cutout.style, []).append(number)
 
     def batch(self, count: int) -> Batch:
         """About `count` scenes."""
-        pairs = [self.composer.plan() for _ in range(round(count * PAIRS))]
-        numbers: list[int] = []
-        for subject in self._rng.sample(sorted(self._by_subject), (count - len(pairs)) // 4):
-            drawn = self._by_subject[subject]
-            numbers += 2 * self._rng.sample(drawn, min(2, len(drawn)))
-        plans = [*map(self.composer.plan_single, numbers), *pairs]
-        individuals = torch.tensor([*numbers, *[-1] * len(pairs)])
+        pairs = [plan for _ in range(round(count * PAIRS / 4)) for plan in self._ring()]
+        subjects = self._rng.sample(sorted(self._by_subject), (count - len(pairs)) // 4)
+        singles = [view for subject in subjects for view in self._views(subject)]
+        plans = [*(self.composer.plan_single(number, place) for number, place in singles), *pairs]
+        individuals = torch.tensor([*(number for number, _ in singles), *[-1] * len(pairs)])
         return Batch(render(plans), [self.say(plan) for plan in plans], individuals)
+
+    def _views(self, subject: str) -> list[tuple[int, str]]:
+        """Cut-outs of a subject in two styles (some have only one) and places for them."""
+        drawn = self._rng.sample(self._by_subject[subject], min(2, len(self._by_subject[subject])))
+        common = _common([((subject,), self.composer.cutouts[number].style) for number in drawn])
+        return [(number, place) for place in self._rng.sample(common, 2) for number in drawn]
+
+    def _ring(self) -> list[Plan]:
+        """Four pairs of four subjects, the right one of each the left one of the next."""
+        style = self._rng.choice([style for style, drawn in sorted(self._by_style.items()) if len(drawn) >= 4])
+        drawn = self._rng.sample(self._by_style[style], 4)
+        pairs = list(zip(drawn, drawn[1:] + drawn[:1], strict=True))
+        subjects = [tuple(self.composer.cutouts[number].subject for number in pair) for pair in pairs]
+        common = _common([(names, style) for names in subjects])
+        if not common:
+            return self._ring()
+        place = self._rng.choice(common)
+        return [self.composer.plan_pair(left, right, place) for left, right in pairs]
 
     def say(self, plan: Plan) -> str:
         """Some caption of a scene."""
@@ -92,6 +115,12 @@ class Scenes:
     def ids(self, captions: list[str]) -> Tensor:
         """(len(captions), 24) int64."""
         return self._tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def _common(scenes: Sequence[tuple[Sequence[str], str]]) -> list[str]:
+    """The places in which all of these subjects, each in its style, may be composed for training."""
+    allowed = [places(subjects, style, withheld=False) for subjects, style in scenes]
+    return [place for place in allowed[0] if all(place in others for others in allowed[1:])]
 
 
 def normalised(pictures: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from sbora_diffusion.evaluation.encoders import Encoder, load_encoder
 log = logging.getLogger(__name__)
 
 NOUNS = 200  # that the judge chooses from
-PAIRS = 200
+PAIRS = 250
 BATCH = 32
 SEED = 7
 VARIETY = STAGES[-1]

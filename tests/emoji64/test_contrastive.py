@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from sbora_diffusion.emoji64 import contrastive
 from sbora_diffusion.emoji64.art import WIDE_ART, Art, save_art
-from sbora_diffusion.emoji64.compose import Composer, places
+from sbora_diffusion.emoji64.compose import Composer, Plan, places
 from sbora_diffusion.emoji64.model import WEIGHTS
 
 
@@ -48,13 +48,26 @@ def test_identity_loss_knows_views_of_one_cut_out() -> None:
     assert contrastive.identity_loss(images, individuals).item() == pytest.approx(sum(terms) / 4, rel=1e-4)
 
 
-def test_batches_show_each_cut_out_twice_and_pairs_once(art: Art) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
-    batch = contrastive.Scenes(art, tokenizer, seed=0).batch(16)
+def test_batches_need_every_word(art: Art) -> None:
+    """Single subjects: two styles, each in the same two places; pairs: four in a ring, in one style and place."""
+    scenes = contrastive.Scenes(art, CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer"), seed=0)
+    plans: list[Plan] = []
+    scenes.say = lambda plan: plans.append(plan) or plan.caption
+    batch = scenes.batch(16)
+    assert len(batch.captions) == len(batch.pictures) == len(batch.individuals) == len(plans)
     singles = batch.individuals[batch.individuals >= 0].tolist()
     assert all(singles.count(number) == 2 for number in singles)
-    assert (batch.individuals < 0).sum() == 4
-    assert len(batch.captions) == len(batch.pictures) == len(batch.individuals)
+    ring = plans[len(singles) :]
+    assert len(ring) == 8
+    for four in (ring[:4], ring[4:]):
+        assert len({(plan.style, plan.place) for plan in four}) == 1
+        assert [plan.subjects[1] for plan in four] == [plan.subjects[0] for plan in four[1:] + four[:1]]
+    for subject in {plan.subjects for plan in plans[: len(singles)]}:
+        seen = {(plan.style, plan.place) for plan in plans if plan.subjects == subject}
+        styles, where = {style for style, _ in seen}, {place for _, place in seen}
+        assert seen == {(style, place) for style in styles for place in where}
+        assert len(where) == 2
+    assert all(plan.place in places(plan.subjects, plan.style, withheld=False) for plan in plans)
 
 
 def test_the_command_writes_a_model_that_transformers_loads(
