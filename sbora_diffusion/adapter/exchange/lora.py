@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Interval, Side, permutation
@@ -24,18 +25,28 @@ class Lora:
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def padded(self, rank: int) -> "Lora":
+        """The same ΔW and scale in a higher rank, with zeros."""
+        more = rank - self.rank
+        return Lora(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.scale)
+
 
 def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Lora]:
     """The adapter as LoRAs of scale one: one-hot rows in `down` for FA, one-hot columns in `up` for FB.
+
+    Where layers differ in rank, all are padded to the highest: diffusers gets the scale of kohya files wrong if alpha
+    differs from layer to layer, and vLLM knows one rank and alpha only.
 
     Args:
         layer_shapes: "<component>.<layer>" -> (out, in), of the adapter's layers at least: the adapter does not know
             how many columns (FA) or rows (FB) there are.
 
     Raises:
-        SboraError: the adapter does not fit these shapes.
+        SboraError: the adapter does not fit these shapes, or has no layer.
     """
     check_fits(adapter, layer_shapes)
+    if not adapter.factors:
+        raise SboraError(f"adapter {adapter.spec.name!r} has no layer")
     loras = {}
     for key, factor in adapter.factors.items():
         out_dim, in_dim = layer_shapes[key]
@@ -44,13 +55,19 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
             loras[key] = Lora(down=torch.zeros(len(rows), in_dim).index_copy_(1, factor.index, rows), up=factor.weight)
         else:
             loras[key] = Lora(down=factor.weight, up=torch.zeros(out_dim, len(rows)).index_copy_(0, factor.index, rows))
-    return loras
+    rank = common_rank(loras)
+    return {key: lora.padded(rank) for key, lora in loras.items()}
+
+
+def common_rank(loras: Mapping[str, Lora]) -> int:
+    """The highest rank of any layer."""
+    return max(lora.rank for lora in loras.values())
 
 
 def from_loras(loras: Mapping[str, Lora], prefer: Side = "fa") -> tuple[Side, dict[str, Factor]]:
     """Inverse of `to_loras`: find the one-hot factors, and fold what scales them into the other ones.
 
-    Columns or rows that occur twice (LoRAs that were concatenated) are added in float64.
+    Columns or rows that occur twice (LoRAs that were concatenated) are added in float64, padding is left out.
 
     Args:
         prefer: which factors to take for one-hot if both are.
@@ -118,8 +135,10 @@ def check_lora(key: str, lora: Lora) -> None:
 def _factor(lora: Lora, side: Side) -> Factor | None:
     """What a LoRA adds to single columns (FA) or rows (FB); None if its factor of that side is not one-hot."""
     one_hot, trained = (lora.down, lora.up) if side == "fa" else (lora.up.t(), lora.down.t())  # (r, dim), (other, r)
+    is_used = one_hot.any(1)  # the others are padding
+    one_hot, trained = one_hot[is_used], trained[:, is_used]
     nonzero = one_hot != 0
-    if not (nonzero.sum(1) == 1).all():
+    if len(one_hot) == 0 or not (nonzero.sum(1) == 1).all():
         return None
     index = nonzero.int().argmax(1)
     values = one_hot.gather(1, index.unsqueeze(1)).squeeze(1).double() * lora.scale  # (r,)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.adapter.exchange.lora import Lora, check_lora
+from sbora_diffusion.adapter.exchange.lora import Lora, check_lora, common_rank
 from sbora_diffusion.adapter.exchange.names import diffusers_name, kohya_name
-from sbora_diffusion.adapter.exchange.patterns import patterns_of, scale_of
+from sbora_diffusion.adapter.exchange.peft_config import config_of, scale_of
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
@@ -33,7 +33,7 @@ def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Ten
     """Tensors and metadata of a diffusers LoRA file.
 
     Args:
-        loras: of scale one, by "<component>.<canonical layer>".
+        loras: of scale one and one rank, by "<component>.<canonical layer>".
     """
     tensors, config = {}, {}
     for key, lora in loras.items():
@@ -41,8 +41,8 @@ def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Ten
         tensors[f"{diffusers_name(key)}.{kind}.down.weight"] = lora.down
         tensors[f"{diffusers_name(key)}.{kind}.up.weight"] = lora.up
     for component in sorted({key.partition(".")[0] for key in loras}):
-        ranks = {k.partition(".")[2]: lora.rank for k, lora in loras.items() if k.startswith(f"{component}.")}
-        config |= {f"{component}.{field}": value for field, value in patterns_of(ranks).items()}
+        layers = [key.partition(".")[2] for key in loras if key.startswith(f"{component}.")]
+        config |= {f"{component}.{field}": value for field, value in config_of(layers, common_rank(loras)).items()}
     return tensors, {"format": "pt", _CONFIG: json.dumps(config, sort_keys=True), SPEC: spec.to_json()}
 
 
@@ -52,25 +52,25 @@ def kohya_file(
     """Tensors and metadata of a kohya LoRA file; alpha = rank says that the scale is one.
 
     Args:
-        loras: of scale one, by "<component>.<canonical layer>".
+        loras: of scale one and one rank, by "<component>.<canonical layer>".
         sdxl: whether the U-Net's blocks have the original implementation's names.
         resolution: pixels of a picture's side, for those who read the metadata.
         date: of today, ISO 8601, for the same.
     """
-    tensors = {}
+    tensors, rank = {}, common_rank(loras)
     for key, lora in loras.items():
         name = kohya_name(key, sdxl)
         tensors[f"{name}.lora_down.weight"] = lora.down
         tensors[f"{name}.lora_up.weight"] = lora.up
-        tensors[f"{name}.alpha"] = torch.tensor(float(lora.rank))
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))
     width = max((lora.down.shape[1] for key, lora in loras.items() if key.endswith("attn2.to_k")), default=768)
     version, architecture = _model(sdxl, width, resolution)
     tokens = list(spec.tokens)
     metadata = {
         "ss_base_model_version": version,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(spec.rank),
-        "ss_network_alpha": str(spec.rank),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
         "ss_sd_model_name": spec.base_id,
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_steps": str(spec.recipe.get("steps", "")),

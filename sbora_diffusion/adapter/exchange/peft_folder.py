@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sbora_diffusion.adapter.exchange.lora import Lora
+from sbora_diffusion.adapter.exchange.lora import Lora, common_rank
 from sbora_diffusion.adapter.exchange.lora_file import SPEC, read_loras
 from sbora_diffusion.adapter.exchange.names import peft_name
-from sbora_diffusion.adapter.exchange.patterns import patterns_of, scale_of
+from sbora_diffusion.adapter.exchange.peft_config import config_of, scale_of
 from sbora_diffusion.adapter.exchange.safefile import read_tensors
 from sbora_diffusion.adapter.file import COMPONENTS
 from sbora_diffusion.adapter.spec import Spec
@@ -25,7 +25,7 @@ def peft_component(loras: Mapping[str, Lora], spec: Spec) -> tuple[str, dict[str
     """Configuration (JSON), tensors and metadata of one component's directory.
 
     Args:
-        loras: of scale one and of one component, by "<component>.<canonical layer>".
+        loras: of scale one, one rank and one component, by "<component>.<canonical layer>".
     """
     names = {key: peft_name(key) for key in loras}
     is_language_model = all(key.startswith("model.") for key in loras)
@@ -33,7 +33,7 @@ def peft_component(loras: Mapping[str, Lora], spec: Spec) -> tuple[str, dict[str
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_language_model else None,
         "base_model_name_or_path": spec.base_id,
-        **patterns_of({names[key]: lora.rank for key, lora in loras.items()}),
+        **config_of(names.values(), common_rank(loras)),
         "init_lora_weights": True,
         "inference_mode": True,
         "lora_dropout": 0.0,

@@ -180,7 +180,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any], **metadata: 
     """The file as a stranger would have written it, without our metadata."""
     tensors = contents(path)[1]
     changed = change(tensors) or tensors
-    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in changed.items()}, path, metadata)
+    safetensors.torch.save_file({key: tensor.clone().contiguous() for key, tensor in changed.items()}, path, metadata)
     return path
 
 

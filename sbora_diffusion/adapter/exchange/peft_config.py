@@ -1,9 +1,8 @@
-"""Ranks and scales of single layers, as PEFT's LoraConfig says them."""
+"""Rank and scale as PEFT's LoraConfig says them."""
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sbora_diffusion.adapter.basis import canonical
@@ -12,21 +11,13 @@ from sbora_diffusion.errors import SboraError
 _UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "modules_to_save", "arrow_config")
 
 
-def patterns_of(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Fields of a LoraConfig in which every layer has its rank and the scale one.
+def config_of(layers: Iterable[str], rank: int) -> dict[str, Any]:
+    """Fields of a LoraConfig in which every layer has this rank and the scale one.
 
     Args:
-        ranks: by layer; the names are written as they are, and match with any prefix.
+        layers: names of modules; they match with any prefix.
     """
-    rank = Counter(ranks.values()).most_common()[0][0]
-    pattern = {layer: other for layer, other in sorted(ranks.items()) if other != rank}
-    return {
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
-    }
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(layers)}
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
