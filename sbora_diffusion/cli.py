@@ -19,7 +19,7 @@ from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-ADAPTERS, RUNS, EVALUATIONS = Path("adapters"), Path("runs"), Path("evaluations")
+ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("evaluations"), Path("exports")
 BATCH = 8  # pictures generated at once
 
 
@@ -163,6 +163,44 @@ def merge(
     log.info(certify(adapters).describe())
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
     typer.echo(path)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A concept, or a merge of several.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="diffusers, kohya (ComfyUI, A1111, Forge) or peft.")],
+    base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapter was trained for.")] = "",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: exports/NAME-FORMAT.")] = None,
+    force: Force = False,
+) -> None:
+    """Write a concept as files that other programs load: an ordinary LoRA, and its learned tokens."""
+    from sbora_diffusion.cli_exchange import export_concept
+    from sbora_diffusion.library import Library
+
+    hide_loading_bars()
+    for path in export_concept(name, to, base, library=Library(ADAPTERS), exports=EXPORTS, out=out, force=force):
+        typer.echo(path)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A LoRA file, a PEFT folder, or a concept file.")],
+    embedding: Annotated[list[Path], typer.Option(metavar="FILE", help="A learned token; repeatable.")] = [],  # noqa: B006
+    name: Annotated[str, typer.Option(metavar="NAME", help="Of the concept; default: what the file says.")] = "",
+    noun: Annotated[str, typer.Option(metavar="WORD", help="Class of tokens whose files do not say it.")] = "",
+    base: Annotated[str, typer.Option(metavar="ID", help="Default: what the file says.")] = "",
+    collision: Annotated[
+        str, typer.Option(metavar="refuse|keep", help="What if others in ./adapters own the same columns.")
+    ] = "refuse",
+    force: Force = False,
+) -> None:
+    """Take in a concept that was trained elsewhere, if it is an SBoRA adapter: writes adapters/NAME.safetensors."""
+    from sbora_diffusion.cli_exchange import import_concept
+    from sbora_diffusion.library import Library
+
+    hide_loading_bars()
+    library = Library(ADAPTERS)
+    typer.echo(import_concept(path, embedding, name, noun, base, library=library, collision=collision, force=force))
 
 
 @app.command("eval")
