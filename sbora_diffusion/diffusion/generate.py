@@ -20,9 +20,104 @@ log = logging.getLogger(__name__)
 TOKEN = re.compile(r"<[^<>\s]+>")
 
 
+class WrittenConcepts:
+    """The concepts that are written into a base model, weights and tokens; any of them can be taken out again.
+
+    The weights depend only on which concepts are written and how strongly, not on what happened before; without any,
+    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._weights = {component: WrittenWeights(base.component(component)) for component in TARGETS}
+        self._concepts: dict[str, tuple[Adapter, float]] = {}
+        self._tokens = ExitStack()
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """What is written, by name."""
+        return {name: self._concepts[name][1] for name in sorted(self._concepts)}
+
+    def write(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> None:
+        """Write concepts into the base model, or none of them.
+
+        Args:
+            strengths: one factor an adapter, 1 for all if None.
+
+        Raises:
+            SboraError: an adapter for another base model, a name or token that is there already.
+        """
+        strengths = strengths or [1.0] * len(adapters)
+        if len(strengths) != len(adapters):
+            raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+        for adapter in adapters:
+            check_base(adapter, self._base)
+        _check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
+        before = dict(self._concepts)
+        try:
+            for adapter, strength in zip(adapters, strengths, strict=True):
+                self._concepts[adapter.spec.name] = adapter, strength
+            self._renew_tokens()
+            for name in self._concepts.keys() - before.keys():
+                self._write_weights(name)
+        except BaseException:
+            self._take_out(self._concepts.keys() - before.keys())
+            raise
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Make a written concept stronger or weaker; the others stay as they are."""
+        self._check_written([name])
+        adapter, before = self._concepts[name]
+        try:
+            self._concepts[name] = adapter, strength
+            self._write_weights(name)
+        except BaseException:
+            self._concepts[name] = adapter, before
+            raise
+
+    def restore(self, names: Sequence[str]) -> None:
+        """Take concepts out: the base model is as if they had never been written."""
+        self._check_written(names)
+        self._take_out(set(names))
+
+    def restore_all(self) -> None:
+        """Take all concepts out: the base model is the original one, bit for bit."""
+        self._take_out(set(self._concepts))
+
+    def _check_written(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._concepts:
+                known = ", ".join(sorted(self._concepts)) or "nothing"
+                raise SboraError(f"{name!r} is not written into the base model, only {known} is")
+
+    def _write_weights(self, name: str) -> None:
+        adapter, strength = self._concepts[name]
+        for component, written in self._weights.items():
+            written.write(name, adapter.component(component), adapter.spec.side, strength)
+
+    def _take_out(self, names: set[str]) -> None:
+        self._concepts = {name: concept for name, concept in self._concepts.items() if name not in names}
+        for written in self._weights.values():
+            for name in names.intersection(written.names):
+                written.restore(name)
+        self._renew_tokens()
+
+    def _renew_tokens(self) -> None:
+        """The tokens of what is written now, in the order of the names."""
+        self._tokens.close()
+        adapters = [adapter for _, (adapter, _) in sorted(self._concepts.items())]
+        embeddings = {key.split(".", 1)[1]: value for adapter in adapters for key, value in adapter.tokens.items()}
+        if embeddings:
+            self._tokens.enter_context(added_tokens(self._base, embeddings))
+
+
 @contextmanager
-def applied(base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Iterator[None]:
+def applied(
+    base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
+) -> Iterator[WrittenConcepts]:
     """Write concepts into the base model; at the end its weights and tokens are what they were, bit for bit.
+
+    Meanwhile concepts can be added, taken out, made stronger and weaker through what the block gets.
 
     Args:
         strengths: one factor an adapter, 1 for all if None.
@@ -30,22 +125,12 @@ def applied(base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] 
     Raises:
         SboraError: an adapter for another base model, or two that bring the same token.
     """
-    strengths = strengths or [1.0] * len(adapters)
-    if len(strengths) != len(adapters):
-        raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
-    for adapter in adapters:
-        check_base(adapter, base)
-    _check_distinct(adapters)
-    with ExitStack() as stack:
-        for component in TARGETS:
-            written = WrittenWeights(base.component(component))
-            stack.callback(written.restore_all)
-            for adapter, strength in zip(adapters, strengths, strict=True):
-                written.write(adapter.spec.name, adapter.component(component), adapter.spec.side, strength)
-        embeddings = {key.split(".", 1)[1]: value for adapter in adapters for key, value in adapter.tokens.items()}
-        if embeddings:
-            stack.enter_context(added_tokens(base, embeddings))
-        yield
+    concepts = WrittenConcepts(base)
+    try:
+        concepts.write(adapters, strengths)
+        yield concepts
+    finally:
+        concepts.restore_all()
 
 
 def check_base(adapter: Adapter, base: Base) -> None:
@@ -67,7 +152,7 @@ def _check_distinct(adapters: Sequence[Adapter]) -> None:
         seen: set[str] = set()
         for word in (word for words in lists for word in words):
             if word in seen:
-                raise SboraError(f"two adapters bring the {what} {word!r}", "merge them: the merge renames tokens")
+                raise SboraError(f"two adapters bring the {what} {word!r}", "merge or bake them: that renames tokens")
             seen.add(word)
 
 

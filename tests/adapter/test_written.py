@@ -1,5 +1,6 @@
 """Writing into base weights: exact sums, and bit-exact restoring after any sequence of writes and restores."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -84,6 +85,59 @@ def test_any_sequence_restores_bit_for_bit_and_depends_on_the_set_only(
     assert same_bits(model.weights(), original)
     afresh.restore_all()
     assert same_bits(fresh.weights(), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_thousand_random_steps(dtype: torch.dtype) -> None:
+    """Six adapters of both sides, some on the same columns, come, go and change their strength."""
+    random = Random(0)
+    adapters: dict[str, tuple[Side, Interval, int]] = {
+        "a": ("fa", Interval(0, 3), 0), "b": ("fa", Interval(3, 3), 1), "c": ("fa", Interval(4, 4), 2),
+        "d": ("fb", Interval(0, 4), 3), "e": ("fb", Interval(4, 2), 4), "f": ("fb", Interval(0, 4), 5),
+    }  # fmt: skip
+    model = Two(dtype)
+    original, present = model.weights(), {}
+    written = WrittenWeights(model)
+    for number in range(1000):
+        name = random.choice("abcdef")
+        if name in present and random.random() < 0.7:
+            written.restore(name)
+            del present[name]
+        else:
+            present[name] = (*adapters[name], random.choice((1.0, -0.7, 0.3, 40.0)))
+            write(written, name, present[name])
+        if not present or number % 100 == 0:
+            fresh = Two(dtype)
+            fresh.load_state_dict({f"{key}.weight": weight for key, weight in original.items()}, strict=False)
+            afresh = WrittenWeights(fresh)
+            for other in sorted(present, reverse=True):
+                write(afresh, other, present[other])
+            assert same_bits(model.weights(), fresh.weights())
+    for name in tuple(written.names):
+        written.restore(name)
+        assert name not in written.names
+    assert same_bits(model.weights(), original)
+
+
+def test_only_the_touched_columns_and_rows_are_kept() -> None:
+    model = Two()
+    written = WrittenWeights(model)
+    write(written, "a", ("fa", Interval(0, 3), 0, 1.0))
+    assert stashed(written) == 3 * (10 + 11)
+    write(written, "b", ("fa", Interval(2, 3), 1, 1.0))
+    assert stashed(written) == 5 * (10 + 11), "one column is shared"
+    write(written, "c", ("fb", Interval(0, 2), 2, 1.0))
+    assert stashed(written) == 5 * (10 + 11) + 2 * (12 + 10)
+    written.restore_all()
+    assert stashed(written) == 0
+
+
+def stashed(written: WrittenWeights) -> int:
+    """Entries in memory of their own."""
+    originals = written._originals.values()
+    values = [tensor for original in originals for tensor in (original.column_values, original.row_values)]
+    assert all(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() for tensor in values)
+    return sum(tensor.numel() for tensor in values)
 
 
 def factors(side: Side, interval: Interval, seed: int) -> dict[str, Factor]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.generate import WrittenConcepts, applied, generate
 from sbora_diffusion.diffusion.train import train
 from sbora_diffusion.errors import SboraError
 
@@ -48,6 +49,96 @@ def test_applied_and_gone_bit_for_bit(base: Base, adapters: list[Adapter]) -> No
     after = base.pipeline.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_concepts_come_and_go_while_others_stay(base: Base, adapters: list[Adapter]) -> None:
+    rex, tom = adapters
+    state = weights(base)
+    plain = draw(base, "a dog")
+    with applied(base, [rex]):
+        only_rex = draw(base, "a <rex>")
+    with applied(base, [tom], [0.5]):
+        half_tom = draw(base, "a <tom>")
+    with applied(base, []) as concepts:
+        assert np.array_equal(draw(base, "a dog"), plain)
+        concepts.write([tom])
+        concepts.write([rex])
+        assert concepts.strengths == {"rex": 1.0, "tom": 1.0}
+        concepts.restore(["tom"])
+        assert np.array_equal(draw(base, "a <rex>"), only_rex)
+        with pytest.raises(SboraError, match="no loaded concept brings the token <tom>"):
+            draw(base, "a <tom>")
+        concepts.write([tom])
+        concepts.set_strength("tom", 0.5)
+        concepts.restore(["rex"])
+        assert concepts.strengths == {"tom": 0.5}
+        assert np.array_equal(draw(base, "a <tom>"), half_tom)
+        concepts.set_strength("tom", 0.0)
+        assert same(weights(base), state)
+        concepts.restore_all()
+        assert np.array_equal(draw(base, "a dog"), plain)
+    assert same(weights(base), state)
+
+
+def test_a_refused_change_changes_nothing(base: Base, adapters: list[Adapter]) -> None:
+    rex, tom = adapters
+    other = replace(tom, spec=replace(tom.spec, tokens={"a</w>": "dog"}), tokens={
+        key.replace("<tom>", "a</w>"): value for key, value in tom.tokens.items()
+    })  # fmt: skip
+    with applied(base, [rex]) as concepts:
+        state, picture = weights(base), draw(base, "a <rex>")
+        for change, message in (
+            (lambda: concepts.write([tom, rex]), "two adapters bring the name 'rex'"),
+            (lambda: concepts.write([other]), "the base model knows the token"),
+            (lambda: concepts.write([tom], [float("nan")]), "strength nan"),
+            (lambda: concepts.set_strength("rex", float("inf")), "strength inf"),
+            (lambda: concepts.set_strength("tom", 1.0), "'tom' is not written into the base model, only rex is"),
+            (lambda: concepts.restore(["rex", "tom"]), "'tom' is not written"),
+        ):
+            with pytest.raises(SboraError, match=message):
+                change()
+            assert concepts.strengths == {"rex": 1.0}
+            assert same(weights(base), state)
+            assert np.array_equal(draw(base, "a <rex>"), picture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_thousand_random_cycles_restore_the_pipeline(base: Base, adapters: list[Adapter], dtype: torch.dtype) -> None:
+    assert base.fingerprint == adapters[0].spec.base_fingerprint
+    base.pipeline.to(dtype)
+    original, random, concepts = weights(base), Random(0), WrittenConcepts(base)
+    tokenizer, embedding = base.pipeline.tokenizer, base.pipeline.text_encoder.get_input_embeddings()
+    chosen = [
+        replace(adapter, spec=replace(adapter.spec, name=f"{adapter.spec.name}{number}", tokens={}), tokens={})
+        for number in range(2)
+        for adapter in adapters  # the same columns twice
+    ] + adapters
+    for _ in range(1000):
+        written = [adapter for adapter in chosen if adapter.spec.name in concepts.strengths]
+        absent = [adapter for adapter in chosen if adapter not in written]
+        match random.choice(("write", "restore", "strength", "restore")):
+            case "write" if absent:
+                some = random.sample(absent, random.randint(1, min(2, len(absent))))
+                concepts.write(some, [random.uniform(-2, 2) for _ in some])
+            case "restore" if written:
+                some = random.sample(written, random.randint(1, len(written)))
+                concepts.restore([adapter.spec.name for adapter in some])
+            case "strength" if written:
+                concepts.set_strength(random.choice(written).spec.name, random.uniform(-2, 2))
+        if not concepts.strengths:
+            assert same(weights(base), original)
+            assert base.pipeline.tokenizer is tokenizer
+    concepts.restore_all()
+    assert same(weights(base), original)
+    assert base.pipeline.text_encoder.get_input_embeddings() is embedding
+
+
+def weights(base: Base) -> dict[str, torch.Tensor]:
+    return {key: layer.weight.detach().clone() for key, layer in base.layers.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weight, other[key]) for key, weight in one.items())
 
 
 def test_an_error_inside_takes_the_concepts_out_too(base: Base, adapters: list[Adapter]) -> None:
