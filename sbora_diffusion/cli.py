@@ -20,6 +20,7 @@ from sbora_diffusion.errors import SboraError
 log = logging.getLogger(__name__)
 
 ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("evaluations"), Path("exports")
+PIPELINES = Path("pipelines")  # what is baked
 BATCH = 8  # pictures generated at once
 
 
@@ -201,6 +202,27 @@ def import_(
     hide_loading_bars()
     library = Library(ADAPTERS)
     typer.echo(import_concept(path, embedding, name, noun, base, library=library, collision=collision, force=force))
+
+
+@app.command()
+def bake(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to write into the weights.")],
+    strengths: Numbers = "",
+    base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapters were trained for.")] = "",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: pipelines/NAME+NAME.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a pipeline that was baked before.")] = False,
+) -> None:
+    """Write a whole pipeline folder with concepts in it, for any program that loads diffusers' format.
+
+    Takes what `merge` cannot: columns with rows, several seeds.
+    """
+    from sbora_diffusion.cli_bake import bake_concepts
+    from sbora_diffusion.library import Library
+
+    hide_loading_bars()
+    factors = _parse_numbers(strengths, len(names))
+    library = Library(ADAPTERS)
+    typer.echo(bake_concepts(names, factors, base, out, library=library, pipelines=PIPELINES, force=force))
 
 
 @app.command("eval")

@@ -121,6 +121,29 @@ def test_merge_and_remove(adapters: Path) -> None:
     assert (asked.exit_code, Library(adapters).names()) == (1, ["cat", "dog"])
 
 
+def test_bake(adapters: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    baked = run("bake", "dog", adapters / "cat.safetensors", "--strengths", "1,0.5")
+    assert baked.stdout.splitlines() == ["pipelines/dog+cat"], baked.output
+    assert caplog.messages[-2] == 'next: sbora-diffusion generate "a <dog> and a <cat>" --base pipelines/dog+cat'
+    assert run("generate", "a <dog> and a <cat>", "--base", "pipelines/dog+cat", "--set", "steps=2").exit_code == 0
+    files = ("--adapter", "dog", "--adapter", "cat", "--strengths", "1,0.5", "--base", base)
+    assert run("generate", "a <dog> and a <cat>", *files, "--set", "steps=2").exit_code == 0
+    one, other = sorted(Path("outputs").iterdir())
+    assert one.read_bytes() == other.read_bytes()
+    assert run("bake", "dog", "cat").exit_code == 1
+    assert run("bake", "dog", "cat", "--force").exit_code == 0
+
+
+def test_columns_and_rows_can_only_be_baked(adapters: Path, base: Path) -> None:
+    assert train(base, "horse", "--method", "sbora-fb").exit_code == 0
+    merged = run("merge", "dog", "horse")
+    assert (merged.exit_code, merged.stdout) == (1, "")
+    assert "hint: FA writes columns and FB rows" in merged.stderr
+    assert "sbora-diffusion bake" in merged.stderr
+    assert run("bake", "dog", "horse", "--out", "both").stdout == "both\n"
+    assert not (adapters / "dog+horse.safetensors").exists()
+
+
 def test_merge_renames_a_token_that_two_have(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copy(adapters / "dog.safetensors", adapters / "hound.safetensors")
     assert run("merge", "dog", "hound", "--out", "both.safetensors").exit_code == 0
@@ -259,6 +282,10 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("merge dog cat --weights 1", "2 adapters and the weights"),
         ("merge dog cat --how nonsense", "got --how nonsense"),
         ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
+        ("bake dog nosuch", "no adapter 'nosuch'"),
+        ("bake dog cat --strengths 1", "2 adapters and 1 strengths"),
+        ("bake dog --base OTHER", "trained for"),
+        ("bake dog --out empty", "empty exists, and is no pipeline"),
         ("inspect posing.safetensors", "posing.safetensors: cannot be read"),
         ("ledger --reserve a/b --base TINY", "without slashes"),
         ("ledger --reserve dog --base TINY", "dog has the interval 0:8 already (trained)"),

@@ -1,0 +1,125 @@
+"""A whole pipeline folder with concepts in weights and tokenizer, for programs that know nothing of adapters."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from sbora_diffusion import __version__
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.merge import distinct_tokens
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import applied
+from sbora_diffusion.diffusion.tokens import TokenEmbedding
+from sbora_diffusion.errors import SboraError
+
+RECORD = "sbora.json"  # what was baked; also the sign that a folder may be overwritten
+
+
+def bake(
+    base: Base, adapters: Sequence[Adapter], strengths: Sequence[float], folder: Path, force: bool = False
+) -> list[str]:
+    """Write a pipeline folder that `StableDiffusionPipeline.from_pretrained` loads, or nothing at all.
+
+    Adapters of both sides, of any seed, on the same columns: all go together, for dense weights have room for sums. A
+    name or token that several have is renamed in all but the first. The base model stays as it is.
+
+    Returns:
+        The concepts' tokens, as they are called in the folder.
+
+    Raises:
+        SboraError: the folder exists (with `force`: and no pipeline was baked into it), an adapter is for another base
+            model, the disk is full.
+    """
+    _check_free(folder, force)
+    named = distinct_tokens(adapters)
+    place = folder.resolve()
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with applied(base, named, strengths), _plain_vocabulary(base):
+            base.pipeline.save_pretrained(temporary)
+        _forget_origin(temporary)
+        record = _record(base, adapters, named, strengths)
+        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        _put_in_place(temporary, place)
+    except (OSError, SafetensorError) as error:
+        raise SboraError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [token for adapter in named for token in adapter.spec.tokens]
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if not folder.exists():
+        return
+    if not (folder / RECORD).is_file():
+        raise SboraError(f"{folder} exists, and is no pipeline that was baked before", hint="Choose another folder.")
+    if not force:
+        raise SboraError(f"{folder} exists", hint="Choose another folder, or overwrite it with --force.")
+
+
+@contextmanager
+def _plain_vocabulary(base: Base) -> Iterator[None]:
+    """Learned tokens as rows of the text encoder's own embedding, as a model without them would be saved."""
+    encoder = base.pipeline.text_encoder
+    extended, size = encoder.get_input_embeddings(), encoder.config.vocab_size
+    if not isinstance(extended, TokenEmbedding):
+        yield
+        return
+    rows = torch.cat([extended.base.weight.detach(), extended.learned.detach()])
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    encoder.config.vocab_size = len(rows)
+    try:
+        yield
+    finally:
+        encoder.set_input_embeddings(extended)
+        encoder.config.vocab_size = size
+
+
+def _forget_origin(folder: Path) -> None:
+    """Drop from the settings where and how the base model was loaded here, which is nobody's business elsewhere."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text())
+        if settings.keys() & _ORIGIN:
+            kept = {key: value for key, value in settings.items() if key not in _ORIGIN}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+_ORIGIN = {"_name_or_path", "is_local", "local_files_only"}
+
+
+def _record(
+    base: Base, adapters: Sequence[Adapter], named: Sequence[Adapter], strengths: Sequence[float]
+) -> dict[str, object]:
+    """What is in the folder and what it was made from."""
+    return {
+        "base_id": base.id,
+        "base_fingerprint": base.fingerprint,
+        "concepts": [
+            {
+                "name": new.spec.name,
+                "tokens": new.spec.tokens,
+                "strength": strength,
+                "file": {"name": old.spec.name, "sha256": sha256(old.to_bytes()).hexdigest()},
+            }
+            for old, new, strength in zip(adapters, named, strengths, strict=True)
+        ],
+        "versions": {"sbora-diffusion": __version__, "diffusers": diffusers.__version__},
+    }
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Whoever looks sees the old folder, for a moment none, then the whole new one."""
+    old = folder.with_name(f"{temporary.name}.old")
+    if folder.exists():
+        folder.replace(old)
+    temporary.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
