@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,19 +36,35 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
     """
     if how != "sum":
         raise SboraError(f"got merge method {how!r}, expected 'sum'")
+    adapters, weights = in_order(adapters, weights)
+    keys = sorted({key for adapter in adapters for key in adapter.factors})
+    factors = {key: _sum_layer(key, adapters, weights) for key in keys}
+    return put_together(adapters, weights, factors, {"how": "sum"})
+
+
+def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
+    """What is merged, by name and content, so that no merge depends on the order of its arguments.
+
+    Raises:
+        SboraError: as in `merge`.
+    """
     if len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
         raise SboraError(f"got {len(adapters)} adapters and the weights {list(weights)}, expected one number for each")
     pairs = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].spec.name, _digest(*pair)))
-    adapters, weights = [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
-    check_mergeable([adapter.spec for adapter in adapters])
-    _warn_of_repeated_parents([adapter.spec for adapter in adapters])
-    keys = sorted({key for adapter in adapters for key in adapter.factors})
-    factors = {key: _sum_layer(key, adapters, weights) for key in keys}
+    check_mergeable([adapter.spec for adapter, _ in pairs])
+    _warn_of_repeated_parents([adapter.spec for adapter, _ in pairs])
+    return [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
+
+
+def put_together(
+    adapters: Sequence[Adapter], weights: Sequence[float], factors: Mapping[str, Factor], recipe: Mapping[str, Any]
+) -> Adapter:
+    """The adapter of merged factors, with all tokens (renamed where several adapters have one) and where it is from."""
     renamings = _renamings(adapters)
     tokens = {}
     for adapter, names in zip(adapters, renamings, strict=True):
         tokens |= _renamed_tokens(adapter, names)
-    return Adapter(_merged_spec(adapters, weights, factors, renamings), factors, tokens)
+    return Adapter(_merged_spec(adapters, weights, factors, renamings, recipe), dict(factors), tokens)
 
 
 def distinct_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -134,6 +150,7 @@ def _merged_spec(
     weights: Sequence[float],
     factors: Mapping[str, Factor],
     renamings: Sequence[Mapping[str, str]],
+    recipe: Mapping[str, Any],
 ) -> Spec:
     specs = [adapter.spec for adapter in adapters]
     pairs = list(zip(specs, renamings, strict=True))
@@ -147,5 +164,5 @@ def _merged_spec(
         tokens={names[token]: noun for spec, names in pairs for token, noun in spec.tokens.items()},
         name="+".join(spec.name for spec in specs),
         parents=tuple(parent for spec in specs for parent in spec.parents or (spec.name,)),
-        recipe={"how": "sum", "weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
+        recipe=recipe | {"weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
     )

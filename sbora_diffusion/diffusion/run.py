@@ -22,7 +22,8 @@ from sbora_diffusion.diffusion.latents import (
     tokenize,
 )
 from sbora_diffusion.diffusion.live import Live
-from sbora_diffusion.diffusion.quiet import Loudness, recorded_inputs
+from sbora_diffusion.diffusion.moments import recorded_inputs
+from sbora_diffusion.diffusion.quiet import Loudness
 from sbora_diffusion.english import say_plainly
 from sbora_diffusion.errors import SboraError
 

@@ -1,0 +1,96 @@
+"""Second moments of what the adapted layers see, summed up while the base model draws."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import applied
+
+PROMPTS = ("a photo of a {token}", "a {token} on the beach", "a {token} in the snow", "a {token} at night")
+PRIOR_PROMPTS = ("a photo of a house", "a person on the beach", "a red car in the snow", "a tree at night")
+STEPS = 10
+SEEDS = 2
+
+
+class Moments:
+    """Running E[x xᵀ] of the inputs x of each adapted layer, of some columns or of all, in float64."""
+
+    def __init__(self, columns: Mapping[str, Tensor] | None = None) -> None:
+        self._columns = columns
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, key: str, inputs: Tensor) -> None:
+        """Inputs (..., in) of the layer `key`."""
+        rows = inputs.detach().flatten(0, -2)
+        if self._columns is not None:
+            rows = rows[:, self._columns[key].to(rows.device)]
+        rows = rows.double()
+        self._sums[key] = self._sums.get(key, 0) + rows.T @ rows
+        self._counts[key] = self._counts.get(key, 0) + len(rows)
+
+    def means(self) -> dict[str, Tensor]:
+        """(n, n) float64 on the CPU, by "<component>.<canonical layer>"."""
+        return {key: (total / self._counts[key]).cpu() for key, total in self._sums.items()}
+
+
+@contextmanager
+def recorded_inputs(base: Base, columns: Mapping[str, Tensor] | None = None) -> Iterator[Moments]:
+    """The moments of everything that passes the base model's adapted layers (those of `columns`) meanwhile."""
+    moments, hooks = Moments(columns), []
+
+    def recorder(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: moments.add(key, inputs[0])
+
+    try:
+        for key, layer in base.layers.items():
+            if columns is None or key in columns:
+                hooks.append(layer.register_forward_pre_hook(recorder(key)))
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class DrawnInputs:
+    """What `fuse` asks for: moments of each concept's inputs while its own model draws it, and of the prior prompts'.
+
+    The prompts are those of the adapter's training (its preview and prior prompts, which stand in its file), or PROMPTS
+    and PRIOR_PROMPTS.
+    """
+
+    def __init__(self, base: Base, adapters: Sequence[Adapter], steps: int = STEPS, seeds: int = SEEDS) -> None:
+        self._base, self._steps, self._seeds = base, steps, seeds
+        self._prior = sorted({prompt for a in adapters for prompt in a.spec.recipe.get("prior_prompts", PRIOR_PROMPTS)})
+        self._guidance = float(adapters[0].spec.recipe.get("guidance", 3.0))
+
+    def __call__(self, adapter: Adapter | None, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `fuse.Inputs`."""
+        prompts = self._prior if adapter is None else own_prompts(adapter)
+        own = [] if adapter is None else [adapter]
+        with applied(self._base, own), recorded_inputs(self._base, columns) as moments:
+            self._draw(prompts)
+        return moments.means()
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str]) -> None:
+        pipeline: Any = self._base.pipeline
+        for seed in range(self._seeds):
+            pipeline(
+                list(prompts),
+                num_inference_steps=self._steps,
+                guidance_scale=self._guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed) for _ in prompts],
+                output_type="latent",
+            )
+
+
+def own_prompts(adapter: Adapter) -> list[str]:
+    """Prompts that name an adapter's tokens, one after the other."""
+    templates = adapter.spec.recipe.get("preview_prompts", PROMPTS)
+    return [template.replace("{token}", token) for token in adapter.spec.tokens for template in templates]

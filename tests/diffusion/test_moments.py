@@ -1,0 +1,56 @@
+"""Moments against inputs that were kept, and what fuse is given."""
+
+import pytest
+import torch
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.fuse import fuse
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import applied
+from sbora_diffusion.diffusion.moments import DrawnInputs, own_prompts, recorded_inputs
+
+from ..evaluation.conftest import make_adapter
+
+
+@pytest.fixture
+def adapters(base: Base) -> list[Adapter]:
+    return [make_adapter(base, name, 4 * number) for number, name in enumerate(("dog", "cat"))]
+
+
+def test_moments_are_those_of_the_concepts_own_model(base: Base, adapters: list[Adapter]) -> None:
+    dog = adapters[0]
+    columns = {key: torch.tensor([0, 2, 5]) for key in dog.factors}
+    drawn = DrawnInputs(base, adapters, steps=2, seeds=1)
+    found = drawn(dog, columns)
+    seen: dict[str, list[torch.Tensor]] = {key: [] for key in base.layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, kept=seen[key]: kept.append(inputs[0].flatten(0, -2)))
+        for key, layer in base.layers.items()
+    ]
+    with applied(base, [dog]):
+        drawn._draw(own_prompts(dog))
+    for hook in hooks:
+        hook.remove()
+    for key, moments in found.items():
+        x = torch.cat(seen[key]).double()[:, [0, 2, 5]]
+        torch.testing.assert_close(moments, (x.T @ x) / len(x), rtol=1e-9, atol=1e-12)
+    assert found.keys() == columns.keys()
+
+
+def test_fused_from_drawn_inputs(base: Base, adapters: list[Adapter]) -> None:
+    before = {key: layer.weight.clone() for key, layer in base.layers.items()}
+    inputs = DrawnInputs(base, adapters, steps=1, seeds=1)
+    one, other = fuse(adapters, [1, 1], inputs), fuse(adapters[::-1], [1, 1], inputs)
+    assert one.to_bytes() == other.to_bytes()
+    assert all(torch.equal(layer.weight, before[key]) for key, layer in base.layers.items())
+
+
+def test_prompts_name_the_tokens(adapters: list[Adapter]) -> None:
+    assert all("<dog>" in prompt for prompt in own_prompts(adapters[0]))
+    assert own_prompts(adapters[0])
+
+
+def test_no_recorder_stays(base: Base) -> None:
+    with pytest.raises(RuntimeError, match="here"), recorded_inputs(base):
+        raise RuntimeError("here")
+    assert not any(layer._forward_pre_hooks for layer in base.layers.values())
