@@ -144,22 +144,38 @@ def generate(
 @app.command()
 def merge(
     names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to put together.")],
-    how: Annotated[str, typer.Option(metavar="NAME", help="sum.")] = "sum",
+    how: Annotated[
+        str, typer.Option(metavar="NAME", help="sum, or fuse: solve for what disturbs each concept least.")
+    ] = "sum",
     weights: Numbers = "",
+    prior_weight: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Of fuse: how much it counts that all else stays as it was.")
+    ] = 1.0,
+    base: Annotated[str, typer.Option(metavar="ID", help="Of fuse; default: what the first was trained for.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: adapters/NAME+NAME.safetensors.")] = None,
     force: Force = False,
 ) -> None:
     """Put concepts together into one concept file."""
     from sbora_diffusion.adapter.certificate import certify
     from sbora_diffusion.adapter.merge import merge as merge_adapters
+    from sbora_diffusion.adapter.merge import merged_name
     from sbora_diffusion.library import Library
 
-    if how != "sum":
-        raise SboraError(f"got --how {how}, expected sum")
+    if how not in ("sum", "fuse"):
+        raise SboraError(f"got --how {how}, expected sum or fuse")
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]
-    merged = merge_adapters(adapters, _parse_numbers(weights, len(adapters)), how)
-    path = out or library.path(merged.spec.name)
+    numbers = _parse_numbers(weights, len(adapters))
+    path = out or library.path(merged_name(adapters))
+    if how == "sum":
+        merged = merge_adapters(adapters, numbers, how)
+    else:
+        from sbora_diffusion.cli_merge import fuse_drawn
+
+        if path.exists() and not force:  # before minutes of work
+            raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
+        hide_loading_bars()
+        merged = fuse_drawn(adapters, numbers, base, prior_weight)
     merged.save(path, force)
     log.info(certify(adapters).describe())
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)

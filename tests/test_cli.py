@@ -100,6 +100,18 @@ def test_train_says_what_is_next(here: Path, base: Path, caplog: pytest.LogCaptu
     assert (spec.side, spec.rank, str(spec.intervals[0])) == ("fb", 4, "12:16")
 
 
+def test_fuse(adapters: Path) -> None:
+    fused = run("merge", "dog", "cat", "--how", "fuse")
+    assert fused.stdout.splitlines() == ["adapters/cat+dog.safetensors"], fused.output
+    recipe = Adapter.load(adapters / "cat+dog.safetensors").spec.recipe
+    assert (recipe["how"], recipe["prior_weight"]) == ("fuse", 1.0)
+    assert run("merge", "dog", "cat", "--how", "fuse").exit_code == 1
+    without = run("merge", "dog", "cat", "--how", "fuse", "--prior-weight", "0", "--force")
+    assert without.exit_code == 0, without.output
+    wrong = run("merge", "dog", "cat", "--how", "fuse", "--prior-weight", "-1", "--force")
+    assert "got --prior-weight -1.0" in wrong.stderr
+
+
 def test_generate(adapters: Path) -> None:
     command = ("generate", "a <dog> & a <cat>!", "--adapter", "dog", "--adapter", adapters / "cat.safetensors")
     first = run(*command, "--count", "2", "--set", "steps=2")

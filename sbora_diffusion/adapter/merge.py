@@ -42,6 +42,11 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
     return put_together(adapters, weights, factors, {"how": "sum"})
 
 
+def merged_name(adapters: Sequence[Adapter]) -> str:
+    """`cat+dog`, what a merge of them is called."""
+    return "+".join(sorted(adapter.spec.name for adapter in adapters))
+
+
 def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
     """What is merged, by name and content, so that no merge depends on the order of its arguments.
 
@@ -162,7 +167,7 @@ def _merged_spec(
         base_id=specs[0].base_id,
         base_fingerprint=specs[0].base_fingerprint,
         tokens={names[token]: noun for spec, names in pairs for token, noun in spec.tokens.items()},
-        name="+".join(spec.name for spec in specs),
+        name=merged_name(adapters),
         parents=tuple(parent for spec in specs for parent in spec.parents or (spec.name,)),
         recipe=recipe | {"weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
     )
