@@ -64,7 +64,7 @@ def import_concept(
     """
     if collision not in COLLISIONS:
         raise SboraError(f"got --collision {collision}, expected {' or '.join(COLLISIONS)}")
-    adapter = _read(path, embeddings, name, noun, base_name)
+    adapter = _in_seed_of(library, _read(path, embeddings, name, noun, base_name))
     target = library.path(adapter.spec.name)
     if target.exists() and not force:
         raise SboraError(f"{target} exists", hint="Give it another name with --name, or overwrite it with --force.")
@@ -84,6 +84,8 @@ def import_concept(
 
 def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_name: str) -> Adapter:
     if path.is_file() and "sbora" in read_metadata(path):
+        if embeddings:
+            raise SboraError(f"{path}: is a concept file, which has its tokens in it", hint="Leave out --embedding.")
         adapter = Adapter.load(path)
         return replace(adapter, spec=replace(adapter.spec, name=name or adapter.spec.name))
     foreign = read_foreign(path, embeddings)
@@ -94,7 +96,19 @@ def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_nam
     name = name or (foreign.spec.name if foreign.spec else path.stem)
     adapter = to_adapter(foreign, base.layer_shapes, (base.id, base.fingerprint), name, noun)
     check_base(adapter, base)
-    return adapter
+    return replace(adapter, spec=replace(adapter.spec, base_id=base.id))  # where the base lies here
+
+
+def _in_seed_of(library: Library, adapter: Adapter) -> Adapter:
+    """The adapter without intervals if they are of another seed's order: a library counts positions in one order."""
+    spec = adapter.spec
+    seeds = {owner.seed for owner in library.owners(spec.base_fingerprint, spec.side) if owner.name != spec.name}
+    if not seeds or spec.seed in seeds:
+        return adapter
+    seed = min(seeds)
+    if spec.intervals:
+        log.warning("%s has its columns in the order of basis_seed %d, here it is %d", spec.name, spec.seed, seed)
+    return replace(adapter, spec=replace(spec, seed=seed, intervals=()))
 
 
 def _say_what_it_is(adapter: Adapter) -> None:

@@ -125,6 +125,24 @@ def test_collisions(dog: Adapter, base: Base, caplog: pytest.LogCaptureFixture) 
     assert_same(renamed, replace(cat, spec=replace(cat.spec, name="kitten")))
 
 
+def test_the_base_lies_elsewhere_here(dog: Adapter, base: Base) -> None:
+    run("export", "dog", "--to", "kohya", "--out", "exported")
+    Path("base").symlink_to(base.id)
+    assert lines(run("import", "exported", "--base", "base", "--force"))
+    assert_same(Adapter.load("adapters/dog.safetensors"), replace(dog, spec=replace(dog.spec, base_id="base")))
+
+
+@pytest.mark.usefixtures("dog")
+def test_another_basis_seed(base: Base, caplog: pytest.LogCaptureFixture) -> None:
+    """It writes the columns that it wrote, but no interval of this folder describes them."""
+    cat = concept(base, "cat", 4)
+    replace(cat, spec=replace(cat.spec, seed=5)).save("elsewhere/cat.safetensors")
+    assert lines(run("import", "elsewhere/cat.safetensors")) == ["adapters/cat.safetensors"]
+    assert "cat has its columns in the order of basis_seed 5, here it is 0" in caplog.text
+    assert_same(Adapter.load("adapters/cat.safetensors"), replace(cat, spec=replace(cat.spec, intervals=())))
+    assert lines(run("merge", "dog", "cat"))
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -142,6 +160,7 @@ def test_collisions(dog: Adapter, base: Base, caplog: pytest.LogCaptureFixture) 
         ("import exported --collision maybe", "got --collision maybe, expected refuse or keep"),
         ("import exported --embedding posing.safetensors", "posing.safetensors: cannot be read"),
         ("import adapters/dog.safetensors", "adapters/dog.safetensors exists"),
+        ("import adapters/dog.safetensors --embedding x.safetensors", "is a concept file, which has its tokens in it"),
     ],
 )
 @pytest.mark.usefixtures("dog")
