@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("evaluations"), Path("exports")
 PIPELINES = Path("pipelines")  # what is baked
+FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order; taken out
+as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
 BATCH = 8  # pictures generated at once
 
 
@@ -177,7 +179,7 @@ def merge(
         hide_loading_bars()
         merged = fuse_drawn(adapters, numbers, base, prior_weight)
     merged.save(path, force)
-    log.info(certify(adapters).describe())
+    log.info(certify(adapters).describe() if how == "sum" else FUSED)
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
     typer.echo(path)
 
