@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("evaluations"), Path("exports")
 PIPELINES = Path("pipelines")  # what is baked
-FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order; taken out
-as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
+FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
+taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
 BATCH = 8  # pictures generated at once
 
 

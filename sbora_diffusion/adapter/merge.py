@@ -169,5 +169,5 @@ def _merged_spec(
         tokens={names[token]: noun for spec, names in pairs for token, noun in spec.tokens.items()},
         name=merged_name(adapters),
         parents=tuple(parent for spec in specs for parent in spec.parents or (spec.name,)),
-        recipe=recipe | {"weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
+        recipe={**recipe, "weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
     )
