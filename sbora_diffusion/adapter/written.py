@@ -94,11 +94,12 @@ class WrittenWeights:
 
     @torch.no_grad()
     def _rewrite(self, layers: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        everything = [self._written[name] for name in self.names]
         for layer in layers:
             weight = weights[layer]
             if layer in self._originals:
                 _put_back(weight, self._originals.pop(layer))
-            written = [self._written[name] for name in self.names if layer in self._written[name].factors]
+            written = [entry for entry in everything if layer in entry.factors]
             if written:
                 self._originals[layer] = _write_layer(weight, written, layer)
 
@@ -120,29 +121,35 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> _Or
 
     Where a column and a row cross, both blocks below sum the same numbers in the same order.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     columns = _union([entry.factors[layer].index for entry in written if entry.side == "fa"]).to(weight.device)
     rows = _union([entry.factors[layer].index for entry in written if entry.side == "fb"]).to(weight.device)
-    original = _Original(columns, rows, weight[:, columns], weight[rows])
-    column_sum, row_sum = original.column_values.to(dtype, copy=True), original.row_values.to(dtype, copy=True)
-    for entry in written:
-        index = entry.factors[layer].index.to(weight.device)
-        delta = entry.factors[layer].weight.to(weight.device, dtype) * entry.strength
-        if entry.side == "fa":
-            column_sum.index_add_(1, torch.searchsorted(columns, index), delta)
-            row_sum.index_add_(1, index, delta[rows])
-        else:
-            row_sum.index_add_(0, torch.searchsorted(rows, index), delta)
-            column_sum.index_add_(0, index, delta[:, columns])
-    weight[:, columns] = column_sum.to(weight.dtype)
-    weight[rows] = row_sum.to(weight.dtype)
+    original = _Original(columns, rows, weight.index_select(1, columns), weight.index_select(0, rows))
+    blocks = ((1, columns, original.column_values), (0, rows, original.row_values))
+    for dim, index, values in blocks:
+        if len(index):
+            weight.index_copy_(dim, index, _sum_block(values, dim, index, written, layer).to(weight.dtype))
     return original
 
 
+def _sum_block(values: Tensor, dim: int, index: Tensor, written: Sequence[_Written], layer: str) -> Tensor:
+    """The original columns (dim 1) or rows (dim 0) `index`, plus what all adapters add there, in float32 at least."""
+    total = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+    for entry in written:
+        own, delta = entry.factors[layer].index.to(total.device), entry.factors[layer].weight.to(total)
+        delta = delta * entry.strength
+        if dim == (1 if entry.side == "fa" else 0):
+            total.index_add_(dim, torch.searchsorted(index, own), delta)
+        else:
+            total.index_add_(1 - dim, own, delta.index_select(dim, index))
+    return total
+
+
 def _put_back(weight: Tensor, original: _Original) -> None:
-    weight[:, original.columns.to(weight.device)] = original.column_values.to(weight)
-    weight[original.rows.to(weight.device)] = original.row_values.to(weight)
+    blocks = ((1, original.columns, original.column_values), (0, original.rows, original.row_values))
+    for dim, index, values in blocks:
+        if len(index):
+            weight.index_copy_(dim, index.to(weight.device), values.to(weight))
 
 
 def _union(indices: list[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(index.cpu() for index in indices)]).unique()
+    return torch.cat([index.cpu() for index in indices]).unique() if indices else torch.empty(0, dtype=torch.int64)
