@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 NOUNS = 200  # that the judge chooses from
 PAIRS = 250
 BATCH = 32
+HALVES = ((0, 20, 34, 54), (30, 20, 64, 54))  # left, top, right, bottom
 SEED = 7
 VARIETY = STAGES[-1]
 
@@ -76,7 +77,11 @@ def nouns_to_choose_from(wide: Art) -> list[str]:
 
 
 class Judgement:
-    """Whether the judge, given everything else, picks the right word among all candidates."""
+    """Whether the judge, given everything else, picks the right word among all candidates.
+
+    The subjects of a pair are looked at one by one, each in its half of the picture, enlarged: in whole pictures
+    emoji-clip finds both in 28 % of real pairs only, in halves in 80 %.
+    """
 
     def __init__(self, encoder: Encoder, nouns: Sequence[str]) -> None:
         self._encoder, self._nouns = encoder, nouns
@@ -86,8 +91,10 @@ class Judgement:
         """For each plan: is the subject right (of two: both), the style, the place?"""
         embeddings = self._encoder.images(pictures)
         right: dict[str, list[bool]] = {"subject": [], "style": [], "place": []}
-        for plan, embedding in zip(plans, embeddings, strict=True):
-            right["subject"].append(all(self._subject(plan, slot, embedding) for slot in range(len(plan.subjects))))
+        for plan, picture, embedding in zip(plans, pictures, embeddings, strict=True):
+            views = embedding[None] if len(plan.subjects) == 1 else self._encoder.images(halves(picture))
+            found = [self._subject(plan, name, view) for name, view in zip(plan.subjects, views, strict=True)]
+            right["subject"].append(all(found))
             world = load_world()
             styles = [_say(plan.subjects, style, plan.place) for style in world.styles]
             right["style"].append(self._first(embedding, styles, list(world.styles).index(plan.style)))
@@ -96,19 +103,21 @@ class Judgement:
             right["place"].append(self._first(embedding, said, where.index(plan.place)))
         return right
 
-    def _subject(self, plan: Plan, slot: int, embedding: Tensor) -> bool:
-        """The right noun at this slot, the other subject, style and place given."""
-        nouns = [noun for noun in self._nouns if noun not in plan.subjects or noun == plan.subjects[slot]]
-        said = [
-            _say([*plan.subjects[:slot], noun, *plan.subjects[slot + 1 :]], plan.style, plan.place) for noun in nouns
-        ]
-        return self._first(embedding, said, nouns.index(plan.subjects[slot]))
+    def _subject(self, plan: Plan, name: str, embedding: Tensor) -> bool:
+        """The right noun, style and place given."""
+        said = [_say([noun], plan.style, plan.place) for noun in self._nouns]
+        return self._first(embedding, said, self._nouns.index(name))
 
     def _first(self, embedding: Tensor, texts: Sequence[str], which: int) -> bool:
         key = tuple(texts)
         if key not in self._known:
             self._known[key] = self._encoder.texts(texts)
         return int((self._known[key] @ embedding).argmax()) == which
+
+
+def halves(picture: Image.Image) -> list[Image.Image]:
+    """What is left and what is right in a picture of two subjects, as large as a picture of one."""
+    return [picture.resize(picture.size, Image.Resampling.BICUBIC, box) for box in HALVES]
 
 
 def pictures_of(base: Base, plans: Sequence[Plan]) -> list[Image.Image]:

@@ -20,11 +20,15 @@ def bag_of_words(text: str) -> Tensor:
     return torch.tensor([float(word in text) for word in WORDS])
 
 
-def encoder(seen: str) -> Encoder:
-    """An encoder to which every picture looks like one sentence; texts are bags of words."""
+def encoder(seen: str, left: str = "", right: str = "") -> Encoder:
+    """An encoder that reads the colour in a picture's middle: red says `left`, blue says `right`, others say `seen`."""
+
+    def read(picture: Image.Image) -> Tensor:
+        red, _, blue = picture.getpixel((32, 32))  # pyright: ignore[reportGeneralTypeIssues]
+        return bag_of_words(left if red > 200 else right if blue > 200 else seen)
 
     def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
-        return bag_of_words(seen).repeat(len(pictures), 1)
+        return torch.stack([read(picture) for picture in pictures])
 
     def embed_texts(texts: Sequence[str]) -> Tensor:
         return torch.stack([bag_of_words(text) + 1e-3 for text in texts])
@@ -36,22 +40,38 @@ def plan(*subjects: str) -> Plan:
     return Plan(torch.zeros(3, 128, 128), (), "", subjects, "3d", "beach")
 
 
+def two_sided() -> Image.Image:
+    """Red on the left, blue on the right, black in between."""
+    picture = Image.new("RGB", (64, 64))
+    picture.paste("red", (0, 0, 28, 64))
+    picture.paste("blue", (36, 0, 64, 64))
+    return picture
+
+
+NOUNS = ["red apple", "turtle", "owl"]
+
+
 @pytest.mark.parametrize(
-    ("subjects", "seen", "right"),
+    ("seen", "right"),
     [
-        (("owl",), "a 3d owl on the beach", (True, True, True)),
-        (("owl",), "a 3d turtle on the beach", (False, True, True)),
-        (("owl",), "a drawing of an owl in the snow", (True, False, False)),
-        (("owl", "turtle"), "a 3d owl and a turtle on the beach", (True, True, True)),
-        (("owl", "turtle"), "a 3d owl on the beach", (False, True, True)),
+        ("a 3d owl on the beach", (True, True, True)),
+        ("a 3d turtle on the beach", (False, True, True)),
+        ("a drawing of an owl in the snow", (True, False, False)),
     ],
 )
-def test_an_answer_is_right_when_the_right_word_is_nearest(
-    subjects: tuple[str, ...], seen: str, right: tuple[bool, bool, bool]
-) -> None:
-    judgement = measure.Judgement(encoder(seen), ["red apple", "turtle", "owl"])
-    found = judgement.of([plan(*subjects)], [Image.new("RGB", (64, 64))])
+def test_an_answer_is_right_when_the_right_word_is_nearest(seen: str, right: tuple[bool, bool, bool]) -> None:
+    found = measure.Judgement(encoder(seen), NOUNS).of([plan("owl")], [Image.new("RGB", (64, 64))])
     assert (found["subject"], found["style"], found["place"]) == ([right[0]], [right[1]], [right[2]])
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "both"),
+    [("a 3d owl", "a 3d turtle", True), ("a 3d owl", "a 3d owl", False), ("a 3d turtle", "a 3d owl", False)],
+)
+def test_of_a_pair_each_is_looked_for_on_its_side(left: str, right: str, both: bool) -> None:
+    judgement = measure.Judgement(encoder("a 3d owl and a turtle on the beach", left, right), NOUNS)
+    found = judgement.of([plan("owl", "turtle")], [two_sided()])
+    assert found == {"subject": [both], "style": [True], "place": [True]}
 
 
 def test_share_gives_the_wilson_interval() -> None:
