@@ -29,7 +29,7 @@ def test_diffusers_loads_them_and_they_are_small() -> None:
     assert isinstance(pipeline, StableDiffusionPipeline)
     files = [path for path in Path(WEIGHTS).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".md", ".safetensors"}
 
 
 def test_plain_backgrounds_have_their_colour(base: Base) -> None:
