@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.fuse import fuse
@@ -22,17 +23,17 @@ def test_moments_are_those_of_the_concepts_own_model(base: Base, adapters: list[
     columns = {key: torch.tensor([0, 2, 5]) for key in dog.factors}
     drawn = DrawnInputs(base, adapters, steps=2, seeds=1)
     found = drawn(dog, columns)
-    seen: dict[str, list[torch.Tensor]] = {key: [] for key in base.layers}
+    seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in base.layers.values()}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, kept=seen[key]: kept.append(inputs[0].flatten(0, -2)))
-        for key, layer in base.layers.items()
+        layer.register_forward_pre_hook(lambda module, inputs: seen[module].append(inputs[0].flatten(0, -2)))
+        for layer in base.layers.values()
     ]
     with applied(base, [dog]):
         drawn._draw(own_prompts(dog))
     for hook in hooks:
         hook.remove()
     for key, moments in found.items():
-        x = torch.cat(seen[key]).double()[:, [0, 2, 5]]
+        x = torch.cat(seen[base.layers[key]]).double()[:, [0, 2, 5]]
         torch.testing.assert_close(moments, (x.T @ x) / len(x), rtol=1e-9, atol=1e-12)
     assert found.keys() == columns.keys()
 

@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> Path:
     for name in ("fluent-3d", "fluent-anim"):
         (packages[name] / "assets").mkdir(parents=True)
     (packages["names"] / "en").mkdir(parents=True)
-    entries = [{"label": label, "hexcode": code.upper()} for label, code in labels.items()]
+    entries: list[dict[str, str | int]] = [{"label": label, "hexcode": code.upper()} for label, code in labels.items()]
     for number, (label, group, subgroup) in enumerate(BEYOND):
         labels[label] = f"{number + 0x1FA00:x}"
         entries.append({"label": label, "hexcode": labels[label].upper(), "group": group, "subgroup": subgroup})
