@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 STAGES = (
     Variety(tiers=1),
     Variety(tiers=2),
-    Variety(tiers=2, pairs=0.3, size=(46, 53), shift=2, styleless=0.1),
+    Variety(tiers=2, pairs=0.5, size=(46, 53), shift=2, styleless=0.1),
 )
 GATE = 0.12  # widen when swapping the noun costs this much loss at t = 850
 POOL = 8_000  # latents kept; each is shown a handful of times before it is replaced
