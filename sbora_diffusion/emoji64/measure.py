@@ -1,17 +1,16 @@
 """How good emoji64 and its judge are: right subjects, styles and places, recall, and telling individuals apart.
 
 One command: `python -m sbora_diffusion.emoji64.measure [--data DIR] [--out FILE]` (2 CPU cores: about ten minutes). It
-asks emoji64 for scenes kept out of pre-training (composer.places), shows them and really composed ones to emoji-clip,
-and writes a JSON of all figures with a sheet of the pictures beside it.
+asks emoji64 for scenes that pre-training never composed (questions.py), shows them and really composed ones to
+emoji-clip, and writes a JSON of all figures with a sheet of the pictures beside it.
 """
 
 import argparse
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,56 +23,27 @@ from sbora_diffusion.diffusion.generate import generate
 from sbora_diffusion.diffusion.run_folder import versions
 from sbora_diffusion.emoji64 import loop
 from sbora_diffusion.emoji64.art import WIDE_ART, Art, default_data_dir, load_art
-from sbora_diffusion.emoji64.compose import Composer, Plan, Variety, picture_grid, places, render
-from sbora_diffusion.emoji64.pretrain import STAGES
-from sbora_diffusion.emoji64.world import caption, load_world
+from sbora_diffusion.emoji64.compose import Plan, picture_grid, render
+from sbora_diffusion.emoji64.questions import (
+    SEED,
+    VARIETY,
+    canonical,
+    everywhere,
+    nouns_to_choose_from,
+    plans_kept_for_tests,
+    plans_of,
+    plans_of_unseen_art,
+    say,
+)
+from sbora_diffusion.emoji64.world import load_world
 from sbora_diffusion.evaluation.alignment import image_alignment, roc_auc
 from sbora_diffusion.evaluation.encoders import Encoder, load_encoder
 
 log = logging.getLogger(__name__)
 
-NOUNS = 200  # that the judge chooses from
-PAIRS = 250
+PAIRS, UNSEEN_PAIRS = 250, 100
 BATCH = 32
 HALVES = ((0, 20, 34, 54), (30, 20, 64, 54))  # left, top, right, bottom
-SEED = 7
-VARIETY = STAGES[-1]
-
-
-def plans_kept_for_tests(art: Art) -> tuple[list[Plan], list[Plan]]:
-    """All scenes of one subject, and PAIRS of two, that pre-training never composed, each composed once."""
-    composer = Composer(art, SEED, VARIETY)
-    cutouts, rng = composer.cutouts, Random(SEED)
-    singles = [
-        composer.plan_single(number, place)
-        for number, cutout in enumerate(cutouts)
-        for place in places([cutout.subject], cutout.style, withheld=True)
-    ]
-    pairs: list[Plan] = []
-    while len(pairs) < PAIRS:
-        left, right = (rng.randrange(len(cutouts)) for _ in range(2))
-        subjects = [cutouts[left].subject, cutouts[right].subject]
-        if cutouts[left].style == cutouts[right].style and subjects[0] != subjects[1]:
-            kept = places(subjects, cutouts[left].style, withheld=True)
-            pairs += [composer.plan_pair(left, right, place) for place in kept[:1]]
-    return singles, pairs
-
-
-def canonical(plan: Plan) -> str:
-    """The plan's caption, its style always said."""
-    return _say(plan.subjects, plan.style, plan.place)
-
-
-def _say(subjects: Sequence[str], style: str, place: str) -> str:
-    scenes = load_world().scenes
-    return caption(subjects, style, scenes.get(place, f"on a {place} background"))
-
-
-def nouns_to_choose_from(wide: Art) -> list[str]:
-    """NOUNS subjects: the world's, and others that the judge knows."""
-    world = [subject.name for subject in load_world().subjects]
-    others = sorted({c.subject for c in wide.cutouts if not c.held_out} - set(world))
-    return [*world, *Random(SEED).sample(others, NOUNS - len(world))]
 
 
 class Judgement:
@@ -96,16 +66,15 @@ class Judgement:
             found = [self._subject(plan, name, view) for name, view in zip(plan.subjects, views, strict=True)]
             right["subject"].append(all(found))
             world = load_world()
-            styles = [_say(plan.subjects, style, plan.place) for style in world.styles]
+            styles = [say(plan.subjects, style, plan.place) for style in world.styles]
             right["style"].append(self._first(embedding, styles, list(world.styles).index(plan.style)))
-            where = [*world.scenes, *world.colours]
-            said = [_say(plan.subjects, plan.style, place) for place in where]
-            right["place"].append(self._first(embedding, said, where.index(plan.place)))
+            said = [say(plan.subjects, plan.style, place) for place in everywhere()]
+            right["place"].append(self._first(embedding, said, everywhere().index(plan.place)))
         return right
 
     def _subject(self, plan: Plan, name: str, embedding: Tensor) -> bool:
         """The right noun, style and place given."""
-        said = [_say([noun], plan.style, plan.place) for noun in self._nouns]
+        said = [say([noun], plan.style, plan.place) for noun in self._nouns]
         return self._first(embedding, said, self._nouns.index(name))
 
     def _first(self, embedding: Tensor, texts: Sequence[str], which: int) -> bool:
@@ -164,17 +133,6 @@ def recall(encoder: Encoder, plans: Sequence[Plan]) -> dict[str, float]:
     return found
 
 
-def plans_of(art: Art, keep: Iterable[tuple[str, str]], count: int, variety: Variety) -> list[Plan]:
-    """Up to `count` scenes, all captions different, of the given (subject, style) cut-outs, held out or not."""
-    wanted = set(keep)
-    kept = [i for i, c in enumerate(art.cutouts) if (c.subject, c.style) in wanted]
-    opened = Art(art.images[kept], tuple(replace(art.cutouts[i], held_out=False, tier=0) for i in kept))
-    composer = Composer(opened, SEED, variety)
-    world = load_world()
-    every = [(i, place) for i in range(len(kept)) for place in (*world.scenes, *world.colours)]
-    return [composer.plan_single(i, place) for i, place in composer.rng.sample(every, min(count, len(every)))]
-
-
 def telling_apart(encoder: Encoder, wide: Art) -> dict[str, float]:
     """For each concept: ROC AUC of its own pictures against other individuals of its class.
 
@@ -210,20 +168,25 @@ def measure_judge(encoder: Encoder, wide: Art) -> dict[str, dict[str, float]]:
     }
 
 
-def measure_base(base: Base, encoder: Encoder, data: Path, sheet: Path) -> dict[str, dict[str, dict[str, float]]]:
+def measure_base(base: Base, encoder: Encoder, data: Path, sheet: Path) -> dict[str, dict[str, Any]]:
     """The shares of generated and, as the ceiling, of really composed pictures; draws some of the former."""
-    singles, pairs = plans_kept_for_tests(load_art(data))
+    art, found, shown = load_art(data), {}, list[Image.Image]()
     judgement = Judgement(encoder, nouns_to_choose_from(load_art(data, WIDE_ART)))
-    made, made_pairs = pictures_of(base, singles), pictures_of(base, pairs)
-    some = [*made[:: max(1, len(made) // 48)][:48], *made_pairs[:16]]
-    tensors = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in some]
+    for kind, (singles, pairs) in {
+        "scenes kept for tests": plans_kept_for_tests(art, PAIRS),
+        "scenes of unseen art": plans_of_unseen_art(art, UNSEEN_PAIRS),
+    }.items():
+        made, made_pairs = pictures_of(base, singles), pictures_of(base, pairs)
+        found[kind] = {
+            "generated": shares(judgement.of(singles, made), judgement.of(pairs, made_pairs)),
+            "composed (the ceiling)": shares(
+                judgement.of(singles, composed(singles)), judgement.of(pairs, composed(pairs))
+            ),
+        }
+        shown += [*made[:: max(1, len(made) // 48)][:48], *made_pairs[:16]]
+    tensors = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in shown]
     loop.save_sheet(sheet, picture_grid(torch.stack(tensors).permute(0, 3, 1, 2) / 127.5 - 1, 16))
-    return {
-        "generated": shares(judgement.of(singles, made), judgement.of(pairs, made_pairs)),
-        "composed (the ceiling)": shares(
-            judgement.of(singles, composed(singles)), judgement.of(pairs, composed(pairs))
-        ),
-    }  # fmt: skip
+    return found
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the model card's figures mean: which answers count as right, what is kept for tests, the intervals."""
+"""What the model card's figures mean: which answers count as right, and the intervals."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from sbora_diffusion.emoji64 import measure
-from sbora_diffusion.emoji64.art import Art
-from sbora_diffusion.emoji64.compose import Plan, places
+from sbora_diffusion.emoji64.compose import Plan
 from sbora_diffusion.evaluation.encoders import Encoder
 
 WORDS = ("owl", "red apple", "turtle", "3d", "drawing", "flat", "cartoon", "beach", "snow", "night", "white")
@@ -79,23 +78,6 @@ def test_share_gives_the_wilson_interval() -> None:
     assert (found["share"], found["n"]) == (0.8, 10)
     assert found["low"] == pytest.approx(0.4902, abs=1e-3)  # tables of the Wilson score interval: 8 of 10
     assert found["high"] == pytest.approx(0.9433, abs=1e-3)
-
-
-def test_only_combinations_kept_for_tests_are_asked_for(art: Art, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "PAIRS", 3)
-    singles, pairs = measure.plans_kept_for_tests(art)
-    assert len(pairs) == 3
-    assert all(len(set(p.subjects)) == 2 for p in pairs)
-    assert all(p.place in places(p.subjects, p.style, withheld=True) for p in [*singles, *pairs])
-    assert ("dog", "3d") not in {(p.subjects[0], p.style) for p in singles}
-
-
-def test_plans_of_opens_held_out_art(art: Art) -> None:
-    held = Art(art.images, tuple(replace(cutout, held_out=True) for cutout in art.cutouts))
-    plans = measure.plans_of(held, [("owl", "3d")], 99, measure.VARIETY)
-    assert len(plans) == 14
-    assert {p.subjects for p in plans} == {("owl",)}
-    assert len({p.place for p in plans}) == 14
 
 
 def test_recall_counts_both_directions() -> None:
