@@ -1,16 +1,8 @@
 """The benchmark measures what it says: SD1.5's attention layers, three ways in turns, weights that come back."""
 
-import importlib.util
-from pathlib import Path
-
+import bench_write as bench
 import torch
 from torch import nn
-
-_spec = importlib.util.spec_from_file_location("bench_write", Path(__file__).parents[1] / "eval" / "bench_write.py")
-assert _spec
-assert _spec.loader
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
 
 
 def test_the_stack_has_the_layers_of_sd15() -> None:

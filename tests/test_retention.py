@@ -1,34 +1,31 @@
 """The retention study end to end on a tiny base model: every cell made once, summed up from what is there."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+import retention
+import retention_bench
+from PIL import Image
+from retention_study import HOWS, Interval, Study, columns_of
+from retention_summary import summarise
 
 from sbora_diffusion.adapter.file import Adapter
 
 from .tiny_clip import save_tiny_clip
 from .tiny_pipeline import save_tiny_pipeline
 
-_spec = importlib.util.spec_from_file_location("retention", Path(__file__).parents[1] / "eval" / "retention.py")
-assert _spec
-assert _spec.loader
-retention = sys.modules["retention"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(retention)
-
 NAMES = ("dog", "cat")
 QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "save_every": "1", "warmup_steps": "1"}
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.setattr(retention, "_in_a_process", retention.train_one)
-    monkeypatch.setattr(retention, "STEPS", {"unet": 2, "text_encoder": 2})
+    monkeypatch.setattr(retention_bench, "STEPS", {"unet": 2, "text_encoder": 2})
     suite = tmp_path / "two.txt"
     suite.write_text("a <TOK>\na red <TOK>\n")
     base, judge = save_tiny_pipeline(tmp_path / "tiny"), save_tiny_clip(tmp_path / "clip")
-    return retention.Study(
+    return Study(
         folder=tmp_path / "study",
         base=str(base),
         judge=str(judge),
@@ -39,13 +36,13 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     )
 
 
-def test_every_cell_once(study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+def test_every_cell_once(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.json"
     retention.run(study, ["disjoint", "shared"], [0], 1, out)
-    summary = retention.summarise(study, ["disjoint", "shared"], [0])
+    summary = summarise(study, ["disjoint", "shared"], [0])
     assert summary["missing cells"] == 0
     told = {(row["scheme"], row["how"], row["size"]): row for row in summary["rows"]}
-    assert len(told) == 2 * (1 + len(retention.HOWS))
+    assert len(told) == 2 * (1 + len(HOWS))
     for row in told.values():
         assert row["cells"] == 2
     single = told["disjoint", "single", 1]
@@ -55,6 +52,8 @@ def test_every_cell_once(study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert fused <= summed * 1.001
     intervals = [Adapter.load(study.adapter_path("disjoint", 0, name)).spec.intervals for name in NAMES]
     assert [str(each) for (each,) in intervals] == ["0:8", "8:16"]
+    with Image.open(out.with_suffix(".png")) as plot:
+        assert plot.width > plot.height > 300
     assert out.with_suffix(".md").read_text().count("\n") == 2 + len(told)
 
     def refuse(*_: object) -> None:
@@ -62,23 +61,23 @@ def test_every_cell_once(study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(retention, "train_one", refuse)
     monkeypatch.setattr(retention, "_in_a_process", refuse)
-    monkeypatch.setattr(retention.Bench, "score", refuse)
+    monkeypatch.setattr(retention_bench.Bench, "score", refuse)
     retention.run(study, ["disjoint", "shared"], [0], 1, out)
     study.cell_path("disjoint", 0, "sum", 2, "cat").unlink()
     with pytest.raises(AssertionError, match="again"):
         retention.run(study, ["disjoint"], [0], 1, out)
-    assert retention.summarise(study, ["disjoint"], [0])["missing cells"] == 1
+    assert summarise(study, ["disjoint"], [0])["missing cells"] == 1
 
 
 def test_columns() -> None:
-    assert retention.columns_of("disjoint", 1, 2) == (retention.Interval(16, 8), 0)
-    assert retention.columns_of("shared", 1, 2) == (retention.Interval(0, 8), 0)
-    seeds = {retention.columns_of("random", seed, number) for seed in range(3) for number in range(12)}
+    assert columns_of("disjoint", 1, 2) == (Interval(16, 8), 0)
+    assert columns_of("shared", 1, 2) == (Interval(0, 8), 0)
+    seeds = {columns_of("random", seed, number) for seed in range(3) for number in range(12)}
     assert len(seeds) == 36
 
 
 def test_every_concept_is_in_one_merge_of_each_size() -> None:
-    study = retention.Study(folder=Path("nowhere"))
+    study = Study(folder=Path("nowhere"))
     for size in study.sizes:
         groups = study.groups(size)
         assert sorted(name for group in groups for name in group) == sorted(study.concepts)

@@ -1,0 +1,112 @@
+"""What the retention study found: means and intervals of the cells that are there, as JSON, a table and a plot."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from retention_study import Study, planned
+from torch import Tensor
+
+from sbora_diffusion.adapter.file import write_atomically
+from sbora_diffusion.diffusion.run_folder import versions
+from sbora_diffusion.evaluation.alignment import bootstrap_interval
+
+log = logging.getLogger("retention")
+
+METRICS = ("text_mos", "image", "success")
+TITLES = {"text_mos": "text alignment (mos)", "image": "image alignment", "success": "recognised among 16"}
+
+
+def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dict:
+    """Means of what is there, with bootstrap 95 % intervals over (concept, seed) and prompts; what is missing."""
+    rows, missing = [], 0
+    for scheme in schemes:
+        for how, size in dict.fromkeys((how, size) for how, size, _ in planned(study)):
+            cells = {(seed, name): _read(study.cell_path(scheme, seed, how, size, name))
+                     for seed in seeds for name in study.concepts}  # fmt: skip
+            singles = {(seed, name): _read(study.cell_path(scheme, seed, "single", 1, name)) for seed, name in cells}
+            both = [(cells[key], singles[key]) for key in cells if cells[key] and singles[key]]
+            missing += len(cells) - len(both)
+            if not both:
+                continue
+            row: dict = {"scheme": scheme, "how": how, "size": size, "cells": len(both)}
+            for metric in METRICS:
+                after, before = (torch.tensor([pair[i][metric] for pair in both]).T for i in (0, 1))
+                row[metric] = _estimate(after)
+                row[f"{metric} change"] = _estimate(after - before)
+                row[f"{metric} retention"] = (after.mean() / before.mean()).item()
+            merges = [
+                _read(study.merge_path(scheme, seed, how, names)) for seed in seeds for names in study.groups(size)
+            ]
+            done = [each for each in merges if each]
+            for key in ("seconds", "objective"):
+                row[key] = sum(each[key] for each in done) / len(done) if done else None
+            rows.append(row)
+    return {"command": "python " + " ".join(sys.argv), "base": study.base, "judge": study.judge, "suite": study.suite,
+            "concepts": study.concepts, "seeds": list(seeds), "missing cells": missing, "versions": versions(),
+            "rows": rows}  # fmt: skip
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+def _estimate(values: Tensor) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
+    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def table(summary: Mapping) -> str:
+    """The summary's rows in Markdown."""
+    head = ["columns", "merge", "K", "n", "text", "image", "success", "image kept", "success kept", "objective", "s"]
+    lines = [head, ["---"] * len(head)]
+    for row in summary["rows"]:
+        scores = [f"{row[m]['mean']:.3f} [{row[m]['low']:.3f}, {row[m]['high']:.3f}]" for m in METRICS]
+        kept = [f"{row[f'{m} retention']:.1%}" for m in ("image", "success")]
+        merged = ["–" if row[key] is None else f"{row[key]:.3g}" for key in ("objective", "seconds")]
+        lines.append([row["scheme"], row["how"], str(row["size"]), str(row["cells"]), *scores, *kept, *merged])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_summary(summary: Mapping, out: Path) -> None:
+    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), table(summary).encode())
+    plot(summary, out.with_suffix(".png"))
+    log.info("%s; %d cells are missing", out, summary["missing cells"])
+
+
+def plot(summary: Mapping, path: Path) -> None:
+    """Every metric against K: a panel a metric and a way to choose columns, a line a way to merge."""
+    from matplotlib.figure import Figure
+
+    schemes = list(dict.fromkeys(row["scheme"] for row in summary["rows"]))
+    figure = Figure(figsize=(4 * len(METRICS), 2.8 * max(1, len(schemes))), layout="constrained")
+    axes = figure.subplots(max(1, len(schemes)), len(METRICS), squeeze=False, sharex=True, sharey="col")
+    for panels, scheme in zip(axes, schemes, strict=False):
+        for axis, metric in zip(panels, METRICS, strict=True):
+            _draw(axis, metric, [row for row in summary["rows"] if row["scheme"] == scheme])
+            axis.set_title(f"{TITLES[metric]}, {scheme} columns", fontsize="medium")
+    for axis in axes[-1]:
+        axis.set_xlabel("concepts merged (K)")
+    axes[0][0].legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axis: Any, metric: str, rows: Sequence[Mapping]) -> None:
+    """One panel; every line starts at what single concepts reach."""
+    single = [row for row in rows if row["how"] == "single"]
+    for shift, how in enumerate(dict.fromkeys(row["how"] for row in rows if row["how"] != "single")):
+        line = single + [row for row in rows if row["how"] == how]
+        means = [row[metric]["mean"] for row in line]
+        below = [row[metric]["mean"] - row[metric]["low"] for row in line]
+        above = [row[metric]["high"] - row[metric]["mean"] for row in line]
+        places = [row["size"] + 0.12 * (shift - 1.5) for row in line]
+        axis.errorbar(places, means, [below, above], label=how, marker="o", markersize=3, capsize=2, linewidth=1)
+    axis.set_xticks(sorted({row["size"] for row in rows}))
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
