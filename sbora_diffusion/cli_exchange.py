@@ -68,6 +68,14 @@ def import_concept(
     target = library.path(adapter.spec.name)
     if target.exists() and not force:
         raise SboraError(f"{target} exists", hint="Give it another name with --name, or overwrite it with --force.")
+    with library.locked():  # nobody is given these columns between the look and the writing
+        _check_collisions(adapter, library, collision)
+        adapter.save(target, force)
+    _say_what_it_is(adapter)
+    return target
+
+
+def _check_collisions(adapter: Adapter, library: Library, collision: str) -> None:
     shared = collisions(adapter, library)
     if shared and collision == "refuse":
         raise SboraError(
@@ -77,9 +85,6 @@ def import_concept(
         )
     for line in shared:
         log.warning("%s shares weights with %s", adapter.spec.name, line)
-    adapter.save(target, force)
-    _say_what_it_is(adapter)
-    return target
 
 
 def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_name: str) -> Adapter:

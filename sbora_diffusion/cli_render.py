@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sbora_diffusion.adapter.certificate import Certificate
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.library import Ledger
+from sbora_diffusion.ledger import Ledger
 
 if TYPE_CHECKING:
     from sbora_diffusion.diffusion.train import StepLog

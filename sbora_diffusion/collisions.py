@@ -7,7 +7,8 @@ from torch import Tensor
 from sbora_diffusion.adapter.basis import indices
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Library, Owner
+from sbora_diffusion.ledger import Owner
+from sbora_diffusion.library import Library
 
 
 def collisions(adapter: Adapter, library: Library) -> list[str]:

@@ -1,104 +1,32 @@
-"""A folder of concept files and its ledger: who owns which columns of which base model."""
+"""A folder of concept files, out of which columns are handed to new concepts."""
 
-import json
 import logging
-import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import psutil
 from filelock import FileLock, Timeout
 
 from sbora_diffusion.adapter.basis import Interval, Side, first_free
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.ledger import (
+    Ledger,
+    Owner,
+    Space,
+    check_pinned,
+    check_seed,
+    is_fulfilled,
+    owners_of,
+    partition,
+    reservation_of,
+)
+from sbora_diffusion.reservations import State, check_not_in_training
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 LOCK_TIMEOUT = 60  # seconds; the lock is held for milliseconds
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds an interval: a concept file, a training that will write one, or a name it was reserved for."""
-
-    name: str
-    interval: Interval
-    state: Literal["trained", "in training", "reserved"] = "trained"
-    seed: int = 0  # of the permutations that give the positions their meaning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """What concepts share: the adapted layers of one base model and side, in the order of one seed's permutations."""
-
-    base_id: str
-    base_fingerprint: str
-    side: Side
-    seed: int
-    widths: Mapping[str, int]  # "<component>.<layer>" -> columns (FA) or rows (FB)
-
-    @property
-    def key(self) -> str:
-        return f"{self.base_fingerprint}/{self.side}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """The positions of one base model and side. Every layer has at least `width` of them, where that is known."""
-
-    base_id: str
-    base_fingerprint: str
-    side: Side
-    width: int | None
-    owners: tuple[Owner, ...]  # by position
-    unplaced: tuple[str, ...] = ()  # concepts without an interval: imported, they write columns of their own choice
-
-    @property
-    def gaps(self) -> tuple[Interval, ...]:
-        """What nobody owns; empty if the width is not known."""
-        gaps, start = [], 0
-        end = Interval(self.width, 1) if self.width else Interval(0, 1)
-        for taken in sorted([*(owner.interval for owner in self.owners), end]):
-            if start < taken.start:
-                gaps.append(Interval(start, taken.start - start))
-            start = max(start, taken.stop)
-        return tuple(gaps)
-
-    def room(self, rank: int) -> int:
-        """How many more concepts of one rank fit."""
-        return sum(gap.rank // rank for gap in self.gaps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reservation:
-    """An interval promised to a running process, which ends when the process does, or to a name, for good."""
-
-    name: str
-    base_id: str
-    base_fingerprint: str
-    side: Side
-    seed: int
-    interval: Interval
-    host: str
-    pid: int | None  # None: made by hand, it lasts until its concept's file is there or it is removed
-    started: float  # when the process did, in seconds since the epoch: its number may be given out again
-
-    def is_live(self) -> bool:
-        if self.pid is None:
-            return True
-        if self.host != socket.gethostname():
-            return True  # cannot be known from here; `release` ends it
-        try:
-            process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
-        except psutil.NoSuchProcess:
-            return False
 
 
 class Library:
@@ -152,11 +80,11 @@ class Library:
         """
         with self._changing_state() as state:
             state.widths[space.key] = dict(space.widths)
-            _check_not_in_training(state, name)
+            check_not_in_training(state, name)
             state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
-            owners = _owners(state, self._specs(), space.base_fingerprint, space.side)
-            own, others = _partition(owners, name)
-            _check_seed(space, others)
+            owners = owners_of(state, self._specs(), space.base_fingerprint, space.side)
+            own, others = partition(owners, name)
+            check_seed(space, others)
             if lasting and own:
                 raise SboraError(f"{name} has the interval {own[0].interval} already ({own[0].state})")
             reserved = next((owner.interval for owner in own if owner.state == "reserved"), None)
@@ -164,8 +92,8 @@ class Library:
             if pinned is None:
                 interval = first_free([owner.interval for owner in others], rank, width)
             else:
-                interval = _check_pinned(pinned, others, rank, width)
-            state.reservations.append(_reservation(space, name, interval, lasting))
+                interval = check_pinned(pinned, others, rank, width)
+            state.reservations.append(reservation_of(space, name, interval, lasting))
         return interval
 
     def release(self, name: str) -> None:
@@ -173,7 +101,7 @@ class Library:
         with self._changing_state() as state:
             specs = self._specs()
             state.reservations = [
-                r for r in state.reservations if r.name != name or (r.pid is None and not _is_fulfilled(r, specs))
+                r for r in state.reservations if r.name != name or (r.pid is None and not is_fulfilled(r, specs))
             ]
 
     def remove(self, name: str) -> None:
@@ -189,7 +117,7 @@ class Library:
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
         """Who owns what of one base model and side, by position."""
-        return _owners(self._state(), self._specs(), base_fingerprint, side)
+        return owners_of(self._state(), self._specs(), base_fingerprint, side)
 
     def ledgers(self) -> list[Ledger]:
         """All bases and sides that have an owner."""
@@ -202,7 +130,7 @@ class Library:
                 base_fingerprint=fingerprint,
                 side=side,
                 width=state.width(fingerprint, side),
-                owners=_owners(state, specs, fingerprint, side),
+                owners=owners_of(state, specs, fingerprint, side),
                 unplaced=tuple(
                     name
                     for name, spec in specs.items()
@@ -226,135 +154,28 @@ class Library:
                 log.warning("%s; left out, its columns count as free", defect)
         return specs
 
-    def _state(self) -> "_State":
+    def _state(self) -> State:
         """Reservations that are alive. To be read before the files: a training writes its file, then it releases."""
-        state = _State.read(self.folder / ".ledger.json")
+        state = State.read(self.folder / ".ledger.json")
         state.reservations = [reservation for reservation in state.reservations if reservation.is_live()]
         return state
 
     @contextmanager
-    def _changing_state(self) -> Iterator["_State"]:
+    def _changing_state(self) -> Iterator[State]:
         """The same under the lock; written back when the block succeeds."""
+        with self.locked():
+            state = self._state()
+            yield state
+            state.write(self.folder / ".ledger.json")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else is given columns meanwhile; for milliseconds only."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".ledger.lock", timeout=LOCK_TIMEOUT):
-                state = self._state()
-                yield state
-                state.write(self.folder / ".ledger.json")
+                yield
         except Timeout:
             raise SboraError(f"somebody has held {self.folder}/.ledger.lock for {LOCK_TIMEOUT} s") from None
         except OSError as error:
             raise SboraError(f"cannot use the folder {self.folder} ({error.strerror or error})") from None
-
-
-@dataclass
-class _State:
-    """What `.ledger.json` holds."""
-
-    reservations: list[_Reservation]
-    widths: dict[str, dict[str, int]]  # "<base fingerprint>/<side>" -> layer -> columns or rows
-
-    def width(self, base_fingerprint: str, side: Side) -> int | None:
-        """Of the narrowest adapted layer."""
-        return min(self.widths.get(f"{base_fingerprint}/{side}", {}).values(), default=None)
-
-    @classmethod
-    def read(cls, path: Path) -> "_State":
-        try:
-            content = json.loads(path.read_bytes())
-            reservations = [
-                _Reservation(**{**fields, "interval": Interval.parse(fields["interval"])})
-                for fields in content["reservations"]
-            ]
-            widths = {key: {name: int(width) for name, width in w.items()} for key, w in content["widths"].items()}
-            return cls(reservations, widths)
-        except FileNotFoundError:
-            return cls([], {})
-        except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
-            log.warning("%s is damaged (%s) and starts anew; running trainings are not known", path, error)
-            return cls([], {})
-
-    def write(self, path: Path) -> None:
-        reservations = [
-            {**vars(reservation), "interval": str(reservation.interval)} for reservation in self.reservations
-        ]
-        temporary = path.with_suffix(".tmp")  # one writer at a time: the lock is held
-        temporary.write_text(json.dumps({"reservations": reservations, "widths": self.widths}, indent=1))
-        temporary.replace(path)
-
-
-def _owners(state: _State, specs: Mapping[str, Spec], base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
-    """By position. Merges own what they were merged from, so that nothing new is put there while they exist."""
-    here = [r for r in state.reservations if (r.base_fingerprint, r.side) == (base_fingerprint, side)]
-    owners = [
-        Owner(name, interval, "trained", spec.seed)
-        for name, spec in specs.items()
-        if (spec.base_fingerprint, spec.side) == (base_fingerprint, side)
-        for interval in spec.intervals
-    ]
-    owners += [Owner(r.name, r.interval, "in training", r.seed) for r in here if r.pid is not None]
-    taken = {(owner.name, owner.interval) for owner in owners}
-    owners += [
-        Owner(r.name, r.interval, "reserved", r.seed)
-        for r in here
-        if r.pid is None and not _is_fulfilled(r, specs) and (r.name, r.interval) not in taken
-    ]
-    return tuple(sorted(owners, key=lambda owner: (owner.interval, owner.name)))
-
-
-def _is_fulfilled(reservation: _Reservation, specs: Mapping[str, Spec]) -> bool:
-    """Whether the concept's file is there."""
-    spec = specs.get(reservation.name)
-    place = (reservation.base_fingerprint, reservation.side)
-    return spec is not None and (spec.base_fingerprint, spec.side) == place
-
-
-def _partition(owners: Sequence[Owner], name: str) -> tuple[list[Owner], list[Owner]]:
-    """What a name owns, and what others do."""
-    own = [owner for owner in owners if owner.name == name]
-    return own, [owner for owner in owners if owner.name != name]
-
-
-def _reservation(space: Space, name: str, interval: Interval, lasting: bool) -> _Reservation:
-    return _Reservation(
-        name=name,
-        base_id=space.base_id,
-        base_fingerprint=space.base_fingerprint,
-        side=space.side,
-        seed=space.seed,
-        interval=interval,
-        host=socket.gethostname(),
-        pid=None if lasting else os.getpid(),
-        started=psutil.Process().create_time(),
-    )
-
-
-def _check_not_in_training(state: _State, name: str) -> None:
-    own = (socket.gethostname(), os.getpid())
-    for other in state.reservations:
-        if other.name == name and other.pid is not None and (other.host, other.pid) != own:
-            raise SboraError(
-                f"{name} is being trained by process {other.pid} on {other.host}",
-                hint=f"Wait for it; if it is long gone: sbora-diffusion remove {name}",
-            )
-
-
-def _check_seed(space: Space, others: Sequence[Owner]) -> None:
-    for owner in others:
-        if owner.seed != space.seed:
-            raise SboraError(
-                f"{owner.name} has its columns in the order of basis_seed {owner.seed}, got {space.seed}: "
-                "intervals of different orders may share columns",
-                hint=f"Set basis_seed={owner.seed}, or use another folder.",
-            )
-
-
-def _check_pinned(pinned: Interval, others: Sequence[Owner], rank: int, width: int) -> Interval:
-    if pinned.rank != rank:
-        raise SboraError(f"the interval {pinned} has {pinned.rank} positions, rank {rank} needs {rank}")
-    if pinned.stop > width:
-        raise SboraError(f"the interval {pinned} does not fit: the narrowest adapted layer has the positions 0:{width}")
-    taken = [f"{owner.interval} by {owner.name}" for owner in others if owner.interval.overlaps(pinned)]
-    if taken:
-        raise SboraError(f"the interval {pinned} is taken ({', '.join(taken)})", hint="See: sbora-diffusion ledger")
-    return pinned

@@ -9,7 +9,8 @@ import torch
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.collisions import collisions
-from sbora_diffusion.library import Library, Space
+from sbora_diffusion.ledger import Space
+from sbora_diffusion.library import Library
 
 from .adapter.exchange.samples import SHAPES, random_adapter
 

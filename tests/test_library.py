@@ -15,7 +15,8 @@ import torch
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.file import Adapter, Factor, Spec
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Ledger, Library, Owner, Space
+from sbora_diffusion.ledger import Ledger, Owner, Space
+from sbora_diffusion.library import Library
 
 FORK = multiprocessing.get_context("fork")
 
