@@ -3,18 +3,23 @@
 stdout is data: tables, and the paths of what was written. Logs, progress and errors go to stderr.
 """
 
-import errno
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from sbora_diffusion import __version__
+from sbora_diffusion.console import (
+    convert,
+    hide_loading_bars,
+    parse_numbers,
+    parse_settings,
+    set_up_logging,
+    told_in_a_line,
+)
 from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -26,49 +31,12 @@ taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-
 BATCH = 8  # pictures generated at once
 
 
-IMPORT_NOTICES = {  # logger -> what it says at import about optional packages that we advise against
-    "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",
-    "transformers.utils.import_utils": "requires torchvision (not installed)",
-}
-
-
 class Commands(TyperGroup):
     """Tells users what they can do something about."""
 
     def invoke(self, ctx: Any) -> Any:
         with told_in_a_line():
             return super().invoke(ctx)
-
-
-@contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """Turns what a user can do something about into a line on stderr and an exit status."""
-    try:
-        yield
-    except SboraError as defect:
-        _fail(str(defect), defect.hint)
-    except KeyboardInterrupt as stop:
-        typer.echo(f"\n{stop or 'stopped'}", err=True)
-        raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # | head
-            raise
-        place = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror or error}{place}", _DISK_HINT if error.errno == errno.ENOSPC else None)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
-
-
-_DISK_HINT = "Make room and run the command again; what was complete before is still there."
-
-
-def _fail(message: str, hint: str | None) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    if hint:
-        typer.echo(f"hint: {hint}", err=True)
-    raise typer.Exit(1)
 
 
 app = typer.Typer(
@@ -108,7 +76,7 @@ def train(
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
-    overrides = _parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
+    overrides = parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
     library = Library(ADAPTERS)
     for path in train_concept(
         concept, base, method, interval, overrides, library=library, runs=RUNS, resume=resume, force=force
@@ -128,7 +96,7 @@ def generate(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt."""
-    options = _convert(_parse_settings(settings), {"steps": int, "guidance": float, "negative_prompt": str})
+    options = convert(parse_settings(settings), {"steps": int, "guidance": float, "negative_prompt": str})
     from sbora_diffusion.diffusion import generate as diffusion
     from sbora_diffusion.diffusion.base import load_base
     from sbora_diffusion.library import Library
@@ -136,7 +104,7 @@ def generate(
     hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     loaded = load_base(base or (adapters[0].spec.base_id if adapters else "emoji64"))
-    with diffusion.applied(loaded, adapters, _parse_numbers(strengths, len(adapters))):
+    with diffusion.applied(loaded, adapters, parse_numbers(strengths, len(adapters))):
         for start in range(seed, seed + count, BATCH):
             seeds = range(start, min(start + BATCH, seed + count))
             for picture in diffusion.generate(loaded, [prompt] * len(seeds), seeds=seeds, **options):
@@ -167,7 +135,7 @@ def merge(
         raise SboraError(f"got --how {how}, expected sum or fuse")
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]
-    numbers = _parse_numbers(weights, len(adapters))
+    numbers = parse_numbers(weights, len(adapters))
     path = out or library.path(merged_name(adapters))
     if how == "sum":
         merged = merge_adapters(adapters, numbers, how)
@@ -179,8 +147,10 @@ def merge(
         hide_loading_bars()
         merged = fuse_drawn(adapters, numbers, base, prior_weight)
     merged.save(path, force)
-    log.info(certify(adapters).describe() if how == "sum" else FUSED)
-    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
+    spec = merged.spec
+    widths = library.widths(spec.base_fingerprint, spec.side)
+    log.info(certify(adapters, widths).describe() if how == "sum" else FUSED)
+    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(spec.tokens), path)
     typer.echo(path)
 
 
@@ -238,7 +208,7 @@ def bake(
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
-    factors = _parse_numbers(strengths, len(names))
+    factors = parse_numbers(strengths, len(names))
     library = Library(ADAPTERS)
     typer.echo(bake_concepts(names, factors, base, out, library=library, pipelines=PIPELINES, force=force))
 
@@ -267,7 +237,7 @@ def evaluate(
     Settings: seeds (pictures a prompt), steps, guidance, negative_prompt, batch_size, vision (a second judge).
     """
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
-    options = _convert(_parse_settings(settings), kinds)
+    options = convert(parse_settings(settings), kinds)
     from sbora_diffusion.cli_eval import evaluate_concepts
     from sbora_diffusion.library import Library
 
@@ -363,62 +333,6 @@ def remove(
 def main() -> None:
     """The console script."""
     app()
-
-
-class _EchoHandler(logging.Handler):
-    """Writes to whatever stderr is at the moment: a progress bar may have taken it over."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        typer.echo(level + self.format(record), err=True)
-
-
-def set_up_logging() -> None:
-    """Logs to stderr, ours from INFO on; to be called before anything heavy is imported."""
-    logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING, format="%(message)s")
-    logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
-    for name, unwanted in IMPORT_NOTICES.items():
-        logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
-
-
-def hide_loading_bars() -> None:
-    """Of other libraries: a model takes seconds to load, and each draws several."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """["steps=20"] is {"steps": "20"}."""
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"got {setting!r}, expected KEY=VALUE such as steps=100", param_hint="--set")
-        parsed[key.strip()] = value.strip()
-    return parsed
-
-
-def _convert(settings: dict[str, str], kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
-    converted = {}
-    for key, value in settings.items():
-        if key not in kinds:
-            raise typer.BadParameter(f"got {key!r}, expected one of {', '.join(kinds)}", param_hint="--set")
-        try:
-            converted[key] = kinds[key](value)
-        except ValueError:
-            raise typer.BadParameter(f"got {key}={value}, expected a number", param_hint="--set") from None
-    return converted
-
-
-def _parse_numbers(text: str, number: int) -> list[float]:
-    """ "1,0.8" is [1.0, 0.8]; nothing is all ones. How many there must be is the merger's concern."""
-    try:
-        return [float(part) for part in text.split(",")] if text else [1.0] * number
-    except ValueError:
-        raise typer.BadParameter(f"got {text!r}, expected numbers such as 1,0.8") from None
 
 
 def _save_numbered(picture: Any, folder: Path, prompt: str) -> Path:

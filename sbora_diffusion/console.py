@@ -1,0 +1,104 @@
+"""What every command does alike: errors told in a line, logs on stderr, settings read from KEY=VALUE."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+from sbora_diffusion.errors import SboraError
+
+IMPORT_NOTICES = {  # logger -> what it says at import about optional packages that we advise against
+    "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+}
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Turns what a user can do something about into a line on stderr and an exit status."""
+    try:
+        yield
+    except SboraError as defect:
+        _fail(str(defect), defect.hint)
+    except KeyboardInterrupt as stop:
+        typer.echo(f"\n{stop or 'stopped'}", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # | head
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{place}", _DISK_HINT if error.errno == errno.ENOSPC else None)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
+
+
+_DISK_HINT = "Make room and run the command again; what was complete before is still there."
+
+
+def _fail(message: str, hint: str | None) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+    raise typer.Exit(1)
+
+
+class _EchoHandler(logging.Handler):
+    """Writes to whatever stderr is at the moment: a progress bar may have taken it over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        typer.echo(level + self.format(record), err=True)
+
+
+def set_up_logging() -> None:
+    """Logs to stderr, ours from INFO on; to be called before anything heavy is imported."""
+    logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
+    for name, unwanted in IMPORT_NOTICES.items():
+        logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
+
+
+def hide_loading_bars() -> None:
+    """Of other libraries: a model takes seconds to load, and each draws several."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """["steps=20"] is {"steps": "20"}."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"got {setting!r}, expected KEY=VALUE such as steps=100", param_hint="--set")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def convert(settings: dict[str, str], kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Every setting's text as its kind; others than these are refused."""
+    converted = {}
+    for key, value in settings.items():
+        if key not in kinds:
+            raise typer.BadParameter(f"got {key!r}, expected one of {', '.join(kinds)}", param_hint="--set")
+        try:
+            converted[key] = kinds[key](value)
+        except ValueError:
+            raise typer.BadParameter(f"got {key}={value}, expected a number", param_hint="--set") from None
+    return converted
+
+
+def parse_numbers(text: str, number: int) -> list[float]:
+    """ "1,0.8" is [1.0, 0.8]; nothing is all ones. How many there must be is the merger's concern."""
+    try:
+        return [float(part) for part in text.split(",")] if text else [1.0] * number
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}, expected numbers such as 1,0.8") from None
