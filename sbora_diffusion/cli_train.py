@@ -4,18 +4,21 @@ import json
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.cli_render import TrainingProgress
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.run_folder import RunFolder
-from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.diffusion.run_folder import RunFolder, append_log
+from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Library, Space
+from sbora_diffusion.ledger import Space
+from sbora_diffusion.library import Library
 from sbora_diffusion.methods import method_side
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ def train_concept(
         with TrainingProgress(config.steps) as progress:
             for step in train(concept, base, interval, config, run, resume, score):
                 progress.show(step)
+                append_log(run, _told(step))
                 if step.adapter and step.before_after:  # the run's checkpoint goes after this
                     step.adapter.save(path, force)
                     written = [path, step.before_after]
@@ -61,6 +65,14 @@ def train_concept(
         library.release(concept.name)
     log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
     return written
+
+
+def _told(step: StepLog) -> dict[str, Any]:
+    """What the run folder's log keeps of a step."""
+    told: dict[str, Any] = {"step": step.step, "steps": step.steps, "loss": step.loss, "time": time.time()}
+    told |= {"samples_per_second": step.samples_per_second, "scores": dict(step.scores) if step.scores else None}
+    picture = step.before_after or step.preview
+    return told | {"picture": picture.name if picture else None, "done": step.adapter is not None}
 
 
 def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:

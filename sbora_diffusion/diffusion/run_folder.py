@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.errors import SboraError
 
+LOG = "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -132,6 +133,35 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_bytes(content)
         partial.replace(self.path / name)
+
+
+def append_log(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Add a step to a run folder's log, a line of JSON; the first step of a training begins the file anew.
+
+    Args:
+        entry: "step", counted from 1, and whatever else is to be told of it, in JSON values.
+    """
+    with (folder / LOG).open("w" if entry["step"] == 1 else "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """A training's steps so far, each once: those that a resumed training repeated are told as they were last.
+
+    A line that is being written at this moment is left out.
+    """
+    steps = {}
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            steps[entry["step"]] = entry
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [steps[step] for step in sorted(steps)]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
