@@ -1,0 +1,1 @@
+"""The studio: what stands behind the page, and its tabs."""

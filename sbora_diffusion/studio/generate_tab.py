@@ -1,0 +1,186 @@
+"""The Generate tab: a prompt, concepts with their strengths, pictures."""
+
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sbora_diffusion.diffusion.picture_file import Settings, read_settings
+from sbora_diffusion.studio.messages import told
+from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+
+MAX_SEED = 2**31 - 1
+PLAIN_PROMPT = "a 3d penguin on the beach"
+
+INSERT = """(text) => {
+  const area = document.querySelector("#prompt textarea"), token = %s;
+  const at = area ? area.selectionStart : text.length, before = text.slice(0, at), after = text.slice(at);
+  const gap = (side, edge) => (side && !edge.test(side) ? " " : "");
+  return before + gap(before, /\\s$/) + token + gap(after, /^[\\s,.]/) + after;
+}"""
+
+
+def generate_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.Dropdown]:
+    """Lay it out and wire it up.
+
+    Returns:
+        The choice of concepts and of the base model, for others to renew.
+    """
+    strengths = gr.State({})
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            prompt = gr.Textbox(
+                PLAIN_PROMPT, label="What should it show?", lines=2, max_lines=6, elem_id="prompt", autofocus=True
+            )
+            concepts = gr.CheckboxGroup([], label="Concepts", elem_id="concepts", elem_classes="chips")
+            sliders = gr.Column(elem_classes="strengths")
+            button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
+            with gr.Row(elem_classes="compact"):
+                number = gr.Radio(
+                    [1, 4, 9], value=4, label="Pictures", min_width=150, elem_id="count", elem_classes="chips"
+                )
+                seed = gr.Number(
+                    0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="seed"
+                )
+                dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
+            with gr.Accordion("More", open=False):
+                negative = gr.Textbox("", label="What should it not show?", elem_id="negative")
+                with gr.Row():
+                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
+                    guidance = gr.Slider(
+                        1, 12, 3, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
+                    )
+                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model")
+                dropped = gr.File(
+                    label="Drop a picture made here: its settings come back",
+                    file_types=[".png"],
+                    height=110,
+                    elem_id="dropped",
+                )
+        with gr.Column(scale=3, min_width=320):
+            gallery = gr.Gallery(
+                label="Pictures",
+                show_label=False,
+                columns=2,
+                object_fit="contain",
+                height="auto",
+                elem_id="gallery",
+                elem_classes="pixels",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+            )
+            note = gr.Markdown("Your pictures appear here.", elem_id="note", elem_classes="note")
+
+    with sliders:
+        gr.render(inputs=[concepts, strengths, base], triggers=[concepts.change])(
+            lambda names, factors, base_name: _sliders(workshop, names, factors, base_name, prompt, strengths)
+        )
+    settings = [base, prompt, negative, seed, steps, guidance, concepts, strengths]
+    gr.on(
+        [button.click, prompt.submit],
+        told(partial(_draw, workshop)),
+        [*settings, number],
+        [gallery, note],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress="minimal",
+        show_progress_on=gallery,
+    )
+    dice.click(lambda: random.randrange(MAX_SEED), None, seed, queue=False)
+    base.input(lambda name: _choices(workshop, name), base, concepts, queue=False)
+    dropped.upload(told(lambda path: _read(workshop, path)), dropped, settings, queue=False)
+    return concepts, base
+
+
+def renewed(workshop: Workshop, base: str, chosen: Sequence[str]) -> tuple[Any, Any]:
+    """The concepts and base models that there are now."""
+    names = list(workshop.concepts(base))
+    return gr.update(choices=names, value=[name for name in chosen if name in names]), gr.update(
+        choices=workshop.bases()
+    )
+
+
+def _choices(workshop: Workshop, base: str) -> Any:
+    return gr.update(choices=list(workshop.concepts(base)), value=[])
+
+
+def _sliders(
+    workshop: Workshop,
+    names: Sequence[str],
+    factors: Mapping[str, float],
+    base: str,
+    prompt: gr.Textbox,
+    strengths: gr.State,
+) -> None:
+    """For each concept that is on: its tokens to click into the prompt, and its strength."""
+    specs = workshop.concepts(base)
+    for name in (name for name in names if name in specs):
+        with gr.Row(equal_height=True, elem_classes="strength"):
+            for token in specs[name].tokens:
+                chip = gr.Button(token, size="sm", min_width=70, scale=0, elem_classes="token")
+                chip.click(None, prompt, prompt, js=INSERT % json.dumps(token))
+            slider = gr.Slider(0, 1.5, factors.get(name, 1.0), step=0.05, label=f"Strength of {name}", min_width=140)
+            slider.change(
+                lambda value, all_factors, name=name: {**all_factors, name: value},
+                [slider, strengths],
+                strengths,
+                queue=False,
+            )
+
+
+def _draw(
+    workshop: Workshop,
+    base: str,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    steps: int,
+    guidance: float,
+    concepts: Sequence[str],
+    strengths: Mapping[str, float],
+    number: int,
+) -> Iterator[tuple[Any, str]]:
+    """The gallery as it fills."""
+    settings = Settings(
+        base=base,
+        prompt=prompt,
+        negative_prompt=negative or "",  # None until the field has been shown
+        seed=int(seed or 0),
+        steps=int(steps),
+        guidance=guidance,
+        concepts={name: float(strengths.get(name, 1.0)) for name in concepts},
+    )
+    began, columns = time.perf_counter(), 1 if number == 1 else 2 if number <= 4 else 3
+    for paths in workshop.draw(settings, int(number)):
+        pictures = [(str(path), f"seed {settings.seed + place}") for place, path in enumerate(paths)]
+        seconds = (time.perf_counter() - began) / len(paths)
+        yield (
+            gr.update(value=pictures, columns=columns),
+            f"{len(paths)} of {int(number)} · {seconds:.1f} s a picture · kept in {workshop.folders.outputs}/",
+        )
+
+
+def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
+    """A dropped picture's settings, for every field of the tab; concepts that are gone are left out."""
+    made = read_settings(Path(path))
+    bases = workshop.bases()
+    base = made.base if made.base in bases else DEFAULT_BASE
+    known = list(workshop.concepts(base))
+    missing = [name for name in made.concepts if name not in known]
+    if missing:
+        gr.Warning(f"Not in this library: {', '.join(missing)}")
+    return (
+        gr.update(value=base, choices=bases),
+        made.prompt,
+        made.negative_prompt,
+        made.seed,
+        made.steps,
+        made.guidance,
+        gr.update(choices=known, value=[name for name in made.concepts if name in known]),
+        dict(made.concepts),
+    )

@@ -1,0 +1,161 @@
+"""The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the pictures."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.scores import METRICS
+from sbora_diffusion.evaluation.tables import MAIN
+from sbora_diffusion.studio.jobs import Job, Jobs
+from sbora_diffusion.studio.messages import sentence, told
+from sbora_diffusion.studio.workshop import Workshop
+
+NONE = "none"
+REPORT = "report.json"
+PERIOD = 1.5  # seconds between looks at what runs
+NOTHING = "Scores say more than a look at a few pictures: each comes with its interval."
+
+Seen = tuple[str, str, str]
+
+
+def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dropdown, gr.Dropdown]:
+    """Lay it out and wire it up; the choices of concepts, merge and past results, to be renewed."""
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            picked = gr.CheckboxGroup([], label="Concepts", elem_id="measure-concepts", elem_classes="chips")
+            merged = gr.Dropdown([NONE], value=NONE, label="Compare with a merge of them", elem_id="measure-merged")
+            seeds = gr.Radio(
+                [1, 2, 4], value=1, label="Pictures for each of 20 prompts", elem_id="seeds", elem_classes="chips"
+            )
+            button = gr.Button("Measure", variant="primary", size="lg", elem_id="measure")
+            status = gr.Markdown(NOTHING, elem_classes="note", elem_id="measure-status")
+        with gr.Column(scale=3, min_width=320):
+            result = gr.Dropdown([], value=None, label="Result", visible=False, elem_id="result")
+            table = gr.Dataframe(visible=False, interactive=False, wrap=True, elem_id="scores")
+            scatter = gr.ScatterPlot(
+                x="text (mos)", y="image", color="concept", height=300, visible=False, elem_id="scatter"
+            )
+            grid = gr.Gallery(
+                label="Pictures", columns=1, height="auto", visible=False, interactive=False, elem_id="measure-grid"
+            )
+    seen = gr.State(("", "", ""))
+    button.click(told(partial(_start, workshop, jobs)), [picked, merged, seeds], status, concurrency_limit=1)
+    result.input(told(partial(_show, workshop)), result, [table, scatter, grid], queue=False)
+    gr.Timer(PERIOD).tick(
+        _watcher(workshop, jobs),
+        seen,
+        [status, result, table, scatter, grid, seen],
+        queue=False,
+        show_progress="hidden",
+    )
+    return picked, merged, result
+
+
+def measurable(workshop: Workshop, chosen: Sequence[str]) -> tuple[Any, Any, Any]:
+    """The concepts, merges and results that there are now."""
+    specs = {name: spec for base in workshop.bases() for name, spec in workshop.concepts(base).items()}
+    single = [name for name, spec in specs.items() if not spec.parents]
+    merges = [name for name, spec in specs.items() if spec.parents]
+    results = _results(workshop)
+    return (
+        gr.update(choices=single, value=[name for name in chosen if name in single]),
+        gr.update(choices=[NONE, *merges]),
+        gr.update(choices=results, visible=bool(results)),
+    )
+
+
+def _results(workshop: Workshop) -> list[str]:
+    """Evaluations that are complete, the newest first."""
+    reports = workshop.folders.evaluations.glob(f"*/{REPORT}")
+    return [path.parent.name for path in sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def _start(workshop: Workshop, jobs: Jobs, picked: Sequence[str], merged: str, seeds: int) -> str:
+    """Queue an evaluation; what the page says of it."""
+    if not picked:
+        raise SboraError("no concept is picked", "Pick one or more.")
+    names = [workshop.load(name).spec.name for name in picked]
+    folder = "-".join([*names, *([f"in-{merged}"] if merged != NONE else []), f"x{seeds}"])
+    options = ["--merged", merged] if merged != NONE else []
+    out = str(workshop.folders.evaluations / folder)
+    jobs.add(f"eval {folder}", ["eval", *picked, *options, "--set", f"seeds={seeds}", "--out", out, "--force"])
+    return "Waiting …"
+
+
+def _watcher(workshop: Workshop, jobs: Jobs) -> Callable[[Seen], tuple[Any, ...]]:
+    """The timer's handler: what the latest evaluation is doing, and its result once it is there."""
+
+    def look(seen: Seen) -> tuple[Any, ...]:
+        job = next((job for job in reversed(jobs.all()) if job.arguments[0] == "eval"), None)
+        said = _words(jobs, job) if job else ""
+        now = (job.name, job.state, said) if job else seen
+        if job is None or tuple(seen) == now:
+            return (gr.skip(),) * 6
+        if job.state != "done":
+            return (said, *(gr.skip(),) * 4, now)
+        folder = job.name.removeprefix("eval ")
+        choice = gr.update(choices=_results(workshop), value=folder, visible=True)
+        return (said, choice, *_show(workshop, folder), now)
+
+    return look
+
+
+def _words(jobs: Jobs, job: Job) -> str:
+    if job.state == "failed":
+        return sentence(job.message)
+    if job.state != "running":
+        return {"waiting": "Waiting for what runs before it …", "done": "Done.", "stopped": "Stopped."}[job.state]
+    lines = jobs.log_of(job.name).read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((f"{line} …" for line in reversed(lines) if line.endswith("pictures")), "Preparing …")
+
+
+def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
+    """Table, scatter and pictures of one evaluation, which a name from the page cannot leave."""
+    if name not in _results(workshop):
+        raise SboraError(f"there is no result {name!r}", "Reload the page.")
+    folder = workshop.folders.evaluations / name
+    try:
+        results = json.loads((folder / REPORT).read_bytes())["results"]
+        table, points = _table(results), _points(results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SboraError(f"the result {name} cannot be read ({error})", "Measure again.") from None
+    grids: list[str | Path] = sorted(folder.glob("grid-*.png"))
+    return (
+        gr.update(value=table, visible=True),
+        gr.update(value=points, visible=True),
+        gr.update(value=grids, visible=bool(grids)),
+    )
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A line for each concept and model, means with their intervals."""
+    rows = []
+    for result in results:
+        scores = {METRICS[metric]: _cell(result["estimates"].get(metric)) for metric in MAIN}
+        rows.append({"concept": result["concept"], "model": result["model"], "n": result["n"], **scores})
+    frame = pd.DataFrame(rows)
+    return frame.loc[:, (frame != "").any()]
+
+
+def _cell(estimate: Mapping[str, float] | None) -> str:
+    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]" if estimate else ""
+
+
+def _points(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A point for each concept, model and prompt."""
+    return pd.DataFrame(
+        {
+            "concept": f"{result['concept']}, {result['model']}",
+            "prompt": prompt["prompt"],
+            "text (mos)": prompt["mean"]["text_mos"],
+            "image": prompt["mean"]["image"],
+        }
+        for result in results
+        for prompt in result["prompts"]
+    )

@@ -1,0 +1,178 @@
+"""The Train tab: pictures in, a queue of trainings, each with its loss, previews and the time it still takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sbora_diffusion.diffusion.concept import EXTENSIONS, default_roots, known_concepts, load_concept
+from sbora_diffusion.diffusion.dataset import load_picture
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.methods import METHODS
+from sbora_diffusion.studio.jobs import Jobs
+from sbora_diffusion.studio.lessons import write_concept
+from sbora_diffusion.studio.messages import told
+from sbora_diffusion.studio.train_view import NOTHING, watcher
+from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+
+OWN = "my own pictures"
+PERIOD = 1.0  # seconds between looks at the run folder
+
+
+def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """Lay it out and wire it up.
+
+    Returns:
+        The choice of what to teach and of the base model, for others to renew.
+    """
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            source = gr.Dropdown([OWN], value=OWN, label="What to teach", elem_id="source")
+            with gr.Group() as own:
+                files = gr.File(
+                    label="Drop 3 to 10 pictures of one thing",
+                    file_count="multiple",
+                    file_types=list(EXTENSIONS),
+                    height=150,
+                    elem_id="pictures",
+                )
+                with gr.Row():
+                    name = gr.Textbox(
+                        "", label="Its name", placeholder="my-mug", info="prompts say <my-mug>", elem_id="name"
+                    )
+                    noun = gr.Textbox("", label="What kind of thing", placeholder="mug", info="a word", elem_id="noun")
+                captions = gr.Textbox(
+                    "",
+                    label="What each picture shows, a line each",
+                    info="with the name in angle brackets",
+                    lines=4,
+                    max_lines=12,
+                    elem_id="captions",
+                )
+            shown = gr.Gallery(
+                label="Pictures", columns=5, height="auto", visible=False, elem_classes="pixels", interactive=False
+            )
+            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+            with gr.Accordion("More", open=False):
+                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model")
+                with gr.Row():
+                    method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140)
+                    steps = gr.Number(
+                        0,
+                        label="Steps",
+                        info="0: the recipe's",
+                        precision=0,
+                        minimum=0,
+                        maximum=20000,
+                        min_width=110,
+                        elem_id="train-steps",
+                    )
+                    rank = gr.Number(
+                        0, label="Rank", info="0: the recipe's", precision=0, minimum=0, maximum=256, min_width=110
+                    )
+        with gr.Column(scale=3, min_width=320):
+            chosen = gr.Dropdown([], value=None, label="Training", visible=False, elem_id="chosen")
+            status = gr.HTML(NOTHING, elem_id="status")
+            with gr.Row():
+                stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
+                resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume")
+            picture = gr.Image(
+                label="Preview",
+                show_label=False,
+                visible=False,
+                interactive=False,
+                elem_id="preview",
+                buttons=["fullscreen"],
+            )
+            plot = gr.LinePlot(
+                x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss"
+            )
+    timer = gr.Timer(PERIOD)
+    seen = gr.State(("", "", -1, ""))
+
+    files.change(_captions, [files, name, captions], captions, queue=False)
+    name.blur(_captions, [files, name, captions], captions, queue=False)
+    source.input(told(_show_source), source, [own, shown, name, noun], queue=False)
+    fields = [source, files, name, noun, captions, base, method, steps, rank]
+    start.click(told(lambda *values: _start(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
+    stop.click(told(jobs.stop), chosen, None)
+    resume.click(told(lambda name: _resume(workshop, jobs, name)), chosen, None)
+    outputs = [chosen, status, stop, resume, picture, plot, seen]
+    timer.tick(watcher(workshop, jobs), [chosen, seen], outputs, queue=False, show_progress="hidden")
+    return source, base
+
+
+def teachable(workshop: Workshop) -> tuple[Any, Any]:
+    """The sources and bases that there are now."""
+    known = [name for name in known_concepts(_roots(workshop)) if name not in workshop.library.names()]
+    return gr.update(choices=[OWN, *known]), gr.update(choices=workshop.bases())
+
+
+def _roots(workshop: Workshop) -> Sequence[Path]:
+    return (workshop.folders.concepts, *default_roots()[1:])
+
+
+def _captions(files: Sequence[str] | None, name: str, captions: str) -> str:
+    """A line for each picture: what was written stays, what is missing is made from the name."""
+    lines = captions.splitlines()[: len(files or [])]
+    token = f"<{name.strip()}>" if name.strip() else "<name>"
+    lines = [line.replace("<name>", token) for line in lines]
+    return "\n".join(lines + [f"a {token}"] * (len(files or []) - len(lines)))
+
+
+def _show_source(source: str) -> tuple[Any, ...]:
+    """Fields for own pictures, or the pictures of a concept that ships."""
+    if source == OWN:
+        return gr.update(visible=True), gr.update(visible=False), "", ""
+    concept = load_concept(source, default_roots())
+    pictures = [(load_picture(picture.path), picture.caption) for picture in concept.pictures]
+    return gr.update(visible=False), gr.update(value=pictures, visible=True), "", ""
+
+
+def _start(
+    workshop: Workshop,
+    jobs: Jobs,
+    source: str,
+    files: Sequence[str] | None,
+    name: str,
+    noun: str,
+    captions: str,
+    base: str,
+    method: str,
+    steps: float,
+    rank: float,
+) -> Any:
+    """Make the concept's folder and queue its training; the choice of trainings, with this one chosen."""
+    name = source if source != OWN else (name or "").strip()
+    _check_new(workshop, jobs, name, base)
+    if source == OWN:
+        lines = (captions or "").splitlines()
+        pictures = [(Path(file), lines[i] if i < len(lines) else "") for i, file in enumerate(files or [])]
+        write_concept(workshop.folders.concepts, name, noun or "", pictures)
+    settings = ["--set", f"steps={int(steps)}"] if steps else []
+    settings += ["--rank", str(int(rank))] if rank else []
+    jobs.add(name, ["train", "--concept", name, "--base", base, "--method", method, *settings])
+    return gr.update(choices=[job.name for job in jobs.all() if job.arguments[0] == "train"], value=name, visible=True)
+
+
+def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
+    if base not in workshop.bases():
+        raise SboraError(f"got the base model {base!r}, expected one of {', '.join(workshop.bases())}")
+    job = jobs.find(name)
+    if job and job.state in ("waiting", "running"):
+        raise SboraError(f"{name} is {job.state} already")
+    if (workshop.folders.runs / name / "checkpoint.pt").exists():
+        raise SboraError(f"a training of {name} was stopped half-way", "Choose it on the right and resume it.")
+    if name in workshop.library.names():
+        raise SboraError(f"{name} is in the library already", "Choose another name.")
+
+
+def _resume(workshop: Workshop, jobs: Jobs, name: str) -> None:
+    """Go on from the last checkpoint, or begin again where there is none yet."""
+    job = jobs.find(name)
+    if job is None:
+        raise SboraError("no training is chosen", "Choose one of those that were stopped.")
+    arguments = [word for word in job.arguments if word != "--resume"]
+    going_on = (workshop.folders.runs / name / "checkpoint.pt").exists()
+    jobs.add(name, [*arguments, "--resume"] if going_on else arguments)

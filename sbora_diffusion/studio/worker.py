@@ -1,0 +1,19 @@
+"""The command line as a process of its own for the studio's long jobs: it yields to the page, and hears Ctrl-C."""
+
+import os
+import signal
+
+from sbora_diffusion.cli import main
+
+NICENESS = 10
+
+
+def work() -> None:
+    """Run the command in `sys.argv`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a server in the background has it ignored
+    os.nice(NICENESS)
+    main()
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,160 @@
+"""What the page works with: the folders, one loaded base model, and the concepts that are in it at the moment."""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.generate import TOKEN, WrittenConcepts, generate
+from sbora_diffusion.diffusion.picture_file import Settings, save_numbered
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.library import Library
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BASE = "emoji64"
+BATCH = 4  # pictures drawn at once, after the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where things lie: the same places as on the command line."""
+
+    adapters: Path = Path("adapters")
+    outputs: Path = Path("outputs")
+    runs: Path = Path("runs")
+    concepts: Path = Path("concepts")
+    evaluations: Path = Path("evaluations")
+
+
+class Workshop:
+    """The library and the model. Whoever draws waits for the one before: there is one model, in one state.
+
+    Args:
+        bases: base models that may be chosen besides emoji64 and those of the concepts in the library.
+    """
+
+    def __init__(self, folders: Folders, bases: tuple[str, ...] = ()) -> None:
+        self.folders = folders
+        self.library = Library(folders.adapters)
+        self._bases = bases
+        self._lock = threading.Lock()
+        self._base: Base | None = None
+        self._written: WrittenConcepts | None = None
+        self._loaded: dict[str, tuple[int, Adapter]] = {}  # what is written: the file's time in ns, and what it held
+
+    def bases(self) -> list[str]:
+        """The base models that may be chosen."""
+        return list(dict.fromkeys([DEFAULT_BASE, *self._bases, *(spec.base_id for spec in self._specs().values())]))
+
+    def concepts(self, base: str) -> dict[str, Spec]:
+        """The library's concepts of a base model, by name."""
+        return {name: spec for name, spec in self._specs().items() if spec.base_id == base}
+
+    def load(self, name: str) -> Adapter:
+        """A concept of the library, which a name from the page cannot leave."""
+        if name not in self.library.names():
+            raise SboraError(f"there is no concept {name!r} any more", "Reload the page.")
+        return self.library.load(name)
+
+    @contextmanager
+    def model(self, name: str, strengths: Mapping[str, float]) -> Iterator[Base]:
+        """The base model with exactly these concepts in it, for the caller alone."""
+        if name not in self.bases():
+            raise SboraError(f"got the base model {name!r}, expected one of {', '.join(self.bases())}")
+        with self._lock:
+            base = self._load_base(name)
+            self._switch(strengths)
+            yield base
+
+    def draw(self, settings: Settings, count: int) -> Iterator[list[Path]]:
+        """Make pictures with seeds from `settings.seed` on; yields the files so far, first after one picture."""
+        if not settings.prompt.strip():
+            raise SboraError("there is no prompt", "Write what the picture should show, such as: a penguin at night")
+        self._check_tokens(settings)
+        paths: list[Path] = []
+        while len(paths) < count:
+            size = min(BATCH, count - len(paths)) if paths else 1
+            seeds = range(settings.seed + len(paths), settings.seed + len(paths) + size)
+            with self.model(settings.base, settings.concepts) as base:
+                pictures = generate(
+                    base,
+                    [settings.prompt] * size,
+                    seeds=seeds,
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    negative_prompt=settings.negative_prompt,
+                )
+                for seed, picture in zip(seeds, pictures, strict=True):
+                    paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
+            yield list(paths)
+
+    def warm_up(self) -> None:
+        """Load the default base model and draw once, so that the first click does not pay for it."""
+        try:
+            with self.model(DEFAULT_BASE, {}) as base:
+                generate(base, ["a penguin"], seeds=[0], steps=1)
+        except SboraError as defect:
+            log.warning("%s", defect)
+
+    def _specs(self) -> dict[str, Spec]:
+        specs = {}
+        for name in self.library.names():
+            try:
+                specs[name] = read_spec(self.library.path(name))
+            except SboraError as defect:
+                log.warning("%s", defect)
+        return specs
+
+    def _check_tokens(self, settings: Settings) -> None:
+        """Says which concept to switch on for a token that nobody brings."""
+        specs = self.concepts(settings.base)
+        brought = {token for name in settings.concepts if name in specs for token in specs[name].tokens}
+        for token in TOKEN.findall(settings.prompt):
+            owners = [name for name, spec in specs.items() if token in spec.tokens]
+            if token not in brought and owners:
+                raise SboraError(
+                    f"the prompt says {token}, but its concept is off", f"Switch on {' or '.join(owners)}."
+                )
+            if token not in brought:
+                known = ", ".join(dict.fromkeys(token for spec in specs.values() for token in spec.tokens)) or "none"
+                raise SboraError(
+                    f"nobody has taught {token} to {settings.base} yet (known: {known})", "Train it first."
+                )
+
+    def _load_base(self, name: str) -> Base:
+        if self._base is None or self._base.id != name:
+            self._base = self._written = None  # its memory first
+            self._loaded = {}
+            self._base = load_base(name)
+            self._written = WrittenConcepts(self._base)
+        return self._base
+
+    def _switch(self, strengths: Mapping[str, float]) -> None:
+        """Change what is written into what is wanted: only what differs is touched."""
+        assert self._written is not None
+        wanted = {name: self._read(name) for name in strengths}
+        gone = [name for name, entry in self._loaded.items() if name not in wanted or wanted[name][0] != entry[0]]
+        self._written.restore([self._loaded[name][1].spec.name for name in gone])
+        for name in gone:
+            del self._loaded[name]
+        new = [name for name in wanted if name not in self._loaded]
+        self._written.write([wanted[name][1] for name in new], [strengths[name] for name in new])
+        self._loaded |= {name: wanted[name] for name in new}
+        for name, strength in strengths.items():
+            own = wanted[name][1].spec.name
+            if self._written.strengths[own] != strength:
+                self._written.set_strength(own, strength)
+
+    def _read(self, name: str) -> tuple[int, Adapter]:
+        """The file's time and contents; what is written already is not read again."""
+        try:
+            time = self.library.path(name).stat().st_mtime_ns
+        except OSError:
+            raise SboraError(f"there is no concept {name!r} any more", "Reload the page.") from None
+        known = self._loaded.get(name)
+        return known if known and known[0] == time else (time, self.load(name))
