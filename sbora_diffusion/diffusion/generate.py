@@ -52,7 +52,7 @@ class WrittenConcepts:
             raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
         for adapter in adapters:
             check_base(adapter, self._base)
-        _check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
+        check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
         before = dict(self._concepts)
         try:
             for adapter, strength in zip(adapters, strengths, strict=True):
@@ -144,7 +144,8 @@ def check_base(adapter: Adapter, base: Base) -> None:
         )
 
 
-def _check_distinct(adapters: Sequence[Adapter]) -> None:
+def check_distinct(adapters: Sequence[Adapter]) -> None:
+    """SboraError if two adapters have a name or a token in common."""
     for what, lists in (
         ("name", [[adapter.spec.name] for adapter in adapters]),
         ("token", [list(adapter.spec.tokens) for adapter in adapters]),
@@ -174,12 +175,7 @@ def generate(
     """
     if len(prompts) != len(seeds) or not prompts:
         raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
-    known = set(base.pipeline.tokenizer.get_added_vocab())
-    for prompt in prompts:
-        missing = sorted(set(TOKEN.findall(prompt)) - known)
-        if missing:
-            have = ", ".join(sorted(token for token in known if TOKEN.fullmatch(token))) or "none"
-            raise SboraError(f"no loaded concept brings the token {missing[0]}, known: {have}", "add --adapter FILE")
+    check_tokens(base, prompts)
     result: Any = base.pipeline(
         list(prompts),
         num_inference_steps=steps,
@@ -188,3 +184,13 @@ def generate(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
     )
     return result.images
+
+
+def check_tokens(base: Base, prompts: Sequence[str]) -> None:
+    """SboraError for a `<token>` that no loaded concept brings."""
+    known = set(base.pipeline.tokenizer.get_added_vocab())
+    for prompt in prompts:
+        missing = sorted(set(TOKEN.findall(prompt)) - known)
+        if missing:
+            have = ", ".join(sorted(token for token in known if TOKEN.fullmatch(token))) or "none"
+            raise SboraError(f"no loaded concept brings the token {missing[0]}, known: {have}", "add --adapter FILE")
