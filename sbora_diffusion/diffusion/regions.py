@@ -13,6 +13,7 @@ from sbora_diffusion.diffusion.attention_maps import AttentionMaps
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.branches import Branch, Scene, staged
 from sbora_diffusion.diffusion.gating import LiveConcepts, live_concepts
+from sbora_diffusion.diffusion.generate import check_tokens
 from sbora_diffusion.errors import SboraError
 
 FEATHER = 0.1  # of the picture's side
@@ -117,6 +118,7 @@ def generate_regions(
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
     with live_concepts(base, adapters, strengths) as live:
+        check_tokens(base, [negative_prompt])
         side = base.resolution
         weights = region_weights(regions, (side, side))
         shares = [weight.to(base.device) for weight in weights]

@@ -1,0 +1,234 @@
+"""How much two concepts bleed into each other in one picture: summed, fused, gated, with and without regions.
+
+One command: `python eval/bleed.py FOLDER [--adapters DIR] [--concepts dog,…] [--seeds 0,1]`. Every pair is a file in
+FOLDER that is made once, with a sheet of its pictures; killed and run again, it goes on. --out gets the summary as
+JSON, with a Markdown table beside it.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.fuse import fuse
+from sbora_diffusion.adapter.merge import merge
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.moments import DrawnInputs
+from sbora_diffusion.diffusion.regions import Region, generate_regions
+from sbora_diffusion.diffusion.run_folder import versions
+from sbora_diffusion.diffusion.sheet import sheet
+from sbora_diffusion.emoji64.measure import halves
+from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
+from sbora_diffusion.evaluation.encoders import load_encoder
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures
+
+log = logging.getLogger("bleed")
+
+PLACES = ("on the grass", "in the snow")
+BOXES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+CONDITIONS = (
+    "base model, class nouns",
+    "sum",
+    "fuse",
+    "gated",
+    "sum, regions",
+    "fuse, regions",
+    "gated, regions",
+    "gated, regions of one subject",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Who stands on the left, who on the right, and where."""
+
+    names: tuple[str, str]
+    nouns: tuple[str, str]
+    place: str
+
+    def prompt(self, *shown_as_concept: int) -> str:
+        """Those of the two (0, 1) by their tokens, the others by their class nouns."""
+        words = [f"<{name}>" if side in shown_as_concept else self.nouns[side] for side, name in enumerate(self.names)]
+        return f"a {words[0]} and a {words[1]} {self.place}"
+
+    def regions(self, alone: bool = False) -> tuple[Region, ...]:
+        """A half for each, whose prompt names its own concept and, unless `alone`, the other's class noun."""
+        prompts = [f"a <{name}> {self.place}" if alone else self.prompt(side) for side, name in enumerate(self.names)]
+        return tuple(Region(box=box, prompt=prompt) for box, prompt in zip(BOXES, prompts, strict=True))
+
+
+class Studio:
+    """The base model, the concepts and the judge."""
+
+    def __init__(self, base: Base, judge: Judge, adapters: Mapping[str, Adapter], seeds: Sequence[int]) -> None:
+        self._base, self.judge, self._adapters, self._seeds = base, judge, adapters, seeds
+        self._drawn = DrawnInputs(base, list(adapters.values()))
+        self._moments: dict[str | None, dict[str, Tensor]] = {}
+
+    def pictures(self, pair: tuple[str, str]) -> Iterator[tuple[str, list[tuple[Scene, list[Image.Image]]]]]:
+        """For each condition every scene of the pair and its pictures, one a seed."""
+        live = [self._adapters[name] for name in pair]
+        written = {"sum": merge(live, [1.0, 1.0], "sum"), "fuse": fuse(live, [1.0, 1.0], self._inputs)}
+        for condition in CONDITIONS:
+            how, _, where = condition.partition(", ")
+            adapters = live if how == "gated" else []
+            with applied(self._base, [written[how]]) if how in written else nullcontext():
+                yield condition, [(scene, self._draw(scene, how, where, adapters)) for scene in self._scenes(pair)]
+
+    def _inputs(self, adapter: Adapter | None, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `fuse` asks for; each concept is drawn once, for all columns."""
+        name = adapter.spec.name if adapter else None
+        if name not in self._moments:
+            every = {key: torch.arange(shape[1]) for key, shape in self._base.layer_shapes.items()}
+            self._moments[name] = self._drawn(adapter, every)
+        return {key: self._moments[name][key][index][:, index] for key, index in columns.items()}
+
+    def _scenes(self, pair: tuple[str, str]) -> list[Scene]:
+        nouns = {name: next(iter(self._adapters[name].spec.tokens.values())) for name in pair}
+        return [
+            Scene(names=names, nouns=(nouns[names[0]], nouns[names[1]]), place=place)
+            for place in PLACES
+            for names in (pair, (pair[1], pair[0]))
+        ]
+
+    def _draw(self, scene: Scene, how: str, where: str, adapters: Sequence[Adapter]) -> list[Image.Image]:
+        number = len(self._seeds)
+        if how == "base model":
+            return generate(self._base, [scene.prompt()] * number, seeds=self._seeds)
+        if not where and not adapters:
+            return generate(self._base, [scene.prompt(0, 1)] * number, seeds=self._seeds)
+        regions = scene.regions(alone=where == "regions of one subject") if where else ()
+        prompt = scene.prompt() if where else scene.prompt(0, 1)
+        return generate_regions(self._base, prompt, regions, adapters, seeds=self._seeds)
+
+
+def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
+    """Draw and judge a pair: raw scores (scenes, seeds, halves, concepts) a condition, and who should be where."""
+    told, rows = {}, []
+    for condition, drawn in studio.pictures(pair):
+        scores = [[_score(studio.judge, picture).tolist() for picture in pictures] for _, pictures in drawn]
+        told[condition] = {"names": [scene.names for scene, _ in drawn], "scores": scores}
+        rows.append((condition, [(" | ".join(scene.names), picture) for scene, some in drawn for picture in some]))
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet(rows, cell=96).save(folder / f"{'+'.join(pair)}.png")
+    write_atomically(folder / f"{'+'.join(pair)}.json", json.dumps(told).encode())
+
+
+def _score(judge: Judge, picture: Image.Image) -> Tensor:
+    """(2 halves, concepts): the image alignment of each half with every concept, in the judge's order."""
+    return class_rank(judge.encoder.images(halves(picture)), list(judge.references.values()))
+
+
+def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
+    """The figures of every condition, over all pairs that are there."""
+    pairs = [path for path in (folder / f"{'+'.join(pair)}.json" for pair in combinations(names, 2)) if path.exists()]
+    cells = [json.loads(path.read_bytes()) for path in pairs]
+    rows = []
+    for condition in CONDITIONS if cells else ():
+        figures = [_figures(cell[condition], names) for cell in cells]
+        values = {key: torch.cat([figure[key] for figure in figures]) for key in figures[0]}
+        rows.append({"condition": condition, **{key: _estimate(value) for key, value in values.items()}})
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "concepts": list(names),
+        "pairs": len(cells),
+        "pictures a condition": number * len(cells) * 2 * len(PLACES),
+        "versions": versions(),
+        "rows": rows,
+    }
+
+
+def _figures(cell: Mapping, names: Sequence[str]) -> dict[str, Tensor]:
+    """(scenes, seeds) of each figure. Who stands where is left to the picture: the assignment that fits better counts.
+
+    Only `as asked` looks at the places: whether that assignment is the one that the prompt or the regions ask for.
+    """
+    scores = torch.tensor(cell["scores"])  # (scenes, seeds, 2, concepts)
+    who = torch.tensor([[names.index(name) for name in pair] for pair in cell["names"]])[:, None]  # (scenes, 1, 2)
+    who = who.expand(*scores.shape[:2], 2)
+    swapped = _gather(scores, who).sum(-1) < _gather(scores, who.flip(-1)).sum(-1)
+    own_index = torch.where(swapped[..., None], who.flip(-1), who)
+    own, other = _gather(scores, own_index), _gather(scores, own_index.flip(-1))
+    rank = 1 + (scores > own[..., None]).sum(-1)
+    return {
+        "both first": (rank == 1).all(-1).float(),
+        "first": (rank == 1).float().mean(-1),
+        "rank": rank.float().mean(-1),
+        "own": own.mean(-1),
+        "other": other.mean(-1),
+        "as asked": (~swapped).float(),
+    }
+
+
+def _gather(scores: Tensor, index: Tensor) -> Tensor:
+    return scores.gather(-1, index[..., None]).squeeze(-1)
+
+
+def _estimate(values: Tensor) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
+    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def table(summary: Mapping) -> str:
+    """The summary's rows in Markdown."""
+    keys = ("both first", "first", "rank", "own", "other", "as asked")
+    lines = [["", *keys], ["---"] * (1 + len(keys))]
+    for row in summary["rows"]:
+        cells = [f"{row[key]['mean']:.3f} [{row[key]['low']:.3f}, {row[key]['high']:.3f}]" for key in keys]
+        lines.append([row["condition"], *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def run(folder: Path, names: Sequence[str], number: int, open_studio: Callable[[], Studio], out: Path) -> None:
+    """Every pair that is not there yet, and the summary after each."""
+    studio: Studio | None = None
+    for pair in combinations(names, 2):
+        if (folder / f"{'+'.join(pair)}.json").exists():
+            continue
+        studio = studio or open_studio()
+        log.info("%s and %s", *pair)
+        measure(studio, pair, folder)
+        write_summary(summarise(folder, names, number), out)
+    write_summary(summarise(folder, names, number), out)
+
+
+def write_summary(summary: Mapping, out: Path) -> None:
+    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), table(summary).encode())
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where all pairs lie.")],
+    adapters: Annotated[Path, typer.Option(metavar="DIR", help="The trained concepts.")] = Path("adapters"),
+    concepts: Annotated[str, typer.Option(metavar="NAME,…")] = "dog,penguin,octopus,cat,horse,rooster",
+    seeds: Annotated[str, typer.Option(metavar="N,…")] = "0,1",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/bleed.json"),
+) -> None:
+    """Measure identity bleed between pairs of concepts on emoji64."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    names, numbers = concepts.split(","), [int(seed) for seed in seeds.split(",")]
+
+    def open_studio() -> Studio:
+        loaded = {name: Adapter.load(adapters / f"{name}.safetensors") for name in names}
+        known = [load_concept(name, default_roots()) for name in names]
+        judge = instruct(load_encoder("emoji-clip"), reference_pictures(known), None)
+        return Studio(load_base("emoji64"), judge, loaded, numbers)
+
+    run(folder, names, len(numbers), open_studio, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
