@@ -48,14 +48,14 @@ def generate_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.Dropdown]:
                     0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="seed"
                 )
                 dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More", open=False, elem_id="generate-more"):
                 negative = gr.Textbox("", label="What should it not show?", elem_id="negative")
                 with gr.Row():
                     steps = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
                     guidance = gr.Slider(
                         1, 12, 3, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
                     )
-                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model")
+                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="base")
                 dropped = gr.File(
                     label="Drop a picture made here: its settings come back",
                     file_types=[".png"],
@@ -124,7 +124,15 @@ def _sliders(
             for token in specs[name].tokens:
                 chip = gr.Button(token, size="sm", min_width=70, scale=0, elem_classes="token")
                 chip.click(None, prompt, prompt, js=INSERT % json.dumps(token))
-            slider = gr.Slider(0, 1.5, factors.get(name, 1.0), step=0.05, label=f"Strength of {name}", min_width=140)
+            slider = gr.Slider(
+                0,
+                1.5,
+                factors.get(name, 1.0),
+                step=0.05,
+                label=f"Strength of {name}",
+                min_width=140,
+                interactive=True,
+            )
             slider.change(
                 lambda value, all_factors, name=name: {**all_factors, name: value},
                 [slider, strengths],
@@ -152,7 +160,7 @@ def _draw(
         negative_prompt=negative or "",  # None until the field has been shown
         seed=int(seed or 0),
         steps=int(steps),
-        guidance=guidance,
+        guidance=float(guidance),
         concepts={name: float(strengths.get(name, 1.0)) for name in concepts},
     )
     began, columns = time.perf_counter(), 1 if number == 1 else 2 if number <= 4 else 3

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 State = Literal["waiting", "running", "done", "stopped", "failed"]
 PERIOD = 0.3  # seconds between looks at what runs
 STOPPED = (130, -signal.SIGINT)  # exit statuses of a command that Ctrl-C ended
-UNKNOWN = "The studio was closed meanwhile; resume it to be sure."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,8 @@ class Jobs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
-        return replace(job, state="running", pid=self._process.pid, started=time.time())
+        pid = self._process.pid
+        return replace(job, state="running", pid=pid, started=psutil.Process(pid).create_time())
 
     def _has_ended(self, job: Job) -> bool:
         if self._process and self._process.pid == job.pid:
@@ -136,11 +135,12 @@ class Jobs:
         known = self._process is not None and self._process.pid == job.pid
         status = self._process.returncode if known and self._process else None
         said = self.log_of(job.name).read_text(encoding="utf-8", errors="replace")
+        told_error = re.search(r"^error: ", said, re.MULTILINE)
         if status == 0 or (status is None and re.search(r"^next: ", said, re.MULTILINE)):
             return replace(job, state="done")
-        if status in STOPPED or (status is None and re.search(r"^stopped", said, re.MULTILINE)):
+        if status in STOPPED or (status is None and not told_error):
             return replace(job, state="stopped")
-        return replace(job, state="failed", message=_last_words(said) or UNKNOWN)
+        return replace(job, state="failed", message=_last_words(said) or f"It ended with status {status}.")
 
     def _change(self, before: Job, after: Job) -> None:
         self._jobs = [after if job is before else job for job in self._jobs]

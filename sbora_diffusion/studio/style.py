@@ -3,7 +3,8 @@
 from gradio.themes import Base, Soft
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container .tabs, .gradio-container .tabitem { width: 100%; }
 #title h1 { font-size: 1.35rem; font-weight: 650; margin: .2rem 0 0; letter-spacing: -.01em; }
 #title p { color: var(--body-text-color-subdued); margin: .1rem 0 .4rem; }
 .pixels img { image-rendering: pixelated; }

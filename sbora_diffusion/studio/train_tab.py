@@ -54,8 +54,8 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
                 label="Pictures", columns=5, height="auto", visible=False, elem_classes="pixels", interactive=False
             )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-            with gr.Accordion("More", open=False):
-                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model")
+            with gr.Accordion("More", open=False, elem_id="train-more"):
+                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
                 with gr.Row():
                     method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140)
                     steps = gr.Number(

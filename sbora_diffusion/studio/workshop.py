@@ -64,8 +64,7 @@ class Workshop:
     @contextmanager
     def model(self, name: str, strengths: Mapping[str, float]) -> Iterator[Base]:
         """The base model with exactly these concepts in it, for the caller alone."""
-        if name not in self.bases():
-            raise SboraError(f"got the base model {name!r}, expected one of {', '.join(self.bases())}")
+        self._check_base(name)
         with self._lock:
             base = self._load_base(name)
             self._switch(strengths)
@@ -75,6 +74,7 @@ class Workshop:
         """Make pictures with seeds from `settings.seed` on; yields the files so far, first after one picture."""
         if not settings.prompt.strip():
             raise SboraError("there is no prompt", "Write what the picture should show, such as: a penguin at night")
+        self._check_base(settings.base)
         self._check_tokens(settings)
         paths: list[Path] = []
         while len(paths) < count:
@@ -110,6 +110,10 @@ class Workshop:
                 log.warning("%s", defect)
         return specs
 
+    def _check_base(self, name: str) -> None:
+        if name not in self.bases():
+            raise SboraError(f"got the base model {name!r}, expected one of {', '.join(self.bases())}")
+
     def _check_tokens(self, settings: Settings) -> None:
         """Says which concept to switch on for a token that nobody brings."""
         specs = self.concepts(settings.base)
@@ -123,7 +127,7 @@ class Workshop:
             if token not in brought:
                 known = ", ".join(dict.fromkeys(token for spec in specs.values() for token in spec.tokens)) or "none"
                 raise SboraError(
-                    f"nobody has taught {token} to {settings.base} yet (known: {known})", "Train it first."
+                    f"nobody has taught {settings.base} the token {token} (known: {known})", "Train it first."
                 )
 
     def _load_base(self, name: str) -> Base:

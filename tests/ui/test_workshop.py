@@ -1,0 +1,106 @@
+"""What the page draws with: concepts written and restored live, and names that cannot leave the library."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.picture_file import Settings, read_settings
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.studio.workshop import Folders, Workshop
+
+from .conftest import random_concept
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, tiny_folder: Path) -> Workshop:
+    """With the concepts dog and cat."""
+    base = load_base(str(tiny_folder))
+    (tmp_path / "adapters").mkdir()
+    for place, name in enumerate(("dog", "cat")):
+        random_concept(base, name, 4 * place).save(tmp_path / "adapters" / f"{name}.safetensors")
+    folders = Folders(adapters=tmp_path / "adapters", outputs=tmp_path / "outputs")
+    return Workshop(folders, (str(tiny_folder),))
+
+
+def weights(base: Base) -> dict[str, torch.Tensor]:
+    return {key: layer.weight.clone() for key, layer in base.layers.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one | other)
+
+
+def settings(workshop: Workshop, **changes: object) -> Settings:
+    fields = {"base": workshop.bases()[1], "prompt": "a <dog>", "negative_prompt": "", "seed": 3, "steps": 2}
+    return Settings(**{**fields, "guidance": 3.0, "concepts": {"dog": 1.0}, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_any_order_of_switching_gives_the_same_weights(workshop: Workshop, tiny_folder: Path) -> None:
+    name = str(tiny_folder)
+    untouched = weights(load_base(name))
+    fresh = load_base(name)
+    with applied(fresh, [workshop.load("dog"), workshop.load("cat")], [0.5, 1.0]):
+        wanted = weights(fresh)
+    for strengths in ({"dog": 1.0}, {"cat": 1.0, "dog": 0.25}, {}, {"cat": 1.0}, {"dog": 0.5, "cat": 1.0}):
+        with workshop.model(name, strengths) as base:
+            assert same(weights(base), untouched) == (strengths == {})
+    with workshop.model(name, {"cat": 1.0, "dog": 0.5}) as base:
+        assert same(weights(base), wanted)
+    with workshop.model(name, {}) as base:
+        assert same(weights(base), untouched)
+
+
+def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
+    *_, paths = workshop.draw(settings(workshop), 6)
+    assert [read_settings(path).seed for path in paths] == [3, 4, 5, 6, 7, 8]
+    base = load_base(str(tiny_folder))
+    with applied(base, [workshop.load("dog")]):
+        expected = generate(base, ["a <dog>"] * 6, seeds=range(3, 9), steps=2)
+    for path, picture in zip(paths, expected, strict=True):
+        with Image.open(path) as file:
+            assert file.tobytes() == picture.tobytes()
+
+
+def test_the_first_picture_comes_alone(workshop: Workshop) -> None:
+    assert [len(paths) for paths in workshop.draw(settings(workshop), 7)] == [1, 5, 7]
+
+
+def test_a_concept_trained_anew_is_read_anew(workshop: Workshop, tiny_folder: Path) -> None:
+    name = str(tiny_folder)
+    with workshop.model(name, {"dog": 1.0}) as base:
+        before = weights(base)
+    random_concept(base, "dog", 8).save(workshop.library.path("dog"), True)
+    with workshop.model(name, {"dog": 1.0}) as base:
+        assert not same(weights(base), before)
+    workshop.library.remove("dog")
+    with pytest.raises(SboraError, match="there is no concept 'dog' any more"), workshop.model(name, {"dog": 1.0}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "there is no prompt"),
+        ({"prompt": "a <cat>"}, "its concept is off"),
+        ({"prompt": "a <owl>"}, "nobody has taught .* the token <owl>"),
+        ({"base": "/etc"}, "got the base model '/etc', expected one of emoji64"),
+        ({"concepts": {"dog": float("nan")}}, "strength"),
+    ],
+)
+def test_what_cannot_be_drawn(workshop: Workshop, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SboraError, match=message):
+        list(workshop.draw(settings(workshop, **changes), 1))
+    assert len(list(workshop.draw(settings(workshop), 1))) == 1, "it goes on afterwards"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "adapters/dog.safetensors", ""])
+def test_a_name_cannot_leave_the_library(workshop: Workshop, name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    with pytest.raises(SboraError):
+        workshop.load(name)
+    with pytest.raises(SboraError), workshop.model(workshop.bases()[1], {name: 1.0}):
+        pass
