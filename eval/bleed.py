@@ -115,6 +115,12 @@ class Studio:
         return generate_regions(self._base, prompt, regions, adapters, seeds=self._seeds)
 
 
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """All of them, neighbours first: a study that is stopped early has seen every concept."""
+    numbers = sorted(combinations(range(len(names)), 2), key=lambda pair: (pair[1] - pair[0], pair))
+    return [(names[one], names[other]) for one, other in numbers]
+
+
 def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
     """Draw and judge a pair: raw scores (scenes, seeds, halves, concepts) a condition, and who should be where."""
     told, rows = {}, []
@@ -134,7 +140,7 @@ def _score(judge: Judge, picture: Image.Image) -> Tensor:
 
 def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
     """The figures of every condition, over all pairs that are there."""
-    pairs = [path for path in (folder / f"{'+'.join(pair)}.json" for pair in combinations(names, 2)) if path.exists()]
+    pairs = [path for path in (folder / f"{'+'.join(pair)}.json" for pair in pairs_of(names)) if path.exists()]
     cells = [json.loads(path.read_bytes()) for path in pairs]
     rows = []
     for condition in CONDITIONS if cells else ():
@@ -195,7 +201,7 @@ def table(summary: Mapping) -> str:
 def run(folder: Path, names: Sequence[str], number: int, open_studio: Callable[[], Studio], out: Path) -> None:
     """Every pair that is not there yet, and the summary after each."""
     studio: Studio | None = None
-    for pair in combinations(names, 2):
+    for pair in pairs_of(names):
         if (folder / f"{'+'.join(pair)}.json").exists():
             continue
         studio = studio or open_studio()

@@ -28,7 +28,6 @@ ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("eva
 PIPELINES = Path("pipelines")  # what is baked
 FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
 taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
-BATCH = 8  # pictures generated at once
 
 
 class Commands(TyperGroup):
@@ -93,22 +92,24 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("outputs"),
     seed: Annotated[int, typer.Option(metavar="N", help="Of the first picture; the next has the next.")] = 0,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="How many pictures.")] = 1,
+    region: Annotated[
+        list[str], typer.Option(metavar="L,T,R,B:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.')
+    ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
 ) -> None:
-    """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt."""
-    options = convert(parse_settings(settings), {"steps": int, "guidance": float, "negative_prompt": str})
-    from sbora_diffusion.diffusion import generate as diffusion
-    from sbora_diffusion.diffusion.base import load_base
+    """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt, gated (1: each concept acts
+    only where it is named)."""
+    kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": int}
+    options = convert(parse_settings(settings), kinds)
+    gated = bool(options.pop("gated", 0))
+    from sbora_diffusion.cli_generate import pictures
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
-    loaded = load_base(base or (adapters[0].spec.base_id if adapters else "emoji64"))
-    with diffusion.applied(loaded, adapters, parse_numbers(strengths, len(adapters))):
-        for start in range(seed, seed + count, BATCH):
-            seeds = range(start, min(start + BATCH, seed + count))
-            for picture in diffusion.generate(loaded, [prompt] * len(seeds), seeds=seeds, **options):
-                typer.echo(_save_numbered(picture, out, prompt))
+    factors, seeds = parse_numbers(strengths, len(adapters)), range(seed, seed + count)
+    for picture in pictures(base, prompt, adapters, factors, seeds, region, gated, options):
+        typer.echo(_save_numbered(picture, out, prompt))
 
 
 @app.command()

@@ -122,6 +122,28 @@ def test_generate(adapters: Path) -> None:
     assert pictures[1] == pictures[2] != pictures[0]
 
 
+def test_generate_with_regions(adapters: Path, base: Path) -> None:
+    both = ("--adapter", "dog", "--adapter", adapters / "cat.safetensors", "--set", "steps=2")
+    regions = ("--region", "0,0,.5,1: a <dog>", "--region", ".5,0,1,1: a <cat>")
+    commands = {
+        "regions": ("generate", "a room", *both, *regions),
+        "one": ("generate", "a room", *both, *regions[:2]),
+        "gated": ("generate", "a room", *both, "--set", "gated=1"),
+        "base": ("generate", "a room", "--base", base, "--set", "steps=2"),
+        "written": ("generate", "a room", *both),
+    }
+    found = {}
+    for name, command in commands.items():
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        found[name] = Path(result.stdout.strip()).read_bytes()
+    assert found["gated"] == found["base"] != found["written"]
+    assert len({found[name] for name in ("regions", "one", "gated", "written")}) == 4
+    wrong = run("generate", "a room", *both, "--region", "left: a <dog>")
+    assert wrong.exit_code == 1
+    assert "error: got the region 'left: a <dog>', expected left,top,right,bottom: prompt" in wrong.stderr
+
+
 def test_merge_and_remove(adapters: Path) -> None:
     merged = run("merge", "dog", adapters / "cat.safetensors", "--weights", "1,0.5")
     assert merged.stdout.splitlines() == ["adapters/cat+dog.safetensors"], merged.output
