@@ -29,6 +29,7 @@ class Settings:
     steps: int
     guidance: float
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
+    regions: tuple[str, ...] = ()  # as `parse_region` reads them
 
     def to_json(self) -> str:
         """With the version of this package."""
@@ -85,4 +86,5 @@ def _parse(content: Mapping[str, Any]) -> Settings:
         steps=int(content["steps"]),
         guidance=float(content["guidance"]),
         concepts={str(name): float(strength) for name, strength in content["concepts"].items()},
+        regions=tuple(str(region) for region in content.get("regions", ())),
     )

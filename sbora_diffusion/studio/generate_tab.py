@@ -178,6 +178,8 @@ def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     made = read_settings(Path(path))
     bases = workshop.bases()
     base = made.base if made.base in bases else DEFAULT_BASE
+    if made.regions:
+        gr.Warning("This picture was made in Regions: its boxes are left out.")
     known = list(workshop.concepts(base))
     missing = [name for name in made.concepts if name not in known]
     if missing:

@@ -8,9 +8,9 @@ CSS = """
 #title h1 { font-size: 1.35rem; font-weight: 650; margin: .2rem 0 0; letter-spacing: -.01em; }
 #title p { color: var(--body-text-color-subdued); margin: .1rem 0 .4rem; }
 .pixels img { image-rendering: pixelated; }
-#gallery { min-height: 340px; }
-#gallery .grid-wrap { max-height: none; height: auto; overflow: visible; }
-#gallery .error, #note .error { display: none; }
+#gallery, #regions-gallery { min-height: 340px; }
+.pixels .grid-wrap { max-height: none; height: auto; overflow: visible; }
+#gallery .error, #regions-gallery .error, #note .error { display: none; }
 .compact { align-items: flex-end; }
 .token { align-self: center; }
 .note, .note p { color: var(--body-text-color-subdued); font-size: .9rem; }

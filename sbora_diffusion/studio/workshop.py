@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import TOKEN, WrittenConcepts, generate
 from sbora_diffusion.diffusion.picture_file import Settings, save_numbered
+from sbora_diffusion.diffusion.regions import Region, generate_regions
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
 
@@ -91,6 +92,32 @@ class Workshop:
                 )
                 for seed, picture in zip(seeds, pictures, strict=True):
                     paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
+            yield list(paths)
+
+    def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
+        """The same with regions: the concepts are those that the prompts name, each live in its own place."""
+        self._check_base(settings.base)
+        said = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in TOKEN.findall(text)}
+        specs = self.concepts(settings.base)
+        single = {token: name for name, spec in specs.items() if not spec.parents for token in spec.tokens}
+        missing = sorted(said - single.keys())
+        if missing:
+            known = ", ".join(single) or "none"
+            raise SboraError(f"nobody has taught {settings.base} the token {missing[0]} (known: {known})", "Train it.")
+        adapters = [self.load(name) for name in sorted({single[token] for token in said})]
+        paths: list[Path] = []
+        for seed in range(settings.seed, settings.seed + count):
+            with self.model(settings.base, {}) as base:
+                picture = generate_regions(
+                    base,
+                    settings.prompt,
+                    regions,
+                    adapters,
+                    seeds=[seed],
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                )[0]
+            paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
             yield list(paths)
 
     def warm_up(self) -> None:

@@ -19,6 +19,7 @@ MADE = Settings(
     steps=20,
     guidance=2.5,
     concepts={"dog": 0.75, "cat": 1.0},
+    regions=("0,0,0.5,1: a <dog>",),
 )
 PICTURE = Image.new("RGB", (8, 8), "red")
 
