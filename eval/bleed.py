@@ -30,7 +30,7 @@ from sbora_diffusion.diffusion.moments import DrawnInputs
 from sbora_diffusion.diffusion.regions import Region, generate_regions
 from sbora_diffusion.diffusion.run_folder import versions
 from sbora_diffusion.diffusion.sheet import sheet
-from sbora_diffusion.emoji64.measure import halves
+from sbora_diffusion.emoji64.measure import HALVES
 from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures
@@ -135,7 +135,10 @@ def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
 
 def _score(judge: Judge, picture: Image.Image) -> Tensor:
     """(2 halves, concepts): the image alignment of each half with every concept, in the judge's order."""
-    return class_rank(judge.encoder.images(halves(picture)), list(judge.references.values()))
+    scale = picture.width / 64  # HALVES are for emoji64's pictures
+    boxes = [(left * scale, top * scale, right * scale, bottom * scale) for left, top, right, bottom in HALVES]
+    halves = [picture.resize(picture.size, Image.Resampling.BICUBIC, box) for box in boxes]
+    return class_rank(judge.encoder.images(halves), list(judge.references.values()))
 
 
 def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
