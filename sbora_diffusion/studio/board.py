@@ -18,7 +18,7 @@ height:{{this.height}}%; --colour:{{this.colour}}"><b>{{this.number}}</b></div>{
 STYLE = """
 .board { position: relative; width: 100%; aspect-ratio: 1; border-radius: .6rem; touch-action: none; cursor: crosshair;
   user-select: none; background: var(--neutral-100); border: 1px solid var(--border-color-primary); overflow: hidden; }
-.board p { position: absolute; inset: 0; margin: auto; height: 1.5em; text-align: center; color: #64748b; }
+.board p { position: absolute; inset: 45% 0 auto; margin: 0 !important; text-align: center; color: #64748b; }
 .box, .band { position: absolute; box-sizing: border-box; border-radius: .4rem; pointer-events: none; }
 .box { border: 3px solid var(--colour); background: color-mix(in srgb, var(--colour) 18%, transparent); }
 .box b { position: absolute; left: .3rem; top: .2rem; color: #fff; background: var(--colour); border-radius: .3rem;

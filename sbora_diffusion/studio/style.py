@@ -32,8 +32,8 @@ CSS = """
 .job { margin: 0 0 .8rem; }
 .job b { margin-right: .5rem; }
 .job .why { color: var(--error-text-color, #b91c1c); }
-button[role="tab"] { padding: 0 clamp(.3rem, 1.3vw, 1rem) !important; font-size: clamp(.85rem, 2.6vw, 1rem) !important;
-}
+.tab-container button { padding: 0 clamp(.2rem, 1.3vw, 1rem) !important;
+  font-size: clamp(.8rem, 2.6vw, 1rem) !important; }
 .fillable { padding: clamp(.5rem, 2vw, 1.5rem) !important; }
 footer { display: none !important; }
 :focus-visible { outline: 3px solid var(--primary-400) !important; outline-offset: 1px; }
