@@ -62,8 +62,7 @@ def serve(workshop: Workshop, jobs: Jobs, host: str, port: int | None, *, open_b
         SboraError: the port is taken.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    if not is_loopback(host):
-        log.warning("whoever reaches %s can use this studio, and fill the disk: there is no password", host)
+    warn_of(host)
     threading.Thread(target=workshop.warm_up, daemon=True).start()
     page = build_ui(workshop, jobs).queue(default_concurrency_limit=4)
     try:
@@ -100,6 +99,12 @@ def open_studio(host: str, port: int | None, bases: Sequence[str], *, open_brows
         threading.Event().wait()
     finally:
         jobs.close()
+
+
+def warn_of(host: str) -> None:
+    """Say what it means to be reachable from elsewhere."""
+    if not is_loopback(host):
+        log.warning("whoever reaches %s can use this studio, and fill the disk: there is no password", host)
 
 
 def is_loopback(host: str) -> bool:
