@@ -42,7 +42,15 @@ def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dr
                 x="text (mos)", y="image", color="concept", height=300, visible=False, elem_id="scatter"
             )
             grid = gr.Gallery(
-                label="Pictures", columns=1, height="auto", visible=False, interactive=False, elem_id="measure-grid"
+                label="Pictures",
+                show_label=False,
+                columns=4,
+                object_fit="contain",
+                height="auto",
+                visible=False,
+                interactive=False,
+                elem_id="measure-grid",
+                elem_classes="pixels",
             )
     seen = gr.State(("", "", ""))
     button.click(told(partial(_start, workshop, jobs)), [picked, merged, seeds], status, concurrency_limit=1)
@@ -122,14 +130,13 @@ def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
     folder = workshop.folders.evaluations / name
     try:
         results = json.loads((folder / REPORT).read_bytes())["results"]
-        table, points = _table(results), _points(results)
+        table, points, pictures = _table(results), _points(results), _pictures(results, folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SboraError(f"the result {name} cannot be read ({error})", "Measure again.") from None
-    grids: list[str | Path] = sorted(folder.glob("grid-*.png"))
     return (
         gr.update(value=table, visible=True),
         gr.update(value=points, visible=True),
-        gr.update(value=grids, visible=bool(grids)),
+        gr.update(value=pictures, visible=True),
     )
 
 
@@ -159,3 +166,13 @@ def _points(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for result in results
         for prompt in result["prompts"]
     )
+
+
+def _pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    """The first picture of every prompt, prompt by prompt, with what it was asked to show and by whom it was made."""
+    rows = [[(result["model"], prompt) for prompt in result["prompts"]] for result in results]
+    return [
+        (str(folder / prompt["pictures"][0]["file"]), f"{prompt['prompt']} ({model})")
+        for row in zip(*rows, strict=True)
+        for model, prompt in row
+    ]
