@@ -2,7 +2,7 @@
 
 One command: `python eval/bleed.py FOLDER [--adapters DIR] [--concepts dog,…] [--seeds 0,1]`. Every pair is a file in
 FOLDER that is made once, with a sheet of its pictures; killed and run again, it goes on. --out gets the summary as
-JSON, with a Markdown table beside it.
+JSON, with a Markdown table and a sheet of a picture of each pair beside it.
 """
 
 import json
@@ -29,7 +29,7 @@ from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.moments import DrawnInputs
 from sbora_diffusion.diffusion.regions import Region, generate_regions
 from sbora_diffusion.diffusion.run_folder import versions
-from sbora_diffusion.diffusion.sheet import sheet
+from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
 from sbora_diffusion.emoji64.measure import HALVES
 from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
 from sbora_diffusion.evaluation.encoders import load_encoder
@@ -38,6 +38,7 @@ from sbora_diffusion.evaluation.scores import Judge, instruct, reference_picture
 log = logging.getLogger("bleed")
 
 PLACES = ("on the grass", "in the snow")
+CELL = 96  # pixels of a picture's side in sheets
 BOXES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 CONDITIONS = (
     "base model, class nouns",
@@ -129,7 +130,7 @@ def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
         told[condition] = {"names": [scene.names for scene, _ in drawn], "scores": scores}
         rows.append((condition, [(" | ".join(scene.names), picture) for scene, some in drawn for picture in some]))
     folder.mkdir(parents=True, exist_ok=True)
-    sheet(rows, cell=96).save(folder / f"{'+'.join(pair)}.png")
+    sheet(rows, cell=CELL).save(folder / f"{'+'.join(pair)}.png")
     write_atomically(folder / f"{'+'.join(pair)}.json", json.dumps(told).encode())
 
 
@@ -145,11 +146,12 @@ def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
     """The figures of every condition, over all pairs that are there."""
     pairs = [path for path in (folder / f"{'+'.join(pair)}.json" for pair in pairs_of(names)) if path.exists()]
     cells = [json.loads(path.read_bytes()) for path in pairs]
-    rows = []
-    for condition in CONDITIONS if cells else ():
-        figures = [_figures(cell[condition], names) for cell in cells]
-        values = {key: torch.cat([figure[key] for figure in figures]) for key in figures[0]}
-        rows.append({"condition": condition, **{key: _estimate(value) for key, value in values.items()}})
+    rows: list[dict] = []
+    values = {condition: _over_all(cells, condition, names) for condition in CONDITIONS} if cells else {}
+    for condition, own in values.items():
+        against_sum = own["both first"] - values["sum"]["both first"]  # of the same scenes and seeds
+        figures = own | {"both first, against sum": against_sum}
+        rows.append({"condition": condition, **{key: _estimate(value) for key, value in figures.items()}})
     return {
         "command": "python " + " ".join(sys.argv),
         "concepts": list(names),
@@ -158,6 +160,12 @@ def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
         "versions": versions(),
         "rows": rows,
     }
+
+
+def _over_all(cells: Sequence[Mapping], condition: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """(pairs · scenes, seeds) of each figure."""
+    figures = [_figures(cell[condition], names) for cell in cells]
+    return {key: torch.cat([figure[key] for figure in figures]) for key in figures[0]}
 
 
 def _figures(cell: Mapping, names: Sequence[str]) -> dict[str, Tensor]:
@@ -193,7 +201,7 @@ def _estimate(values: Tensor) -> dict[str, float]:
 
 def table(summary: Mapping) -> str:
     """The summary's rows in Markdown."""
-    keys = ("both first", "first", "rank", "own", "other", "as asked")
+    keys = ("both first", "both first, against sum", "first", "rank", "own", "other", "as asked")
     lines = [["", *keys], ["---"] * (1 + len(keys))]
     for row in summary["rows"]:
         cells = [f"{row[key]['mean']:.3f} [{row[key]['low']:.3f}, {row[key]['high']:.3f}]" for key in keys]
@@ -212,6 +220,21 @@ def run(folder: Path, names: Sequence[str], number: int, open_studio: Callable[[
         measure(studio, pair, folder)
         write_summary(summarise(folder, names, number), out)
     write_summary(summarise(folder, names, number), out)
+    overview(folder, names).save(out.with_suffix(".png"))
+
+
+def overview(folder: Path, names: Sequence[str]) -> Image.Image:
+    """The first picture of each pair's sheet, a row a condition."""
+    paths = [path for path in (folder / f"{'+'.join(pair)}.png" for pair in pairs_of(names)) if path.exists()]
+    columns = [(path.stem.replace("+", " | "), _first_pictures(path)) for path in paths]
+    return sheet([(name, [(pair, some[row]) for pair, some in columns]) for row, name in enumerate(CONDITIONS)], CELL)
+
+
+def _first_pictures(path: Path) -> list[Image.Image]:
+    """Each row's first, out of a pair's sheet."""
+    with Image.open(path) as page:
+        tops = [GAP + row * (2 * LABEL + CELL + GAP) + 2 * LABEL for row in range(len(CONDITIONS))]
+        return [page.crop((GAP, top, GAP + CELL, top + CELL)) for top in tops]
 
 
 def write_summary(summary: Mapping, out: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import bleed
 import pytest
 import torch
+from PIL import Image
 
 from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
@@ -46,6 +47,12 @@ def test_every_pair_once(studio: bleed.Studio, tmp_path: Path) -> None:
     assert all(torch.tensor(cell["scores"]).shape == (4, 2, 2, 2) for cell in told.values())
     assert len({json.dumps(cell["scores"]) for cell in told.values()}) == len(bleed.CONDITIONS)
     assert (tmp_path / "pairs" / "dog+penguin.png").exists()
+    against = {row["condition"]: row["both first, against sum"]["mean"] for row in summary["rows"]}
+    mean = {row["condition"]: row["both first"]["mean"] for row in summary["rows"]}
+    assert against == pytest.approx({name: mean[name] - mean["sum"] for name in bleed.CONDITIONS}, abs=2e-4)
+    with Image.open(out.with_suffix(".png")) as page, Image.open(tmp_path / "pairs" / "dog+penguin.png") as whole:
+        assert page.height == whole.height
+        assert page.crop((6, 38, 102, 134)).tobytes() == whole.crop((6, 38, 102, 134)).tobytes()
     assert out.with_suffix(".md").read_text().count("\n") == 2 + len(bleed.CONDITIONS)
 
     def refuse() -> bleed.Studio:
