@@ -22,6 +22,7 @@ class TrainConfig:
     learning_rate: float  # of the U-Net's adapter
     text_encoder_learning_rate: float
     token_learning_rate: float
+    token_vectors: int  # embeddings of the concept's token
     warmup_steps: int
     final_rate: float  # the learning rates' last value, as a fraction of the first
     max_grad_norm: float
@@ -45,7 +46,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         method_side(self.method)
-        positive = ("rank", "steps", "batch_size", "crops", "save_every", "sampling_steps", "learning_rate")
+        positive = ("rank", "token_vectors", "steps", "batch_size", "crops", "save_every", "sampling_steps")
+        positive += ("learning_rate",)
         natural = (
             "warmup_steps",
             "prior_batch",

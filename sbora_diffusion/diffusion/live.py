@@ -33,7 +33,7 @@ class Live:
 @contextmanager
 def live_concept(concept: Concept, base: Base, interval: Interval, config: TrainConfig) -> Iterator[Live]:
     """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
-    start = class_embedding(base, concept.class_noun)
+    start = class_embedding(base, concept.class_noun, config.token_vectors)
     try:
         layers = {}
         for component, targets in TARGETS.items():

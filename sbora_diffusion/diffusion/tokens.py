@@ -34,13 +34,19 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids >= size).unsqueeze(-1), new, known)
 
 
-def class_embedding(base: Base, class_noun: str) -> Tensor:
-    """The mean embedding of a class noun's tokens, (1, hidden): where a concept's token starts."""
+def class_embedding(base: Base, class_noun: str, count: int) -> Tensor:
+    """Where a concept's token starts, (count, hidden): words that mean nothing yet, then the class noun.
+
+    The last row is the mean embedding of the noun's tokens, the others the mean of the vocabulary: they stand where
+    adjectives do.
+    """
     tokenizer = base.pipeline.tokenizer
     ids = torch.tensor(tokenizer(class_noun, add_special_tokens=False).input_ids, device=base.device)
     if len(ids) == 0:
         raise SboraError(f"the class noun {class_noun!r} has no token in {base.id}", "choose a word, such as dog")
-    return base.pipeline.text_encoder.get_input_embeddings()(ids).mean(0, keepdim=True)
+    vocabulary = base.pipeline.text_encoder.get_input_embeddings()
+    noun, nothing = vocabulary(ids).mean(0, keepdim=True), vocabulary.weight.mean(0, keepdim=True)
+    return torch.cat([nothing.expand(count - 1, -1), noun]).detach()
 
 
 @contextmanager

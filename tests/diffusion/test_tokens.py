@@ -48,8 +48,12 @@ def test_a_known_word_is_refused(base: Base) -> None:
     assert base.pipeline.text_encoder.get_input_embeddings() is vocabulary
 
 
-def test_class_embedding_is_the_mean_of_its_tokens(base: Base) -> None:
-    rows = embed(base, "ab")[1:3]
-    torch.testing.assert_close(class_embedding(base, "ab"), rows.mean(0, keepdim=True))
+def test_a_token_starts_as_words_without_meaning_and_its_class_noun(base: Base) -> None:
+    noun = embed(base, "ab")[1:3].mean(0, keepdim=True)
+    torch.testing.assert_close(class_embedding(base, "ab", 1), noun)
+    start = class_embedding(base, "ab", 3)
+    torch.testing.assert_close(start[2:], noun)
+    mean = base.pipeline.text_encoder.get_input_embeddings().weight.mean(0)
+    torch.testing.assert_close(start[:2], mean.expand(2, -1))
     with pytest.raises(SboraError, match="class noun"):
-        class_embedding(base, " ")
+        class_embedding(base, " ", 1)

@@ -52,7 +52,7 @@ def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, 
         dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
         assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.basis_seed))
         assert factor.weight.abs().sum() > 0
-    start = class_embedding(base, concept.class_noun)
+    start = class_embedding(base, concept.class_noun, config.token_vectors)
     assert adapter.tokens["text_encoder.<rex>"].shape == start.shape
     assert not torch.equal(adapter.tokens["text_encoder.<rex>"], start)
     assert adapter.spec.tokens == {"<rex>": "dog"}
@@ -198,7 +198,9 @@ def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp
     """A rate of zero leaves its part where it started, and only that part."""
     config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")
     adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
-    assert torch.equal(adapter.tokens["text_encoder.<rex>"], class_embedding(base, concept.class_noun))
+    assert torch.equal(
+        adapter.tokens["text_encoder.<rex>"], class_embedding(base, concept.class_noun, config.token_vectors)
+    )
     moved = dict.fromkeys(TARGETS, False)
     for key, factor in adapter.factors.items():
         moved[key.split(".")[0]] |= bool(factor.weight.abs().sum() > 0)
