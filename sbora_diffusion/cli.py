@@ -61,7 +61,9 @@ def commands(version: Annotated[bool, typer.Option("--version", help="Show the v
 def train(
     concept: Annotated[str, typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of pictures.")],
     base: Base = "emoji64",
-    method: Annotated[str, typer.Option(metavar="NAME", help="sbora-fa or sbora-fb.")] = "sbora-fa",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="Such as sbora-fa, sbora-fb, lora: docs/methods.md.")
+    ] = "sbora-fa",
     rank: Annotated[
         int | None, typer.Option(metavar="N", help="Columns or rows a layer; default: the recipe's.")
     ] = None,
@@ -116,8 +118,11 @@ def generate(
 def merge(
     names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to put together.")],
     how: Annotated[
-        str, typer.Option(metavar="NAME", help="sum, or fuse: solve for what disturbs each concept least.")
-    ] = "sum",
+        str,
+        typer.Option(
+            metavar="NAME", help="sum, or fuse: solve for what disturbs each concept least; or a method's own."
+        ),
+    ] = "",
     weights: Numbers = "",
     prior_weight: Annotated[
         float, typer.Option(metavar="NUMBER", help="Of fuse: how much it counts that all else stays as it was.")
@@ -131,14 +136,19 @@ def merge(
     from sbora_diffusion.adapter.merge import merge as merge_adapters
     from sbora_diffusion.adapter.merge import merged_name
     from sbora_diffusion.library import Library
+    from sbora_diffusion.methods import merge_choice
 
-    if how not in ("sum", "fuse"):
-        raise SboraError(f"got --how {how}, expected sum or fuse")
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]
+    how = merge_choice(adapters[0].spec.method_name, how)
     numbers = parse_numbers(weights, len(adapters))
     path = out or library.path(merged_name(adapters))
-    if how == "sum":
+    if adapters[0].spec.method:
+        from sbora_diffusion.cli_merge import merged_as_its_paper_does
+
+        hide_loading_bars()
+        merged = merged_as_its_paper_does(adapters, numbers if weights else None, how, base)
+    elif how == "sum":
         merged = merge_adapters(adapters, numbers, how)
     else:
         from sbora_diffusion.cli_merge import fuse_drawn
@@ -150,7 +160,10 @@ def merge(
     merged.save(path, force)
     spec = merged.spec
     widths = library.widths(spec.base_fingerprint, spec.side)
-    log.info(certify(adapters, widths).describe() if how == "sum" else FUSED)
+    if spec.method:
+        log.info("merged by %s, as %s is; nothing is guaranteed", how, spec.method)
+    else:
+        log.info(certify(adapters, widths).describe() if how == "sum" else FUSED)
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(spec.tokens), path)
     typer.echo(path)
 

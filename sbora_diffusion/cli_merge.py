@@ -1,4 +1,4 @@
-"""What `merge --how fuse` does: let the base model draw each concept, then solve."""
+"""What `merge` does where the base model is needed: `--how fuse`, and every method's own merge."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.fuse import fuse
 from sbora_diffusion.diffusion.base import load_base
+from sbora_diffusion.diffusion.method_merge import merge_by_method
 from sbora_diffusion.diffusion.moments import DrawnInputs
 from sbora_diffusion.errors import SboraError
 
@@ -36,3 +37,15 @@ def fuse_drawn(adapters: Sequence[Adapter], weights: Sequence[float], base_name:
     fused = fuse(adapters, weights, shown, prior_weight=prior_weight)
     next(drawn, None)
     return fused
+
+
+def merged_as_its_paper_does(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, how: str, base_name: str
+) -> Adapter:
+    """Adapters of a method that is not SBoRA, merged by its own rule.
+
+    Args:
+        weights: None for those of the method.
+        base_name: "" is what the first concept was trained for.
+    """
+    return merge_by_method(load_base(base_name or adapters[0].spec.base_id), adapters, weights, how)

@@ -75,7 +75,7 @@ def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:
         table.add_row(
             spec.name,
             spec.base_id,
-            f"{spec.side} r{spec.rank}",
+            f"{spec.method or spec.side} r{spec.rank}",
             _intervals(adapter),
             _tokens(adapter),
             str(spec.recipe.get("steps", "–")),
@@ -89,13 +89,13 @@ def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:
 def adapter_details(path: Path, adapter: Adapter) -> Table:
     """Everything about one adapter, a line each."""
     spec = adapter.spec
-    num_parameters = sum(factor.weight.numel() for factor in adapter.factors.values())
+    num_parameters = adapter.num_weights()
     rows = {
         "name": spec.name,
         "file": f"{path} ({_size(path)})",
         "base": f"{spec.base_id} [{spec.base_fingerprint}]",
-        "adapter": f"SBoRA-{spec.side.upper()} of rank {spec.rank}, {num_parameters:,} parameters",
-        "layers": f"{len(adapter.factors)}",
+        "adapter": f"{spec.method or f'SBoRA-{spec.side.upper()}'} of rank {spec.rank}, {num_parameters:,} parameters",
+        "layers": f"{len(adapter.factors) + len(adapter.dense)}",
         "intervals": f"{_intervals(adapter)} (seed {spec.seed})",
         "tokens": _tokens(adapter),
         "merged from": ", ".join(spec.parents),

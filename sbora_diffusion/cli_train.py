@@ -19,7 +19,7 @@ from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
-from sbora_diffusion.methods import method_side
+from sbora_diffusion.methods import find_method, method_side
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,12 @@ def train_concept(
         raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
     if resume and interval is None:
         interval = _interval_of(run)
-    base, side = load_base(base_name), method_side(method)
-    interval = library.reserve(space_of(base, side, config.basis_seed), config.rank, concept.name, interval)
+    base = load_base(base_name)
+    if find_method(method).owns_interval:
+        space = space_of(base, method_side(method), config.basis_seed)
+        interval = library.reserve(space, config.rank, concept.name, interval)
+    elif interval:
+        raise SboraError(f"got --interval {interval}, but {method} owns no columns")
     written: list[Path] = []
     score = _scorer(base, concept, config) if config.eval_every else None
     try:
@@ -78,6 +82,8 @@ def _told(step: StepLog) -> dict[str, Any]:
 def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:
     """Keep an interval for a concept that somebody will train later, here or elsewhere."""
     library.path(name)  # refuses what cannot be a file's name
+    if not find_method(method).owns_interval:
+        raise SboraError(f"{method} owns no columns", "nothing is to be reserved: just train")
     config = TrainConfig.from_recipe(base_name, method, {"rank": str(rank)})
     wanted = Interval.parse(pinned) if pinned else None
     base = load_base(base_name)
@@ -117,7 +123,8 @@ def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], d
 def _interval_of(run: Path) -> Interval | None:
     """The columns of the training in a run folder, if there was one."""
     try:
-        return Interval.parse(json.loads((run / "run.json").read_bytes())["interval"])
+        said = json.loads((run / "run.json").read_bytes())["interval"]
+        return None if said == "None" else Interval.parse(said)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:

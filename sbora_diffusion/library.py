@@ -122,7 +122,9 @@ class Library:
     def ledgers(self) -> list[Ledger]:
         """All bases and sides that have an owner."""
         state, specs = self._state(), self._specs()
-        claims: set[tuple[str, str, Side]] = {(s.base_id, s.base_fingerprint, s.side) for s in specs.values()}
+        claims: set[tuple[str, str, Side]] = {
+            (s.base_id, s.base_fingerprint, s.side) for s in specs.values() if s.intervals or not s.method
+        }
         claims |= {(r.base_id, r.base_fingerprint, r.side) for r in state.reservations}
         return [
             Ledger(
@@ -134,7 +136,7 @@ class Library:
                 unplaced=tuple(
                     name
                     for name, spec in specs.items()
-                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ())
+                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ()) and not spec.method
                 ),
             )
             for base_id, fingerprint, side in sorted(claims)

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Side
+from sbora_diffusion.adapter.dense import PARTS, Dense, dense_of
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
@@ -32,12 +33,15 @@ class Adapter:
 
     Attributes:
         factors: by "<component>.<canonical layer>", such as "unet.mid_block.attentions.0.proj_in".
-        tokens: learned embeddings by "<component>.<token>", such as "text_encoder.<dog>", (n, hidden) float32.
+        tokens: learned embeddings by "<component>.<token>", such as "text_encoder.<dog>", (n, hidden) float32; of
+            spec.embedding_layers L > 0: (L · n, hidden), layer by layer.
+        dense: what methods other than SBoRA add, by the same names as `factors`.
     """
 
     spec: Spec
     factors: dict[str, Factor]
     tokens: dict[str, Tensor]
+    dense: dict[str, Dense] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
@@ -65,6 +69,8 @@ class Adapter:
         for key, factor in self.factors.items():
             tensors[f"{key}.index"] = factor.index.to(torch.int32)
             tensors[f"{key}.weight"] = factor.weight
+        for key, dense in self.dense.items():
+            tensors |= {f"{key}.{part}": tensor for part, tensor in dense.parts().items()}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         return safetensors.torch.save(contiguous, metadata={"sbora": self.spec.to_json()})
 
@@ -72,18 +78,24 @@ class Adapter:
         """The factors of one component, by canonical layer."""
         return {key.removeprefix(f"{name}."): f for key, f in self.factors.items() if key.split(".")[0] == name}
 
+    def num_weights(self) -> int:
+        """How many numbers of weights the file holds, tokens apart."""
+        held = [factor.weight for factor in self.factors.values()]
+        held += [tensor for dense in self.dense.values() for tensor in dense.parts().values()]
+        return sum(tensor.numel() for tensor in held)
+
     def describe(self) -> str:
         """A few lines for people."""
-        spec, count = self.spec, sum(factor.weight.numel() for factor in self.factors.values())
+        spec, count = self.spec, self.num_weights()
         tokens = ", ".join(f"{token} ({noun})" for token, noun in spec.tokens.items()) or "none"
         lines = [
-            f"{spec.name}: SBoRA-{spec.side.upper()} of rank {spec.rank}, {count:,} parameters",
+            f"{spec.name}: {spec.method or f'SBoRA-{spec.side.upper()}'} of rank {spec.rank}, {count:,} parameters",
             f"base: {spec.base_id} [{spec.base_fingerprint}]",
             f"tokens: {tokens}",
             f"intervals: {', '.join(map(str, spec.intervals)) or 'none'} (seed {spec.seed})",
         ]
-        for component in sorted({key.split(".")[0] for key in self.factors}):
-            lines.append(f"{component}: {len(self.component(component))} layers")
+        written = [key.split(".")[0] for key in (*self.factors, *self.dense)]
+        lines += [f"{component}: {written.count(component)} layers" for component in sorted(set(written))]
         if spec.parents:
             lines.append(f"merged from: {', '.join(spec.parents)}")
         lines += [f"{name}: {value}" for name, value in spec.metrics.items()]
@@ -100,13 +112,16 @@ def read_spec(path: str | Path) -> Spec:
 
 def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> None:
     """SboraError unless every layer of the adapter is in `layer_shapes` ("<component>.<layer>" -> (out, in))."""
-    for key, factor in adapter.factors.items():
+    for key in (*adapter.factors, *adapter.dense):
         if key not in layer_shapes:
             raise SboraError(
                 f"adapter {adapter.spec.name!r} has the layer {key}, which the model has not",
                 hint=f"It was trained for {adapter.spec.base_id}.",
             )
-        check_factor(key, factor, adapter.spec.side, layer_shapes[key])
+        if key in adapter.dense:
+            adapter.dense[key].check_fits(key, layer_shapes[key])
+        else:
+            check_factor(key, adapter.factors[key], adapter.spec.side, layer_shapes[key])
 
 
 def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int]) -> None:
@@ -135,7 +150,7 @@ def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]
 
 def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
     spec = Spec.from_json(metadata)
-    tokens, halves = {}, {}
+    tokens, halves, parts = {}, {}, {}
     for key, tensor in tensors.items():
         prefix, _, rest = key.partition(".")
         layer, _, kind = key.rpartition(".")
@@ -143,6 +158,8 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
             tokens[rest] = tensor
         elif kind in ("index", "weight"):
             halves.setdefault(layer, {})[kind] = tensor
+        elif kind in PARTS and spec.method:
+            parts.setdefault(layer, {})[kind] = tensor
         else:
             raise SboraError(f"unknown key {key!r}")
     factors = {}
@@ -152,17 +169,21 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
         if half["index"].dtype != torch.int32:
             raise SboraError(f"index of layer {layer} has dtype {half['index'].dtype}, expected int32")
         factors[layer] = Factor(half["index"].to(torch.int64), half["weight"])
-    adapter = Adapter(spec, factors, tokens)
+    adapter = Adapter(spec, factors, tokens, {layer: dense_of(layer, found) for layer, found in parts.items()})
     _check(adapter)
     return adapter
 
 
 def _check(adapter: Adapter) -> None:
     """Everything that holds for a sound adapter, whatever base it belongs to."""
-    for key, factor in adapter.factors.items():
+    for key in (*adapter.factors, *adapter.dense):
         component, _, layer = key.partition(".")
         if component not in COMPONENTS or not layer:
             raise SboraError(f"layer {key!r} belongs to no known component, expected one of {', '.join(COMPONENTS)}")
+    for key, dense in adapter.dense.items():
+        for part, tensor in dense.parts().items():
+            _check_numbers(f"{key}.{part}", tensor)
+    for key, factor in adapter.factors.items():
         _check_numbers(key, factor.weight)
         index, dim = factor.index, 1 if adapter.spec.side == "fa" else 0
         if index.ndim != 1 or factor.weight.shape[dim] != len(index) or len(index) > adapter.spec.rank:
@@ -175,6 +196,8 @@ def _check(adapter: Adapter) -> None:
         if component not in COMPONENTS or token not in adapter.spec.tokens:
             raise SboraError(f"embedding {key!r} belongs to no known component and token")
         _check_numbers(key, embedding)
+        if len(embedding) % max(1, adapter.spec.embedding_layers):
+            raise SboraError(f"{key}: {len(embedding)} embeddings do not share {adapter.spec.embedding_layers} layers")
 
 
 def _check_numbers(key: str, tensor: Tensor) -> None:

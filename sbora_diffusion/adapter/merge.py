@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _BAKE = "write them all into one pipeline: sbora-diffusion bake NAME NAME --out FOLDER"
 _HINTS = {
     "side": f"FA writes columns and FB rows, one file holds one of both. Train them with one method, or {_BAKE}",
+    "method_name": f"Each method has a merge of its own. Train them with one method, or {_BAKE}",
+    "embedding_layers": "Their tokens are made for other models. Train them with one layerwise_tokens.",
     "seed": f"Their intervals count in different orders. Train them with one basis_seed, or {_BAKE}",
     "base_fingerprint": "Each belongs to a base model of its own. Train them for the same one.",
 }
@@ -170,4 +172,7 @@ def _merged_spec(
         name=merged_name(adapters),
         parents=tuple(parent for spec in specs for parent in spec.parents or (spec.name,)),
         recipe={**recipe, "weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
+        format=specs[0].format,
+        method=specs[0].method,
+        embedding_layers=specs[0].embedding_layers,
     )

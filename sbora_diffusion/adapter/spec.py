@@ -8,7 +8,8 @@ from typing import Any
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.errors import SboraError
 
-FORMAT = 1
+FORMAT = 1  # SBoRA adapters, as they always were
+FORMAT_OF_METHODS = 2  # other methods' adapters: two more keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +29,38 @@ class Spec:
     versions: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    method: str = ""  # "" is SBoRA of this side; of other methods the side says nothing, unless they own an interval
+    embedding_layers: int = 0  # a token has its own embeddings for each of so many cross-attention layers; 0: for all
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise SboraError(f"got format {self.format}, this version reads {FORMAT}", hint="Update sbora-diffusion.")
+        if self.format not in (FORMAT, FORMAT_OF_METHODS):
+            raise SboraError(
+                f"got format {self.format}, this version reads {FORMAT} and {FORMAT_OF_METHODS}",
+                hint="Update sbora-diffusion.",
+            )
+        if bool(self.method) != (self.format == FORMAT_OF_METHODS) or self.embedding_layers < 0:
+            raise SboraError(
+                f"got format {self.format} with method {self.method!r} and {self.embedding_layers} embedding layers"
+            )
         if self.side not in ("fa", "fb"):
             raise SboraError(f"got side {self.side!r}, expected 'fa' or 'fb'")
         if self.rank < 1:
             raise SboraError(f"got rank {self.rank}, expected at least 1")
-        for text in (self.name, *self.parents, *self.tokens, *self.tokens.values()):
+        for text in (self.name, self.method_name, *self.parents, *self.tokens, *self.tokens.values()):
             if not text or not text.isprintable():
                 raise SboraError(f"got {text!r} for a name or a token, expected printable characters")
         if not (self.base_id.isprintable() and self.base_fingerprint.isprintable()):
             raise SboraError("base id or fingerprint has characters that cannot be printed")
 
+    @property
+    def method_name(self) -> str:
+        """Such as sbora-fa or lora."""
+        return self.method or f"sbora-{self.side}"
+
     def to_json(self) -> str:
         fields = {**asdict(self), "intervals": [str(interval) for interval in self.intervals]}
+        if self.format == FORMAT:
+            fields = {key: value for key, value in fields.items() if key in _TYPES}
         try:
             return json.dumps(fields, allow_nan=False, sort_keys=True)
         except (TypeError, ValueError, RecursionError) as error:
@@ -56,9 +73,10 @@ class Spec:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SboraError(f"the sbora metadata is not JSON ({error})") from None
-        if not isinstance(fields, dict) or fields.keys() != _TYPES.keys():
-            raise SboraError(f"the sbora metadata must have the keys {', '.join(_TYPES)} and no other")
-        for key, kind in _TYPES.items():
+        types = _TYPES | (_TYPES_OF_METHODS if isinstance(fields, dict) and "method" in fields else {})
+        if not isinstance(fields, dict) or fields.keys() != types.keys():
+            raise SboraError(f"the sbora metadata must have the keys {', '.join(types)} and no other")
+        for key, kind in types.items():
             if type(fields[key]) is not kind:
                 raise SboraError(f"metadata {key} is {type(fields[key]).__name__}, expected {kind.__name__}")
         _check_texts("intervals", fields["intervals"])
@@ -84,6 +102,7 @@ _TYPES: dict[str, type] = {
     "versions": dict,
     "metrics": dict,
 }
+_TYPES_OF_METHODS: dict[str, type] = {"method": str, "embedding_layers": int}
 
 
 def _check_texts(key: str, values: Iterable[Any]) -> None:

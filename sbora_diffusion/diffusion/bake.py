@@ -40,6 +40,12 @@ def bake(
             model, the disk is full.
     """
     _check_free(folder, force)
+    layerwise = [adapter.spec.name for adapter in adapters if adapter.spec.embedding_layers]
+    if layerwise:
+        raise SboraError(
+            f"{layerwise[0]} has embeddings for each layer, which no ordinary pipeline can hold",
+            "train it with --set layerwise_tokens=0",
+        )
     named = distinct_tokens(adapters)
     place = folder.resolve()
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")

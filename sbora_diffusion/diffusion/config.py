@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any, get_args, get_origin
 
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.methods import METHODS, method_side
+from sbora_diffusion.methods import find_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class TrainConfig:
     text_encoder_learning_rate: float
     token_learning_rate: float
     token_vectors: int  # embeddings of the concept's token
+    layerwise_tokens: int  # 1: its own ones for each cross-attention layer (P+)
     warmup_steps: int
     final_rate: float  # the learning rates' last value, as a fraction of the first
     max_grad_norm: float
@@ -33,6 +34,7 @@ class TrainConfig:
     prior_weight: float
     prior_prompts: tuple[str, ...]  # what else the base model's answers are held for
     quiet_weight: float  # of the adapter's loudness on the prior prompts' inputs
+    erasure_weight: float  # the same on each step's own prior samples (BlockLoRA)
     preview_every: int  # steps; 0 for none
     save_every: int  # steps between checkpoints
     eval_every: int  # steps between scores of the preview prompts' pictures; 0 for none
@@ -45,7 +47,13 @@ class TrainConfig:
     basis_seed: int  # of the layers' permutations; concepts of different basis seeds may share columns
 
     def __post_init__(self) -> None:
-        method_side(self.method)
+        kind = find_method(self.method).kind
+        if kind not in ("fa", "fb") and (self.quiet_weight or self.erasure_weight):
+            raise SboraError(f"quiet_weight and erasure_weight are for columns and rows, {self.method} has neither")
+        if self.erasure_weight and not self.prior_batch:
+            raise SboraError("erasure_weight needs prior samples", "--set prior_batch=4")
+        if self.layerwise_tokens not in (0, 1):
+            raise SboraError(f"got layerwise_tokens={self.layerwise_tokens}, expected 0 or 1")
         positive = ("rank", "token_vectors", "steps", "batch_size", "crops", "save_every", "sampling_steps")
         positive += ("learning_rate",)
         natural = (
@@ -57,6 +65,7 @@ class TrainConfig:
             "basis_seed",
             "prior_weight",
             "quiet_weight",
+            "erasure_weight",
             "guidance",
         )
         natural += ("text_encoder_learning_rate", "token_learning_rate")
@@ -82,13 +91,11 @@ class TrainConfig:
     @classmethod
     def from_recipe(cls, base_id: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":
         """The recipe of this base and method (or the default one) with `overrides` ("key": "value") over it."""
-        if method not in METHODS:
-            raise SboraError(f"got unknown method {method!r}, choose from {', '.join(METHODS)}")
-        folder = files("sbora_diffusion") / "recipes"
-        recipe = folder / f"{base_id.replace('/', '-')}-{method}.toml"
-        if not recipe.is_file():
-            recipe = folder / f"default-{method}.toml"
-        settings = tomllib.loads(recipe.read_text()) | {"method": method}
+        find_method(method)
+        recipe = f"{base_id.replace('/', '-')}-{method}"
+        if not (_RECIPES / f"{recipe}.toml").is_file():
+            recipe = f"default-{method}"
+        settings = _read_recipe(recipe) | {"method": method}
         return cls.from_dict(settings | {key: _parse(key, text) for key, text in overrides.items()})
 
     @classmethod
@@ -103,6 +110,16 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the inverse of `from_dict`."""
         return asdict(self) | {key: list(getattr(self, key)) for key in ("preview_prompts", "prior_prompts")}
+
+
+_RECIPES = files("sbora_diffusion") / "recipes"
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    """A recipe; `like` names another one whose settings hold where this one is silent."""
+    settings = tomllib.loads((_RECIPES / f"{name}.toml").read_text())
+    like = settings.pop("like", None)
+    return (_read_recipe(like) if like else {}) | settings
 
 
 def _kind(key: str) -> Any:

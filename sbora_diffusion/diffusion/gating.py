@@ -160,6 +160,11 @@ def live_concepts(
         raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
     for adapter in adapters:
         check_base(adapter, base)
+        if adapter.dense or adapter.spec.embedding_layers:
+            raise SboraError(
+                f"{adapter.spec.name} is of the method {adapter.spec.method}: regions and gating know SBoRA only",
+                "leave out --region and gated",
+            )
     check_distinct(adapters)
     live = LiveConcepts(base, adapters, strengths)
     ordered = sorted(adapters, key=lambda adapter: adapter.spec.name)

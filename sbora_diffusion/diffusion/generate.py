@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sbora_diffusion.adapter.file import Adapter, check_fits
+from sbora_diffusion.adapter.columns import needs_original, written_factors, written_side
+from sbora_diffusion.adapter.file import Adapter, Factor, check_fits
 from sbora_diffusion.adapter.written import WrittenWeights
 from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.layerwise import layerwise_tokens
 from sbora_diffusion.diffusion.tokens import added_tokens
 from sbora_diffusion.errors import SboraError
 
@@ -31,6 +33,7 @@ class WrittenConcepts:
         self._base = base
         self._weights = {component: WrittenWeights(base.component(component)) for component in TARGETS}
         self._concepts: dict[str, tuple[Adapter, float]] = {}
+        self._factors: dict[str, dict[str, Factor]] = {}
         self._tokens = ExitStack()
 
     @property
@@ -53,8 +56,14 @@ class WrittenConcepts:
         for adapter in adapters:
             check_base(adapter, self._base)
         check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
+        if self._concepts and any(map(needs_original, adapters)):
+            raise SboraError(
+                "a DoRA adapter reads the base weights", "write it together with the others, not after them"
+            )
         before = dict(self._concepts)
         try:
+            for adapter in adapters:
+                self._factors[adapter.spec.name] = written_factors(adapter, self._base.layers)
             for adapter, strength in zip(adapters, strengths, strict=True):
                 self._concepts[adapter.spec.name] = adapter, strength
             self._renew_tokens()
@@ -93,7 +102,12 @@ class WrittenConcepts:
     def _write_weights(self, name: str) -> None:
         adapter, strength = self._concepts[name]
         for component, written in self._weights.items():
-            written.write(name, adapter.component(component), adapter.spec.side, strength)
+            own = {
+                k.removeprefix(f"{component}."): f
+                for k, f in self._factors[name].items()
+                if k.split(".")[0] == component
+            }
+            written.write(name, own, written_side(adapter), strength)
 
     def _take_out(self, names: set[str]) -> None:
         self._concepts = {name: concept for name, concept in self._concepts.items() if name not in names}
@@ -107,7 +121,11 @@ class WrittenConcepts:
         self._tokens.close()
         adapters = [adapter for _, (adapter, _) in sorted(self._concepts.items())]
         embeddings = {key.split(".", 1)[1]: value for adapter in adapters for key, value in adapter.tokens.items()}
-        if embeddings:
+        layers = {adapter.spec.embedding_layers for adapter in adapters}
+        if max(layers, default=0):
+            counts = {key.split(".", 1)[1]: a.spec.embedding_layers for a in adapters for key in a.tokens}
+            self._tokens.enter_context(layerwise_tokens(self._base, embeddings, counts))
+        elif embeddings:
             self._tokens.enter_context(added_tokens(self._base, embeddings))
 
 

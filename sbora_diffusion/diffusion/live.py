@@ -1,46 +1,74 @@
-"""A concept inside the base model while it is trained: an adapter in every layer, a token, and nothing left behind."""
+"""A concept inside the base model while it is trained: its method's weights, a token, and nothing left behind."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.layer import SboraLayer, attach
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.adapter.dense import Dense
+from sbora_diffusion.adapter.file import Factor
+from sbora_diffusion.adapter.layer import SboraLayer, collect
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.injection import ADAPTER, Injected, injected
+from sbora_diffusion.diffusion.layerwise import LayerwiseEmbedding, cross_attentions, layerwise_tokens
 from sbora_diffusion.diffusion.tokens import TokenEmbedding, added_tokens, class_embedding
-from sbora_diffusion.methods import lora_config, method_side
-
-ADAPTER = "concept"  # its name inside PEFT
+from sbora_diffusion.methods import find_method
 
 
 @dataclass(frozen=True, eq=False)
 class Live:
     """The concept while it is being trained."""
 
-    layers: dict[str, dict[str, SboraLayer]]  # component -> canonical layer -> layer
-    embedding: TokenEmbedding
+    base: Base
+    injected: Injected
+    embedding: TokenEmbedding | LayerwiseEmbedding
+
+    @property
+    def layers(self) -> dict[str, dict[str, SboraLayer]]:
+        """SBoRA's: component -> canonical layer -> layer; empty for other methods."""
+        return self.injected.sbora
+
+    @property
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """The trained weights, by component."""
+        return self.injected.trained
 
     def parameters(self) -> list[nn.Parameter]:
-        trained = [layer.trained for layers in self.layers.values() for layer in layers.values()]
-        return [*trained, self.embedding.learned]
+        return [*(parameter for part in self.trained.values() for parameter in part), self.embedding.learned]
+
+    def learned(self) -> tuple[dict[str, Factor], dict[str, Dense], Tensor]:
+        """What a concept file holds: factors, dense changes, and the token's embeddings (n, hidden)."""
+        factors: dict[str, Factor] = {}
+        for component in self.layers:
+            factors |= collect(self.base.component(component), ADAPTER, component)
+        rows = self.embedding.learned.detach().cpu().clone()
+        return factors, self.injected.dense(), rows.flatten(0, -2)
 
 
 @contextmanager
-def live_concept(concept: Concept, base: Base, interval: Interval, config: TrainConfig) -> Iterator[Live]:
+def live_concept(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> Iterator[Live]:
     """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
     start = class_embedding(base, concept.class_noun, config.token_vectors)
-    try:
-        layers = {}
-        for component, targets in TARGETS.items():
-            model: Any = base.component(component)
-            model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
-            layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
-        with added_tokens(base, {concept.token: start}) as embedding:
-            yield Live(layers, embedding)
-    finally:
-        base.pipeline.unload_lora_weights()
+    with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as embedding:
+        if find_method(config.method).fixed_noun and config.token_vectors > 1:
+            embedding.learned.register_hook(_without_last)
+        yield Live(base, weights, embedding)
+
+
+def _tokens(
+    base: Base, concept: Concept, start: Tensor, config: TrainConfig
+) -> AbstractContextManager[TokenEmbedding | LayerwiseEmbedding]:
+    if not config.layerwise_tokens:
+        return added_tokens(base, {concept.token: start})
+    count = len(cross_attentions(base))
+    return layerwise_tokens(base, {concept.token: start.repeat(count, 1)}, {concept.token: count})
+
+
+def _without_last(gradient: Tensor) -> Tensor:
+    """No gradient for the last embedding, the class noun's."""
+    return torch.cat([gradient[..., :-1, :], torch.zeros_like(gradient[..., -1:, :])], dim=-2)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.erasure import Erasure
 from sbora_diffusion.diffusion.latents import (
     Batch,
     Noising,
@@ -79,10 +81,10 @@ class Run:
         self._ids = tokenize(base, data.captions)
         self._empty = tokenize(base, [""])
         self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
+        self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
         rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
         groups: list[dict[str, Any]] = [
-            {"params": [layer.trained for layer in layers.values()], "lr": rates[component]}
-            for component, layers in live.layers.items()
+            {"params": parameters, "lr": rates[component]} for component, parameters in live.trained.items()
         ]
         groups.append({"params": [live.embedding.learned], "lr": config.token_learning_rate})
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -98,11 +100,14 @@ class Run:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
         batch, prior = self._concept_batch(generator), self._prior_batch(generator)
         both = [torch.cat(parts) for parts in zip(batch, prior, strict=True)]
-        error = (predict(self._base, both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
+        with self._erasure.recording(len(prior[0])) if self._erasure else nullcontext():
+            error = (predict(self._base, both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
         own, held = error.split([len(batch[0]), len(prior[0])])
         loss = own.mean() + self._config.prior_weight * held.sum() / max(1, len(held))
         if self._loudness:
             loss = loss + self._config.quiet_weight * self._loudness()
+        if self._erasure:
+            loss = loss + self._config.erasure_weight * self._erasure()
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._live.parameters(), self._config.max_grad_norm)

@@ -25,7 +25,7 @@ LOG = "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
-def describe_run(concept: Concept, base: Base, interval: Interval, config: TrainConfig) -> dict[str, Any]:
+def describe_run(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a training to be resumed: JSON values only."""
     return {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},

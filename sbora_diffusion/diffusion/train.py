@@ -1,4 +1,4 @@
-"""Train one concept: SBoRA adapters in the U-Net's and the text encoder's attention, and the concept's token."""
+"""Train one concept by any method: weights in the U-Net's and the text encoder's attention, and its token."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.layer import collect
-from sbora_diffusion.adapter.spec import Spec
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.adapter.spec import FORMAT, FORMAT_OF_METHODS, Spec
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.live import ADAPTER, Live, live_concept
+from sbora_diffusion.diffusion.layerwise import cross_attentions
+from sbora_diffusion.diffusion.live import Live, live_concept
 from sbora_diffusion.diffusion.preview import Preview
 from sbora_diffusion.diffusion.run import Run, prepare_data
 from sbora_diffusion.diffusion.run_folder import RunFolder, describe_run, picture_digest, versions
@@ -40,13 +40,13 @@ class StepLog:
 def train(
     concept: Concept,
     base: Base,
-    interval: Interval,
+    interval: Interval | None,
     config: TrainConfig,
     run_folder: Path,
     resume: bool = False,
     score: Callable[[], Mapping[str, float]] | None = None,
 ) -> Iterator[StepLog]:
-    """Train a concept into columns (or rows) `interval` of every adapted layer.
+    """Train a concept into columns (or rows) `interval` of every adapted layer; None for methods that own none.
 
     The base model is as it was when the iterator ends or is closed. Every step's random numbers come from
     `config.seed` and the step's number, so a resumed training gives the same adapter, bit for bit.
@@ -113,17 +113,15 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _result(
-    concept: Concept, base: Base, interval: Interval, config: TrainConfig, live: Live, metrics: dict[str, float]
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, live: Live, metrics: dict[str, float]
 ) -> Adapter:
-    factors = {}
-    for component in TARGETS:
-        factors |= collect(base.component(component), ADAPTER, component)
-    learned = live.embedding.learned.detach().cpu().clone()
+    factors, dense, embeddings = live.learned()
+    is_plain = config.method in ("sbora-fa", "sbora-fb") and not config.layerwise_tokens
     spec = Spec(
         name=concept.name,
         side=method_side(config.method),
         rank=config.rank,
-        intervals=(interval,),
+        intervals=(interval,) if interval else (),
         seed=config.basis_seed,
         base_id=base.id,
         base_fingerprint=base.fingerprint,
@@ -131,5 +129,8 @@ def _result(
         recipe=config.to_dict() | {"pictures": picture_digest(concept)},
         versions=versions(),
         metrics=metrics,
+        format=FORMAT if is_plain else FORMAT_OF_METHODS,
+        method="" if is_plain else config.method,
+        embedding_layers=len(cross_attentions(base)) if config.layerwise_tokens else 0,
     )
-    return Adapter(spec, factors, {f"text_encoder.{concept.token}": learned})
+    return Adapter(spec, factors, {f"text_encoder.{concept.token}": embeddings}, dense)

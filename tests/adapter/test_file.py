@@ -203,7 +203,7 @@ DEFECTS: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], str]] 
     ("token unknown", lambda t, _: t.update({"tokens.text_encoder.<x>": torch.ones(1, 4)}), "no known component"),
     ("token without component", lambda t, _: t.update({"tokens.<dog>": torch.ones(1, 4)}), "no known component"),
     ("token shape", lambda t, _: t.update({"tokens.text_encoder.<dog>": torch.ones(4)}), "expected a float32 matrix"),
-    ("newer", lambda _, m: m.update(format=2), "got format 2, this version reads 1"),
+    ("newer", lambda _, m: m.update(format=3), "got format 3, this version reads 1 and 2"),
     ("side", lambda _, m: m.update(side="fc"), "got side 'fc'"),
     ("rank", lambda _, m: m.update(rank=0), "got rank 0"),
     ("bool", lambda _, m: m.update(rank=True), "metadata rank is bool, expected int"),

@@ -37,7 +37,7 @@ def test_overrides_arrive_with_their_types() -> None:
         ("learning_rate", "nan", "learning_rate=nan"),
         ("caption_dropout", "1.5", "from 0 to 1"),
         ("smallest_crop", "0", "greater than 0"),
-        ("method", "lora", "unknown method 'lora'"),
+        ("method", "lore", "unknown method 'lore'"),
         ("preview_prompts", "a {toke}", "preview_prompts"),
     ],
 )

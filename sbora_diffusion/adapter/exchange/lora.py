@@ -46,7 +46,12 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
     """
     check_fits(adapter, layer_shapes)
     if not adapter.factors:
-        raise SboraError(f"adapter {adapter.spec.name!r} has no layer")
+        what = (
+            f"is of the method {adapter.spec.method}, export knows SBoRA only"
+            if adapter.spec.method
+            else "has no layer"
+        )
+        raise SboraError(f"adapter {adapter.spec.name!r} {what}")
     loras = {}
     for key, factor in adapter.factors.items():
         out_dim, in_dim = layer_shapes[key]

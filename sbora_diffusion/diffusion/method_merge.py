@@ -1,0 +1,67 @@
+"""Every method's own merge, with what it has to ask of the base model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.adapter.dense_merge import fuse_by_gradient, merge_constrained, weighted_sum
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.fuse import fuse
+from sbora_diffusion.adapter.merge import check_mergeable, in_order, merge, put_together
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import applied
+from sbora_diffusion.diffusion.latents import tokenize
+from sbora_diffusion.diffusion.moments import PRIOR_PROMPTS, DrawnInputs, own_prompts
+from sbora_diffusion.methods import default_weights, merge_choice
+
+
+def merge_by_method(
+    base: Base, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, how: str = ""
+) -> Adapter:
+    """Merge adapters of one method as its paper does.
+
+    Args:
+        weights: one factor an adapter; None for what the method says (methods.default_weights).
+        how: one of the method's merges; "" for the first.
+
+    Raises:
+        SboraError: adapters of several methods or bases, a way that the method has not.
+    """
+    check_mergeable([adapter.spec for adapter in adapters])
+    name = adapters[0].spec.method_name
+    how = merge_choice(name, how)
+    weights = weights or default_weights(name, how, len(adapters))
+    if how == "tokens":
+        adapters, weights = in_order(adapters, weights)
+        return put_together(adapters, weights, {}, {"how": how})
+    if how == "gradient":
+        drawn = DrawnInputs(base, adapters)
+        every = {key: torch.arange(shape[1]) for key, shape in base.layer_shapes.items()}
+        return fuse_by_gradient(adapters, weights, [drawn(adapter, every) for adapter in adapters])
+    if how == "constrained":
+        texts = [word_states(base, adapter) for adapter in adapters]
+        return merge_constrained(adapters, weights, texts, prior_states(base, adapters))
+    if how == "fuse":
+        return fuse(adapters, weights, DrawnInputs(base, adapters))
+    if adapters[0].dense:
+        return weighted_sum(adapters, weights, base.layers, how)
+    return merge(adapters, weights, "sum")
+
+
+@torch.no_grad()
+def word_states(base: Base, adapter: Adapter) -> Tensor:
+    """(n, d): the text encoder's states at the concept's own words, in the prompts of its training."""
+    with applied(base, [adapter]):
+        known = base.pipeline.text_encoder.config.vocab_size
+        ids = tokenize(base, own_prompts(adapter))
+        states = base.pipeline.text_encoder(ids).last_hidden_state
+    return states[ids >= known].cpu()
+
+
+@torch.no_grad()
+def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
+    """(d, d): E[c cᵀ] of the text encoder's states of the prior prompts."""
+    prompts = sorted({p for a in adapters for p in a.spec.recipe.get("prior_prompts") or PRIOR_PROMPTS})
+    states = base.pipeline.text_encoder(tokenize(base, prompts)).last_hidden_state.flatten(0, 1).double().cpu()
+    return states.T @ states / len(states)
