@@ -275,6 +275,44 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    methods: Annotated[str, typer.Option(metavar="NAME …", help="Such as: sbora-fa lora lora:rank=4,steps=200")],
+    concepts: Annotated[str, typer.Option(metavar="NAME …", help="Concepts that ship, or of ./concepts.")],
+    merge: Annotated[str, typer.Option(metavar="K,…", help="How many are merged at once; 1 is each alone.")] = "1",
+    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "0,1,2",
+    base: Base = "emoji64",
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Cells at once.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where all cells lie; what is there is kept.")] = Path(
+        "comparison"
+    ),
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Train and judge concepts by several methods: a table, and plots beside it; run again, it goes on.
+
+    --set is for all recipes (steps=200), besides suite and encoder; a learning rate sweep is a method several times.
+    """
+    try:
+        sizes, numbers = (tuple(int(part) for part in text.split(",")) for text in (merge, seeds))
+    except ValueError:
+        raise typer.BadParameter(f"got {merge} and {seeds}, expected whole numbers") from None
+    from sbora_diffusion.cli_compare import compare_methods
+    from sbora_diffusion.evaluation.compare_cells import Comparison
+
+    shared = parse_settings(settings)
+    judged = {"suite": shared.pop("suite", "emoji64"), "judge": shared.pop("encoder", "emoji-clip")}
+    comparison = Comparison(
+        variants=tuple(methods.split()),
+        concepts=tuple(concepts.split()),
+        seeds=numbers,
+        sizes=sizes,
+        base=base,
+        settings=shared,
+        **judged,
+    )
+    typer.echo(compare_methods(comparison, out, jobs))
+
+
+@app.command()
 def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Concept files.")]) -> None:
     """Show what concept files hold, and for several what their sum guarantees."""
     from sbora_diffusion.adapter.certificate import certify

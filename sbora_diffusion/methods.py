@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING, Literal
 
 from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.errors import SboraError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Kind = Literal["fa", "fb", "lora", "dora", "orthogonal", "full", "none"]
 
@@ -77,6 +78,8 @@ def default_weights(name: str, how: str, count: int) -> list[float]:
     return [ORTHOGONAL_WEIGHT if name == "orthogonal" else 1.0] * count
 
 
-def lora_config(rank: int, targets: Sequence[str], use_dora: bool = False) -> LoraConfig:
+def lora_config(rank: int, targets: Sequence[str], use_dora: bool = False) -> "LoraConfig":
     """A plain LoRA of scale one on the targets (for SBoRA, `attach` upgrades it), or DoRA."""
+    from peft import LoraConfig  # seconds, and `merge` needs only the names
+
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=True, use_dora=use_dora)

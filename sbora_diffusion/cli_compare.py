@@ -1,0 +1,51 @@
+"""The compare command: every cell one process, made once; then the table and the plots of what is there."""
+
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
+from sbora_diffusion.evaluation.compare_table import write_comparison
+
+log = logging.getLogger(__name__)
+
+
+def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
+    """Make the cells that are missing, `jobs` at once; the table of all.
+
+    Raises:
+        SboraError: an unknown method or setting, another comparison in the folder, cells that failed (the others are
+            made all the same).
+    """
+    for variant in comparison.variants:
+        comparison.config(variant, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison.save(folder)
+    failed = _make(folder, "trained", comparison.trainings(), jobs)
+    failed += _make(folder, "scores", comparison.merges(), jobs) if not failed else []
+    told = write_comparison(folder, comparison, shlex.join(["sbora-diffusion", *sys.argv[1:]]))
+    if failed:
+        raise SboraError(f"{len(failed)} cells failed: {', '.join(failed)}", f"see {folder}/logs, and run it again")
+    return told
+
+
+def _make(folder: Path, kind: str, keys: Iterable[str], jobs: int) -> list[str]:
+    """Run the cells that have no result yet; the keys of those that failed."""
+    missing = [key for key in dict.fromkeys(keys) if not path_of(folder, kind, key).exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        succeeded = list(pool.map(lambda key: _in_a_process(folder, kind, key), missing))
+    return [key for key, success in zip(missing, succeeded, strict=True) if not success]
+
+
+def _in_a_process(folder: Path, kind: str, key: str) -> bool:
+    log.info("%s: %s", kind, key)
+    path = folder / "logs" / kind / f"{key}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "sbora_diffusion.evaluation.compare_cells", str(folder), kind, key]
+    with path.open("wb") as output:
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode == 0

@@ -1,0 +1,75 @@
+"""A comparison of methods on a tiny base: cells made once, added to, and summed up with an independent mean."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
+from sbora_diffusion.evaluation.compare_table import summarise, write_comparison
+
+
+def comparison(**changes: object) -> Comparison:
+    given = {"variants": ("lora", "lora:rank=2"), "concepts": ("dog", "pumpkin"), "seeds": (0, 1), "sizes": (1, 2)}
+    return Comparison(**(given | changes))  # type: ignore[arg-type]
+
+
+def fill(folder: Path, told: Comparison) -> None:
+    for number, key in enumerate(told.trainings()):
+        path = path_of(folder, "trained", key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": number, "bytes": 2e6, "parameters": 1000, "peak_bytes": 3e8}))
+    for key in told.merges():
+        path = path_of(folder, "scores", key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"dog": 0.2, "pumpkin": 0.6}
+        cells = {
+            n: {"text_mos": [values[n], values[n] + 0.1], "image": [0.5, 0.5]} for n in key.split("/")[-1].split("+")
+        }
+        path.write_text(json.dumps(cells))
+
+
+def test_a_variants_settings_arrive() -> None:
+    told = comparison(settings={"steps": "7"})
+    config = told.config("lora:rank=2,learning_rate=1e-2", 5)
+    assert (config.method, config.rank, config.learning_rate, config.seed, config.steps) == ("lora", 2, 1e-2, 5, 7)
+    with pytest.raises(SboraError, match="expected method or method:key=value"):
+        told.config("lora:rank", 0)
+    with pytest.raises(SboraError, match="unknown method"):
+        told.config("lore", 0)
+
+
+def test_cells_are_all_and_once() -> None:
+    told = comparison()
+    assert len(set(told.trainings())) == len(list(told.trainings())) == 2 * 2 * 2
+    assert list(told.merges())[-1] == "lora:rank=2/1/dog+pumpkin"
+    assert len(list(told.merges())) == 2 * 2 * (2 + 1)
+
+
+def test_the_table_is_of_what_is_there(tmp_path: Path) -> None:
+    told = comparison()
+    fill(tmp_path, told)
+    path_of(tmp_path, "scores", "lora/0/dog").unlink()
+    rows = {(row["variant"], row["size"]): row for row in summarise(tmp_path, told)}
+    assert {key: row["n"] for key, row in rows.items()} == {
+        ("lora", 1): 3, ("lora", 2): 4, ("lora:rank=2", 1): 4, ("lora:rank=2", 2): 4,
+    }  # fmt: skip
+    text = rows["lora", 2]["text_mos"]
+    assert text["character"]["mean"] == pytest.approx(0.25)
+    assert text["object"]["mean"] == pytest.approx(0.65)
+    assert text["mean"]["mean"] == pytest.approx(0.45)
+    assert text["mean"]["low"] < 0.45 < text["mean"]["high"]
+    written = write_comparison(tmp_path, told, "a command")
+    assert "| lora:rank=2 | 2 | 4 |" in written
+    assert all(
+        (tmp_path / name).stat().st_size > 200 for name in ("table.md", "table.json", "scatter.png", "retention.png")
+    )
+
+
+def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
+    comparison().save(tmp_path)
+    comparison(variants=("dora",), seeds=(3,)).save(tmp_path)
+    assert Comparison.load(tmp_path).variants == ("dora",)
+    with pytest.raises(SboraError, match="holds a comparison of settings"):
+        comparison(settings={"steps": "9"}).save(tmp_path)
