@@ -24,7 +24,7 @@ def told_in_a_line() -> Iterator[None]:
     except SboraError as defect:
         _fail(str(defect), defect.hint)
     except KeyboardInterrupt as stop:
-        typer.echo(f"\n{stop or 'stopped'}", err=True)
+        typer.echo(f"\n{str(stop) or 'stopped'}", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno == errno.EPIPE:  # | head

@@ -122,6 +122,7 @@ class Jobs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
+        threading.Thread(target=self._process.wait, daemon=True).start()  # whoever is waited for leaves no zombie
         pid = self._process.pid
         return replace(job, state="running", pid=pid, started=psutil.Process(pid).create_time())
 
@@ -136,8 +137,8 @@ class Jobs:
         status = self._process.returncode if known and self._process else None
         said = self.log_of(job.name).read_text(encoding="utf-8", errors="replace")
         told_error = re.search(r"^error: ", said, re.MULTILINE)
-        if status == 0 or (status is None and re.search(r"^next: ", said, re.MULTILINE)):
-            return replace(job, state="done")
+        if status == 0 or (status in (None, *STOPPED) and re.search(r"^next: ", said, re.MULTILINE)):
+            return replace(job, state="done")  # also when Ctrl-C came after the last word
         if status in STOPPED or (status is None and not told_error):
             return replace(job, state="stopped")
         return replace(job, state="failed", message=_last_words(said) or f"It ended with status {status}.")
