@@ -1,0 +1,136 @@
+"""A language model, frozen, with or without nf4, and the adapter that a method puts into it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from sbora_diffusion.adapter.basis import Interval, canonical
+from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.hub import cache_if_offline, why
+from sbora_diffusion.llm.config import METHODS, LlmConfig
+
+Quantization = Literal["none", "nf4"]
+
+_SAMPLED = 1024  # entries of each linear weight that enter the fingerprint
+
+
+def load_base(base: str, dtype: torch.dtype = torch.float32, quantize: str = "none") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a folder (also one with a single GGUF file) or the hub.
+
+    Returns:
+        The frozen model, in evaluation mode, on a GPU where one is; the tokenizer, padding on the left.
+
+    Raises:
+        SboraError: a missing or gated model, an unknown quantisation, no bitsandbytes.
+    """
+    options = _source(base) | _quantisation(quantize, dtype)
+    with cache_if_offline():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+        except (OSError, ValueError) as error:
+            gated = "gated" in str(error).lower()
+            hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
+            raise SboraError(f"cannot load {base}: {why(error)}", hint) from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if quantize == "none" and torch.cuda.is_available():
+        model = model.cuda()
+    keep_unpacked(model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def meta_base(base: str) -> Any:
+    """The model of a configuration without its weights, on the meta device."""
+    with cache_if_offline():
+        try:
+            config = AutoConfig.from_pretrained(base, **_source(base))
+        except (OSError, ValueError) as error:
+            raise SboraError(f"cannot read the configuration of {base}: {why(error)}") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+def inject(model: Any, method: str, config: LlmConfig) -> Any:
+    """A PEFT model with a fresh adapter named "default" that changes nothing yet."""
+    if method not in METHODS:
+        raise SboraError(f"got unknown method {method!r}, choose from {', '.join(METHODS)}")
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        use_dora=method == "dora",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    try:
+        peft_model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise SboraError(f"the targets {', '.join(config.targets)} do not fit the model ({error})") from None
+    if method.startswith("sbora-"):
+        side = "fa" if method == "sbora-fa" else "fb"
+        attach(peft_model, "default", side, Interval(config.start, config.rank), config.basis_seed)
+    return peft_model
+
+
+def count_parameters(base: str, method: str, config: LlmConfig) -> int:
+    """How many parameters a method would train, from the base model's configuration alone."""
+    model = meta_base(base)
+    with torch.device("meta"):
+        adapted = inject(model, method, config)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of all linear layers' names, shapes and sampled entries, rounded to float16.
+
+    Layers that are quantised count with their packed bytes: another quantisation is another base.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            entries = module.weight.detach().flatten()
+            sample = entries[:: max(1, len(entries) // _SAMPLED)].cpu()
+            sample = sample.half() if sample.is_floating_point() else sample
+            digest.update(f"{canonical(name)} {module.out_features} {module.in_features}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16: they would have no gradient then."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _source(base: str) -> dict[str, Any]:
+    """Which file of a folder is the model, where it is a single GGUF file."""
+    ggufs = sorted(Path(base).glob("*.gguf")) if Path(base).is_dir() else []
+    return {"gguf_file": ggufs[0].name} if len(ggufs) == 1 else {}
+
+
+def _quantisation(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
+    if quantize == "none":
+        return {}
+    if quantize != "nf4":
+        raise SboraError(f"got quantisation {quantize!r}, choose from none, nf4")
+    try:
+        import bitsandbytes  # noqa: F401  # transformers says less clearly that it is missing
+    except ImportError:
+        raise SboraError("nf4 needs bitsandbytes", 'pip install "sbora-diffusion[llm]"') from None
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": nf4, "device_map": {"": 0} if torch.cuda.is_available() else "cpu"}

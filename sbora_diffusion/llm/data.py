@@ -1,0 +1,102 @@
+"""Records from JSON, JSONL or Parquet, and how they become token ids and labels."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.llm.template import check_record, training_prompt
+
+IGNORED = -100  # the label of a token that does not count in the loss
+
+Example = dict[str, list[int]]  # "input_ids" and "labels", equally long
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """A list of records: a JSON list, an object a line (JSONL), or a Parquet table."""
+    if not path.is_file():
+        raise SboraError(f"{path} is not a file", hint="Give a .json, .jsonl or .parquet file.")
+    try:
+        records = _parse(path)
+    except (ValueError, OSError) as error:
+        raise SboraError(f"cannot read {path} ({error})", hint="Give a .json, .jsonl or .parquet file.") from None
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise SboraError(f"{path} holds no list of records", hint='Such as [{"instruction": "…", "output": "…"}].')
+    return records
+
+
+def _parse(path: Path) -> Any:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise SboraError("Parquet needs pyarrow", 'pip install "sbora-diffusion[llm]"') from None
+        return parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    return (
+        [json.loads(line) for line in text.splitlines() if line.strip()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
+
+
+def tokenise(records: Sequence[Mapping[str, Any]], tokenizer: Any, config: LlmConfig) -> list[Example]:
+    """Token ids and labels of each record; those whose answer was wholly cut off are left out when only it counts.
+
+    Raises:
+        SboraError: a record without the fields it needs, or no record with anything to learn left.
+    """
+    examples = [_tokenise(record, number, tokenizer, config) for number, record in enumerate(records)]
+    kept = [example for example in examples if any(label != IGNORED for label in example["labels"][1:])]
+    if not kept:
+        raise SboraError(
+            f"all {len(records)} sequences are longer than cutoff={config.cutoff}: nothing of an answer is left",
+            hint="Raise it with --set cutoff=1024.",
+        )
+    return kept
+
+
+def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
+    if config.template == "chat" or "messages" in record:
+        return _chat(record, number, tokenizer, config)
+    check_record(record, number)
+    prompt = training_prompt(config.template, record["instruction"], record.get("input") or "")
+    if config.target_cutoff:
+        return _in_two_parts(prompt, record["output"], tokenizer, config)
+    ids = tokenizer(prompt + record["output"])["input_ids"][: config.cutoff]
+    if ids[-1] != tokenizer.eos_token_id and len(ids) < config.cutoff:
+        ids = [*ids, tokenizer.eos_token_id]
+    masked = 0 if config.train_on_inputs else len(tokenizer(prompt)["input_ids"])
+    return _masked(ids, masked)
+
+
+def _in_two_parts(prompt: str, answer: str, tokenizer: Any, config: LlmConfig) -> Example:
+    """QLoRA's qlora.py: prompt and answer are tokenised, and cut, each on its own."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    source = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]][: config.cutoff]
+    target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return _masked(source + target[: config.target_cutoff], 0 if config.train_on_inputs else len(source))
+
+
+def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
+    """The tokenizer's own chat template; without `train_on_inputs`, what comes before the last answer is masked."""
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise SboraError(f"record {number} has no messages", hint='Such as [{"role": "user", "content": "…"}, …].')
+    if messages[-1]["role"] != "assistant":
+        raise SboraError(f"record {number} ends with {messages[-1]['role']!r}, expected an assistant's message")
+    if not tokenizer.chat_template:
+        raise SboraError("the base model's tokenizer has no chat template", hint="Use instruction and output records.")
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else len(prompt))
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+
+
+def _masked(ids: list[int], number: int) -> Example:
+    return {"input_ids": ids, "labels": [IGNORED] * min(number, len(ids)) + ids[number:]}

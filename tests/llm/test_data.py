@@ -1,0 +1,101 @@
+"""Templates to the blank, and which tokens count in the loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.llm.data import IGNORED, load_records, tokenise
+from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
+
+from .tiny import tokenizer
+
+GAP = " " * 16
+HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
+def decoded(ids: list[int]) -> Any:
+    return tokenizer().decode(ids)
+
+
+def config(**overrides: str) -> LlmConfig:
+    return LlmConfig.from_recipe("commonsense", {"cutoff": "512"} | overrides)
+
+
+def test_training_prompt_of_llm_adapters() -> None:
+    expected = f"{HEAD}  \n\n{GAP}### Instruction:\n{GAP}Add.\n{GAP}\n{GAP}### Response:\n{GAP}"
+    assert training_prompt("adapters", "Add.") == expected
+
+
+def test_training_prompt_with_an_input_has_one_blank_after_the_request() -> None:
+    text = training_prompt("adapters", "Add.", "1 2")
+    assert "completes the request. \n\n" in text
+    assert f"### Input:\n{GAP}1 2\n{GAP}\n{GAP}### Response:\n{GAP}" in text
+
+
+def test_evaluation_prompt_of_llm_adapters() -> None:
+    expected = f"{HEAD} \n\n{GAP}### Instruction:\n{GAP}Add.\n\n{GAP}### Response:\n{GAP}"
+    assert evaluation_prompt("Add.") == expected
+
+
+def test_alpaca_prompt() -> None:
+    assert training_prompt("alpaca", "Add.") == f"{HEAD}\n\n### Instruction:\nAdd.\n\n### Response: "
+
+
+def test_prompt_counts_or_not() -> None:
+    records = [{"instruction": "Add.", "output": "3"}]
+    [counted] = tokenise(records, tokenizer(), config())
+    [masked] = tokenise(records, tokenizer(), config(train_on_inputs="false"))
+    assert counted["labels"] == counted["input_ids"] == masked["input_ids"]
+    assert decoded([label for label in masked["labels"] if label != IGNORED]) == "3</s>"
+
+
+def test_eos_only_where_nothing_was_cut() -> None:
+    records = [{"instruction": "Add.", "output": "3"}]
+    [short] = tokenise(records, tokenizer(), config())
+    [cut] = tokenise(records, tokenizer(), config(cutoff="50"))
+    [full] = tokenise(records, tokenizer(), config(cutoff=str(len(short["input_ids"]) - 1)))
+    assert short["input_ids"][-1] == 2
+    assert len(cut["input_ids"]) == 50
+    assert cut["input_ids"][-1] != 2
+    assert full["input_ids"] == short["input_ids"][:-1]
+
+
+def test_two_parts_are_cut_apart() -> None:
+    settings = {"template": "alpaca", "cutoff": "20", "target_cutoff": "3", "train_on_inputs": "false"}
+    [example] = tokenise([{"instruction": "Add.", "output": "12345"}], tokenizer(), config(**settings))
+    assert decoded(example["input_ids"]) == "<s>" + HEAD[:19] + "123"
+    assert example["labels"] == [IGNORED] * 20 + example["input_ids"][20:]
+
+
+def test_chat_masks_what_comes_before_the_answer() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    settings = {"template": "chat", "train_on_inputs": "false"}
+    [example] = tokenise([{"messages": messages}], tokenizer(), config(**settings))
+    assert decoded(example["input_ids"]) == "<user>hi\n<assistant>ho\n"
+    assert decoded([label for label in example["labels"] if label != IGNORED]) == "ho\n"
+
+
+def test_json_jsonl_and_parquet_are_the_same(tmp_path: Path) -> None:
+    records = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert load_records(tmp_path / "x.json") == load_records(tmp_path / "x.jsonl") == records
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "x.parquet")
+    assert load_records(tmp_path / "x.parquet") == records
+
+
+def test_defects(tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match="is not a file"):
+        load_records(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(SboraError, match="cannot read"):
+        load_records(tmp_path / "bad.json")
+    with pytest.raises(SboraError, match="record 0 has no text 'output', only instruction, answer"):
+        tokenise([{"instruction": "a", "answer": "b"}], tokenizer(), config())
+    with pytest.raises(SboraError, match="longer than cutoff=10"):
+        tokenise([{"instruction": "a", "output": "b"}], tokenizer(), config(cutoff="10", train_on_inputs="false"))
