@@ -7,6 +7,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from sbora_diffusion.adapter.basis import Side
+
 
 def sbora_linear(
     x: Tensor,
@@ -51,10 +53,10 @@ class _SboraLinear(Function):
         rows = y.reshape(-1, y.shape[-1])  # (tokens, out)
         gathered = None
         if fa_index is not None and fa_weight is not None:
-            gathered = x.index_select(-1, fa_index).reshape(-1, len(fa_index)).to(y.dtype)
+            gathered = gathered_inputs(x, fa_index, y.dtype)
             rows.addmm_(gathered, fa_weight.to(y.dtype).t())
         if fb_index is not None and fb_weight is not None:
-            rows.index_add_(-1, fb_index, _rows(x).to(y.dtype) @ fb_weight.to(y.dtype).t())
+            rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
 
         needs_x, _, _, needs_fa, _, needs_fb = ctx.needs_input_grad
         weight, is_plain = base_layer.weight, not is_quantised(base_layer.weight)
@@ -80,22 +82,61 @@ class _SboraLinear(Function):
         grad_x = grad_fa = grad_fb = None
         with torch.autocast(grad.device.type, enabled=False):  # every cast below is explicit
             if gathered is not None:
-                grad_fa = grad.t() @ gathered.to(grad.dtype)
+                grad_fa = factor_gradient("fa", grad, gathered, fa_index)
             if x is not None:
-                grad_fb = grad.index_select(-1, fb_index).t() @ _rows(x).to(grad.dtype)
+                grad_fb = factor_gradient("fb", grad, x, fb_index)
             if ctx.needs_input_grad[0]:
                 base_weight = weight if ctx.quantised is None else dequantize_bnb_weight(ctx.quantised)
                 grad_x = grad @ base_weight.to(grad.dtype)
                 if fa_weight is not None:
-                    grad_x.index_add_(-1, fa_index, grad @ fa_weight.to(grad.dtype))
+                    add_to_input_gradient("fa", grad_x, grad, fa_weight, fa_index)
                 if fb_weight is not None:
-                    grad_x.addmm_(grad.index_select(-1, fb_index), fb_weight.to(grad.dtype))
+                    add_to_input_gradient("fb", grad_x, grad, fb_weight, fb_index)
                 grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
         return grad_x, None, None, grad_fa, None, grad_fb
 
 
+def gathered_inputs(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns `index` (r,) of x (..., in), as rows (tokens, r) of `dtype`."""
+    return x.index_select(-1, index).reshape(-1, len(index)).to(dtype)
+
+
+def factor_gradient(side: Side, grad: Tensor, kept: Tensor, index: Tensor) -> Tensor:
+    """The gradient of the trained factor: (out, r) for fa, (r, in) for fb.
+
+    Args:
+        grad: (tokens, out), of the layer's output.
+        kept: the gathered inputs (tokens, r) for fa, the inputs (..., in) for fb.
+    """
+    if side == "fa":
+        return _narrow_product(grad.t(), kept.t().to(grad.dtype))
+    return grad.index_select(-1, index).t() @ _rows(kept).to(grad.dtype)
+
+
+def add_to_input_gradient(side: Side, grad_x: Tensor, grad: Tensor, factor: Tensor, index: Tensor) -> None:
+    """Add, in place, what an adapter contributes to grad_x (tokens, in), given grad (tokens, out)."""
+    factor = factor.to(grad.dtype)
+    if side == "fa":
+        grad_x.index_add_(-1, index, _narrow_product(grad, factor.t()))
+    else:
+        grad_x.addmm_(grad.index_select(-1, index), factor)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _narrow_product(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows (n, k) @ factorᵀ (k, r), r small, as (factor @ rowsᵀ)ᵀ: BLAS on CPUs is up to eight times faster at that."""
+    return (factor @ rows.t()).t()
+
+
+def overwrite(weight: Tensor, dim: int, index: Tensor, values: Tensor) -> None:
+    """Put values (r, in) into the rows `index` of a weight (out, in), or (out, r) into its columns if `dim` is 1."""
+    if dim == 0:
+        weight.index_copy_(0, index, values)
+    else:  # two to three times faster than index_copy_ on CPUs
+        weight.scatter_(1, index.expand(len(weight), -1), values)
 
 
 def is_quantised(weight: Tensor) -> bool:

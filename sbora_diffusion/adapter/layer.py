@@ -197,6 +197,9 @@ def _upgrade(name: str, module: LoraLayer, adapter: str, side: Side, index: Tens
     module.lora_variant[adapter] = SboraVariant(side, index)  # type: ignore[assignment]  # has a LoraVariant's methods
     if not isinstance(module, FastForward):
         module.__class__ = fast_class(type(module))
+    elif module.direct is not None and module.direct.adapter == adapter:
+        module.direct.restore()  # it knows the columns or rows of the variant that was replaced
+        module.direct = None
     return SboraLayer(name, module, adapter, side, index)
 
 

@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side
-from sbora_diffusion.adapter.kernel import is_quantised, sbora_linear
+from sbora_diffusion.adapter.kernel import is_quantised, overwrite, sbora_linear
 from sbora_diffusion.errors import SboraError
 
 
@@ -58,7 +58,7 @@ class SboraVariant:
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # noqa: ARG002
         assert self.original is not None, "unmerge follows merge"
         weight = _out_by_in(module, orig_weight.data)
-        weight.index_copy_(self._dim, self.index_on(weight.device), self.original.to(weight))
+        overwrite(weight, self._dim, self.index_on(weight.device), self.original.to(weight))
         self.original = None
         return orig_weight.data
 
@@ -83,19 +83,31 @@ class SboraVariant:
         self.original = weight.index_select(self._dim, index)
         delta = trained_factor(module, adapter, self.side).to(weight.device) * module.scaling[adapter]
         merged = self.original.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-        weight.index_copy_(self._dim, index, merged.to(weight.dtype))
+        overwrite(weight, self._dim, index, merged.to(weight.dtype))
 
 
 class FastForward:
     """Mixed in before a PEFT layer class: all active SBoRA adapters in one autograd Function, else PEFT's forward."""
 
+    direct: Any = None  # a DirectWeight while `direct_training` goes on
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or not active or not _is_usual(self, active):
+        is_usual = not args and not kwargs and bool(active) and _is_usual(self, active)
+        if self.direct is not None:
+            if is_usual and active == [self.direct.adapter] and not torch.compiler.is_compiling():
+                return self.direct(x)
+            self.direct.restore()
+        if not is_usual:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         fa_index, fa_weight = _joined(self, active, "fa", x.device)
         fb_index, fb_weight = _joined(self, active, "fb", x.device)
         return sbora_linear(x, self.base_layer, fa_index, fa_weight, fb_index, fb_weight)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        if self.direct is not None:
+            self.direct.restore()
+        super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
@@ -129,10 +141,10 @@ def _is_usual(module: Any, active: list[str]) -> bool:
         return False
     if module.training and any(getattr(module.lora_dropout[name], "p", 0.0) for name in active):
         return False
-    return _has_known_frozen_weight(module.base_layer)
+    return has_known_frozen_weight(module.base_layer)
 
 
-def _has_known_frozen_weight(base: nn.Module) -> bool:
+def has_known_frozen_weight(base: nn.Module) -> bool:
     """The kernel's backward reads the base weight itself, so it must be there, known and frozen."""
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     if not isinstance(weight, Tensor) or weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):

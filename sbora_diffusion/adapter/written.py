@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
 from sbora_diffusion.adapter.file import Factor, check_factor
-from sbora_diffusion.adapter.kernel import is_quantised
+from sbora_diffusion.adapter.kernel import is_quantised, overwrite
 from sbora_diffusion.errors import SboraError
 
 
@@ -127,7 +127,7 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> _Or
     blocks = ((1, columns, original.column_values), (0, rows, original.row_values))
     for dim, index, values in blocks:
         if len(index):
-            weight.index_copy_(dim, index, _sum_block(values, dim, index, written, layer).to(weight.dtype))
+            overwrite(weight, dim, index, _sum_block(values, dim, index, written, layer).to(weight.dtype))
     return original
 
 
@@ -148,7 +148,7 @@ def _put_back(weight: Tensor, original: _Original) -> None:
     blocks = ((1, original.columns, original.column_values), (0, original.rows, original.row_values))
     for dim, index, values in blocks:
         if len(index):
-            weight.index_copy_(dim, index.to(weight.device), values.to(weight))
+            overwrite(weight, dim, index.to(weight.device), values.to(weight))
 
 
 def _union(indices: list[Tensor]) -> Tensor:

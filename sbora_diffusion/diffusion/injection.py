@@ -1,7 +1,7 @@
 """What each method puts into the base model to be trained, and how it is read out again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from sbora_diffusion.adapter.basis import Interval, canonical
 from sbora_diffusion.adapter.dense import Dense
+from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import SboraLayer, attach
 from sbora_diffusion.diffusion.base import TARGETS, Base
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -63,7 +64,11 @@ def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Inje
             model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
             layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
         trained = {part: [layer.trained for layer in found.values()] for part, found in layers.items()}
-        yield Injected(trained, layers)
+        with ExitStack() as directly:
+            if not config.erasure_weight:  # which reads the base weights at every step
+                for component in TARGETS:
+                    directly.enter_context(direct_training(base.component(component), ADAPTER))
+            yield Injected(trained, layers)
     finally:
         base.pipeline.unload_lora_weights()
 

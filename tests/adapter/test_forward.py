@@ -150,7 +150,7 @@ def test_a_linear4bit_that_was_repacked_has_gradients_again(tiny: Tiny) -> None:
     quantised: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert quantised
     for module in quantised:
-        assert module.support_avx512bf16_for_cpu is False
+        assert not module.support_avx512bf16_for_cpu
         assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
     with torch.no_grad():
         assert_close(run("llama-nf4", model), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
