@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from sbora_diffusion.adapter.basis import Side
+from sbora_diffusion.adapter.fast import FastForward, has_known_frozen_weight
 from sbora_diffusion.adapter.kernel import (
     add_to_input_gradient,
     factor_gradient,
@@ -22,7 +23,7 @@ from sbora_diffusion.adapter.kernel import (
     is_quantised,
     overwrite,
 )
-from sbora_diffusion.adapter.variant import FastForward, SboraVariant, has_known_frozen_weight, trained_factor
+from sbora_diffusion.adapter.variant import SboraVariant, trained_factor
 
 
 @contextmanager

@@ -33,9 +33,31 @@ def sbora_linear(
     Returns:
         (..., out).
     """
+    if not torch.is_grad_enabled():  # a small layer costs hardly more than the bookkeeping of a Function
+        return _forward(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)[0]
     result = _SboraLinear.apply(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)
     assert isinstance(result, Tensor)
     return result
+
+
+def _forward(
+    x: Tensor,
+    base_layer: nn.Module,
+    fa_index: Tensor | None,
+    fa_weight: Tensor | None,
+    fb_index: Tensor | None,
+    fb_weight: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the gathered columns of x (tokens, r) if there is an FA adapter."""
+    y = base_layer(x)
+    rows = y.reshape(-1, y.shape[-1])  # (tokens, out)
+    gathered = None
+    if fa_index is not None and fa_weight is not None:
+        gathered = gathered_inputs(x, fa_index, y.dtype)
+        rows.addmm_(gathered, fa_weight.to(y.dtype).t())
+    if fb_index is not None and fb_weight is not None:
+        rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
+    return rows.view(y.shape), gathered
 
 
 class _SboraLinear(Function):
@@ -49,15 +71,7 @@ class _SboraLinear(Function):
         fb_index: Tensor | None,
         fb_weight: Tensor | None,
     ) -> Tensor:
-        y = base_layer(x)
-        rows = y.reshape(-1, y.shape[-1])  # (tokens, out)
-        gathered = None
-        if fa_index is not None and fa_weight is not None:
-            gathered = gathered_inputs(x, fa_index, y.dtype)
-            rows.addmm_(gathered, fa_weight.to(y.dtype).t())
-        if fb_index is not None and fb_weight is not None:
-            rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
-
+        y, gathered = _forward(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)
         needs_x, _, _, needs_fa, _, needs_fb = ctx.needs_input_grad
         weight, is_plain = base_layer.weight, not is_quantised(base_layer.weight)
         ctx.shape, ctx.dtype, ctx.quantised = x.shape, x.dtype, None if is_plain else weight
@@ -70,7 +84,7 @@ class _SboraLinear(Function):
             fb_index,
             fb_weight if needs_x else None,
         )
-        return rows.view(y.shape)
+        return y
 
     @staticmethod
     @once_differentiable

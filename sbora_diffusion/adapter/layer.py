@@ -10,8 +10,9 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer,
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval, Side, canonical, indices
+from sbora_diffusion.adapter.fast import end_direct, make_fast
 from sbora_diffusion.adapter.file import Factor
-from sbora_diffusion.adapter.variant import FastForward, SboraVariant, fast_class, trained_factor
+from sbora_diffusion.adapter.variant import SboraVariant, trained_factor
 from sbora_diffusion.errors import SboraError
 
 logger = logging.getLogger(__name__)
@@ -195,11 +196,8 @@ def _upgrade(name: str, module: LoraLayer, adapter: str, side: Side, index: Tens
     frozen = "lora_A" if side == "fa" else "lora_B"
     module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: (frozen,)}
     module.lora_variant[adapter] = SboraVariant(side, index)  # type: ignore[assignment]  # has a LoraVariant's methods
-    if not isinstance(module, FastForward):
-        module.__class__ = fast_class(type(module))
-    elif module.direct is not None and module.direct.adapter == adapter:
-        module.direct.restore()  # it knows the columns or rows of the variant that was replaced
-        module.direct = None
+    make_fast(module)
+    end_direct(module, adapter)  # it knows the columns or rows of the variant that was replaced
     return SboraLayer(name, module, adapter, side, index)
 
 

@@ -1,6 +1,5 @@
-"""What a PEFT LoRA layer does with an SBoRA adapter: fast forward, merge by writing columns, exact unmerge."""
+"""What a PEFT LoRA layer does with an SBoRA adapter: forward, merge by writing columns, exact unmerge."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side
-from sbora_diffusion.adapter.kernel import is_quantised, overwrite, sbora_linear
+from sbora_diffusion.adapter.kernel import is_quantised, overwrite
 from sbora_diffusion.errors import SboraError
 
 
@@ -86,86 +85,12 @@ class SboraVariant:
         overwrite(weight, self._dim, index, merged.to(weight.dtype))
 
 
-class FastForward:
-    """Mixed in before a PEFT layer class: all active SBoRA adapters in one autograd Function, else PEFT's forward."""
-
-    direct: Any = None  # a DirectWeight while `direct_training` goes on
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        is_usual = not args and not kwargs and bool(active) and _is_usual(self, active)
-        if self.direct is not None:
-            if is_usual and active == [self.direct.adapter] and not torch.compiler.is_compiling():
-                return self.direct(x)
-            self.direct.restore()
-        if not is_usual:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        fa_index, fa_weight = _joined(self, active, "fa", x.device)
-        fb_index, fb_weight = _joined(self, active, "fb", x.device)
-        return sbora_linear(x, self.base_layer, fa_index, fa_weight, fb_index, fb_weight)
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        if self.direct is not None:
-            self.direct.restore()
-        super().merge(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        return _new, (type(self).__bases__[1],), *state
-
-
-@cache
-def fast_class(plain: type) -> type:
-    """The subclass of a PEFT layer class that has the fast forward. It is made at run time, because PEFT's
-    bitsandbytes layers exist only where bitsandbytes does."""
-    return type(f"Sbora{plain.__name__}", (FastForward, plain), {})
-
-
-def _new(plain: type) -> Any:
-    """Unpickles and copies: pickle cannot import a class that was made at run time."""
-    return object.__new__(fast_class(plain))
-
-
 def trained_factor(module: LoraLayer, adapter: str, side: Side) -> nn.Parameter:
     """B (out, r) for FA, A (r, in) for FB."""
     factor = (module.lora_B if side == "fa" else module.lora_A)[adapter]
     assert isinstance(factor, nn.Linear)
     assert isinstance(factor.weight, nn.Parameter)
     return factor.weight
-
-
-def _is_usual(module: Any, active: list[str]) -> bool:
-    if module.disable_adapters or module.merged:
-        return False
-    if not all(isinstance(module.lora_variant.get(name), SboraVariant) for name in active):
-        return False
-    if module.training and any(getattr(module.lora_dropout[name], "p", 0.0) for name in active):
-        return False
-    return has_known_frozen_weight(module.base_layer)
-
-
-def has_known_frozen_weight(base: nn.Module) -> bool:
-    """The kernel's backward reads the base weight itself, so it must be there, known and frozen."""
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if not isinstance(weight, Tensor) or weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
-        return False
-    if hasattr(base, "_hf_hook"):  # accelerate's offloading takes the weight away between forward and backward
-        return False
-    is_plain = type(base).forward is nn.Linear.forward and type(weight) is nn.Parameter and weight.is_floating_point()
-    return is_plain or getattr(weight, "quant_state", None) is not None
-
-
-def _joined(module: Any, active: list[str], side: Side, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Index and scaled trained factor of all active adapters of a side, concatenated along the rank."""
-    names = [name for name in active if module.lora_variant[name].side == side]
-    if not names:
-        return None, None
-    factors = [(trained_factor(module, name, side), module.scaling[name]) for name in names]
-    weights: list[Tensor] = [factor if scaling == 1 else factor * scaling for factor, scaling in factors]
-    indices = [module.lora_variant[name].index_on(device) for name in names]
-    if len(names) == 1:
-        return indices[0], weights[0]
-    return torch.cat(indices), torch.cat(weights, dim=1 if side == "fa" else 0)
 
 
 def _out_by_in(module: Any, weight: Tensor) -> Tensor:

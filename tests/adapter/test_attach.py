@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from sbora_diffusion.adapter.basis import Interval, Side, indices
+from sbora_diffusion.adapter.fast import FastForward
 from sbora_diffusion.adapter.layer import attach, detect
-from sbora_diffusion.adapter.variant import FastForward
 from sbora_diffusion.errors import SboraError
 
 from .tiny import Kind, Tiny, activate, attached, dense_delta, each_kind, each_side, inject, lora, run

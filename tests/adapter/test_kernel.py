@@ -1,5 +1,6 @@
 """The autograd Function against dense algebra: values, gradients, dtypes, and what it keeps in memory."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -205,6 +206,19 @@ def test_compiles_without_graph_break(sides: tuple[str, ...]) -> None:
         strict=True,
     ):
         assert_close(gradient, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_compiled_code_gives_the_same_gradients() -> None:
+    case = Case(("fa", "fb"))
+    x = torch.randn(5, 12, requires_grad=True)
+    inputs = [x, *case.weights]
+    compiled = torch.compile(case.fast, fullgraph=True)
+    got = torch.autograd.grad(compiled(x).square().sum(), inputs)
+    expected = torch.autograd.grad(case.fast(x).square().sum(), inputs)
+    for gradient, reference in zip(got, expected, strict=True):
+        assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sides", SIDES)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sbora_diffusion.adapter.basis import Side
+from sbora_diffusion.adapter.fast import FastForward
 from sbora_diffusion.adapter.layer import detect
-from sbora_diffusion.adapter.variant import FastForward, SboraVariant
+from sbora_diffusion.adapter.variant import SboraVariant
 
 from .tiny import KINDS, NAMES, Kind, Tiny, activate, attached, run
 
@@ -73,7 +74,7 @@ def test_peft_consults_the_slot(tiny: Tiny, kind: Kind, monkeypatch: pytest.Monk
     calls = count_calls(monkeypatch, "forward")
     assert torch.equal(run(kind, model), fast)
     assert calls == []
-    monkeypatch.setattr("sbora_diffusion.adapter.variant._is_usual", lambda *_: False)
+    monkeypatch.setattr("sbora_diffusion.adapter.fast._is_usual", lambda *_: False)
     assert_close(run(kind, model), fast, rtol=1e-5, atol=1e-5)
     assert len(calls) == len(layers)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.fast import FastForward
 from sbora_diffusion.adapter.layer import SboraLayer, attach
-from sbora_diffusion.adapter.variant import FastForward
 
 Kind = Literal["unet", "clip", "llama", "llama-nf4"]
 NAMES = ("dog", "cat", "fox")  # of adapters; PEFT mistakes a number for a part of a module name
