@@ -1,8 +1,9 @@
 """How much of K concepts is left after a merge: every way to merge × every way to choose columns, resumable.
 
 One command: `python eval/retention.py FOLDER [--seeds 0,1,2] [--schemes disjoint,random,shared] [--jobs 2]`. Every
-training, merge and score is a file in FOLDER that is made once; killed and run again, it goes on. What is there is
-summed up in --out: JSON, and a Markdown table and a plot beside it (matplotlib: the extra `eval`).
+training is a file in FOLDER that is made once; all merges and scores of a seed stand in one file in the folder beside
+--out, which is committed: another machine goes on with what is missing there. Killed and run again, it goes on. What is
+there is summed up in --out: JSON, and a Markdown table and a plot beside it (matplotlib: the extra `eval`).
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 from retention_bench import judge_all
-from retention_study import RANK, SCHEMES, Study, columns_of
+from retention_study import HOWS, RANK, SCHEMES, Study, columns_of
 from retention_summary import summarise, write_summary
 
 from sbora_diffusion.diffusion.base import load_base
@@ -40,12 +41,13 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
 
 
 def run(study: Study, schemes: Sequence[str], seeds: Sequence[int], jobs: int, out: Path) -> None:
-    """All cells, scheme by scheme and seed by seed, each training a process of its own; then the summary."""
-    for scheme, seed in [(scheme, seed) for scheme in schemes for seed in seeds]:
-        waiting = [name for name in study.concepts if not study.adapter_path(scheme, seed, name).exists()]
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(partial(_in_a_process, study, scheme, seed), waiting))
-        judge_all(study, scheme, seed)
+    """All cells, seed by seed and scheme by scheme, each training a process of its own; then the summary."""
+    for scheme, seed in [(scheme, seed) for seed in seeds for scheme in schemes]:
+        if study.missing(scheme, seed):
+            waiting = [name for name in study.concepts if not study.adapter_path(scheme, seed, name).exists()]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(partial(_in_a_process, study, scheme, seed), waiting))
+            judge_all(study, scheme, seed)
         write_summary(summarise(study, schemes, seeds), out)
 
 
@@ -58,13 +60,14 @@ def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where all cells lie.")],
     seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "0,1,2",
     schemes: Annotated[str, typer.Option(metavar="NAME,…", help="How columns are chosen.")] = ",".join(SCHEMES),
+    hows: Annotated[str, typer.Option(metavar="NAME,…", help="How concepts are merged.")] = ",".join(HOWS),
     jobs: Annotated[int, typer.Option(help="Trainings at once.")] = 2,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/retention.json"),
     train_cell: Annotated[str, typer.Option("--train", metavar="SCHEME:SEED:NAME", help="Only this cell.")] = "",
 ) -> None:
     """Measure what merges keep of concepts."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    study = Study(folder=folder)
+    study = Study(folder=folder, results=out.with_suffix(""), hows=tuple(hows.split(",")))
     if train_cell:
         scheme, seed, name = train_cell.split(":")
         return train_one(study, scheme, int(seed), name)

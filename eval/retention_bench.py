@@ -1,16 +1,16 @@
 """The cells of the retention study that are not trainings: merges, their objective, and judged pictures."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from retention_study import Study, planned
+from PIL import Image
+from retention_study import Cell, Study
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import Adapter, Factor, write_atomically
+from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.adapter.fuse import RIDGE, full_support, fuse, objective
 from sbora_diffusion.adapter.lbfgs import STEPS, gradient_fusion
 from sbora_diffusion.adapter.merge import merge, put_together
@@ -27,6 +27,7 @@ log = logging.getLogger("retention")
 
 PRIOR_WEIGHT = 1.0
 BATCH = 10  # pictures at once
+METRICS = ("text_mos", "image", "success")
 
 
 class Bench:
@@ -60,8 +61,8 @@ class Bench:
         """What `fuse` asks for."""
         return {key: self.moments(adapter)[key][index][:, index] for key, index in columns.items()}
 
-    def merged(self, how: str, names: Sequence[str]) -> Adapter:
-        """A merge; its time (without the drawing) and its objective are written down."""
+    def merged(self, how: str, names: Sequence[str]) -> tuple[Adapter, dict[str, float]]:
+        """A merge, its time (without the drawing) and its objective."""
         adapters, weights = [self.adapters[name] for name in sorted(names)], [1.0] * len(names)
         for adapter in (*adapters, None):
             self.moments(adapter)
@@ -75,11 +76,8 @@ class Bench:
                        for key, shape in self.base.layer_shapes.items()}  # fmt: skip
             result = put_together(adapters, weights, factors, {"how": how})
         seconds = time.perf_counter() - began
-        own, reached = self._objectives(result, adapters)
-        told = {"seconds": seconds, "objective": reached, "objective of nothing": own}
-        path = self.study.merge_path(self.scheme, self.seed, how, names)
-        write_atomically(path, json.dumps(told).encode())
-        return result
+        nothing, reached = self._objectives(result, adapters)
+        return result, {"seconds": seconds, "objective": reached, "objective of nothing": nothing}
 
     def _dense(self, how: str, key: str, adapters: Sequence[Adapter]) -> Tensor:
         deltas = [self._delta(adapter, key) for adapter in adapters]
@@ -105,33 +103,38 @@ class Bench:
             shares.append(reached / nothing[-1])
         return torch.stack(nothing).mean().item(), torch.stack(shares).mean().item()
 
-    def score(self, adapter: Adapter, how: str, size: int, names: Sequence[str]) -> None:
-        """Draw and judge each of these concepts with what is given, and write down every number."""
-        rows = []
+    def score(self, adapter: Adapter, cell: Cell) -> dict[str, dict[str, list[float]]]:
+        """Draw and judge each concept of a cell with what is given: name -> metric -> a number a prompt."""
+        how, size, names = cell
+        told, rows = {}, []
         with applied(self.base, [adapter]):
             for name in names:
                 concept = self.concepts[name]
                 prompts = self.suite.bind([concept.token])
-                pictures = []
-                for start in range(0, len(prompts), BATCH):
-                    texts = prompts[start : start + BATCH]
-                    pictures += generate(self.base, texts, seeds=[self.seed] * len(texts))
+                pictures = self._pictures(prompts)
                 found = score(pictures, prompts, self.judge, {concept.token: concept.class_noun}, [name])[name]
-                told = {metric: [round(x, 5) for x in values.tolist()] for metric, values in found.items()}
-                path = self.study.cell_path(self.scheme, self.seed, how, size, name)
-                write_atomically(path, json.dumps(told).encode())
+                told[name] = {metric: [round(x, 4) for x in found[metric].tolist()] for metric in METRICS}
                 rows.append((f"<{name}>, {how} of {size}", [("", picture) for picture in pictures[:10]]))
         page = self.study.folder / "sheets" / f"{self.scheme}-{self.seed}-{how}-{size}-{names[0]}.png"
         page.parent.mkdir(parents=True, exist_ok=True)
         sheet(rows, cell=64).save(page)
+        return told
+
+    def _pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
+        batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+        steps = self.study.sampling_steps
+        drawn = [generate(self.base, texts, seeds=[self.seed] * len(texts), steps=steps) for texts in batches]
+        return [picture for pictures in drawn for picture in pictures]
 
 
 def judge_all(study: Study, scheme: str, seed: int) -> None:
     """Every merge and score of one (scheme, seed) that is not there yet."""
-    bench: Bench | None = None
-    for how, size, names in planned(study):
-        if all(study.cell_path(scheme, seed, how, size, name).exists() for name in names):
-            continue
-        bench = bench or Bench(study, scheme, seed)
+    missing, found = study.missing(scheme, seed), study.found(scheme, seed)
+    if not missing:
+        return
+    bench = Bench(study, scheme, seed)
+    for cell in missing:
+        how, _, names = cell
         log.info("%s-%d: %s of %s", scheme, seed, how, "+".join(names))
-        bench.score(bench.adapters[names[0]] if how == "single" else bench.merged(how, names), how, size, names)
+        adapter, told = (bench.adapters[names[0]], {}) if how == "single" else bench.merged(how, names)
+        found.add(cell, bench.score(adapter, cell), told)

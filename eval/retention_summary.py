@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from retention_bench import METRICS
 from retention_study import Study, planned
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from sbora_diffusion.evaluation.alignment import bootstrap_interval
 
 log = logging.getLogger("retention")
 
-METRICS = ("text_mos", "image", "success")
 TITLES = {"text_mos": "text alignment (mos)", "image": "image alignment", "success": "recognised among 16"}
 
 
@@ -25,12 +25,12 @@ def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dic
     """Means of what is there, with bootstrap 95 % intervals over (concept, seed) and prompts; what is missing."""
     rows, missing = [], 0
     for scheme in schemes:
+        found = {seed: study.found(scheme, seed) for seed in seeds}
         for how, size in dict.fromkeys((how, size) for how, size, _ in planned(study)):
-            cells = {(seed, name): _read(study.cell_path(scheme, seed, how, size, name))
-                     for seed in seeds for name in study.concepts}  # fmt: skip
-            singles = {(seed, name): _read(study.cell_path(scheme, seed, "single", 1, name)) for seed, name in cells}
-            both = [(cells[key], singles[key]) for key in cells if cells[key] and singles[key]]
-            missing += len(cells) - len(both)
+            pairs = [(found[seed].scores(how, size, name), found[seed].scores("single", 1, name))
+                     for seed in seeds for name in study.concepts]  # fmt: skip
+            both = [(cell, single) for cell, single in pairs if cell and single]
+            missing += len(pairs) - len(both)
             if not both:
                 continue
             row: dict = {"scheme": scheme, "how": how, "size": size, "cells": len(both)}
@@ -39,20 +39,15 @@ def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dic
                 row[metric] = _estimate(after)
                 row[f"{metric} change"] = _estimate(after - before)
                 row[f"{metric} retention"] = (after.mean() / before.mean()).item()
-            merges = [
-                _read(study.merge_path(scheme, seed, how, names)) for seed in seeds for names in study.groups(size)
-            ]
+            merges = [found[seed].merged(how, names) for seed in seeds for names in study.groups(size)]
             done = [each for each in merges if each]
             for key in ("seconds", "objective"):
                 row[key] = sum(each[key] for each in done) / len(done) if done else None
             rows.append(row)
     return {"command": "python " + " ".join(sys.argv), "base": study.base, "judge": study.judge, "suite": study.suite,
+            "sampling steps": study.sampling_steps,
             "concepts": study.concepts, "seeds": list(seeds), "missing cells": missing, "versions": versions(),
             "rows": rows}  # fmt: skip
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def _estimate(values: Tensor) -> dict[str, float]:
