@@ -31,5 +31,5 @@ def bake_concepts(
     folder = out or pipelines / "+".join(adapter.spec.name for adapter in adapters)
     tokens = bake(load_base(base_name or adapters[0].spec.base_id), adapters, strengths, folder, force)
     log.info('next: sbora-diffusion generate "%s" --base %s', " and ".join(f"a {token}" for token in tokens), folder)
-    log.info('or, in Python: StableDiffusionPipeline.from_pretrained("%s", safety_checker=None)', folder)
+    log.info('or, in Python: DiffusionPipeline.from_pretrained("%s", safety_checker=None)', folder)
     return folder

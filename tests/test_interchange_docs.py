@@ -14,8 +14,8 @@ from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.generate import applied
 
 from .adapter.exchange.samples import layer_shapes, random_adapter
-from .adapter.exchange.tiny_sdxl import save_tiny_sdxl
 from .tiny_pipeline import save_tiny_pipeline
+from .tiny_sdxl import save_tiny_sdxl
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/interchange.md").read_text(), re.S)
 DRAW = """

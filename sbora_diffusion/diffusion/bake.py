@@ -4,9 +4,10 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -27,7 +28,7 @@ RECORD = "sbora.json"  # what was baked; also the sign that a folder may be over
 def bake(
     base: Base, adapters: Sequence[Adapter], strengths: Sequence[float], folder: Path, force: bool = False
 ) -> list[str]:
-    """Write a pipeline folder that `StableDiffusionPipeline.from_pretrained` loads, or nothing at all.
+    """Write a pipeline folder that `DiffusionPipeline.from_pretrained` loads, or nothing at all.
 
     Adapters of both sides, of any seed, on the same columns: all go together, for dense weights have room for sums. A
     name or token that several have is renamed in all but the first. The base model stays as it is.
@@ -50,7 +51,7 @@ def bake(
     place = folder.resolve()
     temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with applied(base, named, strengths), _plain_vocabulary(base):
+        with applied(base, named, strengths), _plain_vocabularies(base):
             base.pipeline.save_pretrained(temporary)
         _forget_origin(temporary)
         record = _record(base, adapters, named, strengths)
@@ -73,9 +74,16 @@ def _check_free(folder: Path, force: bool) -> None:
 
 
 @contextmanager
-def _plain_vocabulary(base: Base) -> Iterator[None]:
-    """Learned tokens as rows of the text encoder's own embedding, as a model without them would be saved."""
-    encoder = base.pipeline.text_encoder
+def _plain_vocabularies(base: Base) -> Iterator[None]:
+    """Learned tokens as rows of the text encoders' own embeddings, as models without them would be saved."""
+    with ExitStack() as stack:
+        for reader in base.learners:
+            stack.enter_context(_plain_vocabulary(base.component(reader.component)))
+        yield
+
+
+@contextmanager
+def _plain_vocabulary(encoder: Any) -> Iterator[None]:
     extended, size = encoder.get_input_embeddings(), encoder.config.vocab_size
     if not isinstance(extended, TokenEmbedding):
         yield

@@ -1,40 +1,55 @@
-"""Base models: the one place that knows where they lie, what is adapted in them and how wide it is."""
+"""Base models: a loaded pipeline, its family, and what adapters need to know about it."""
 
 import hashlib
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.hub import cache_if_offline, why
+from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader
+from sbora_diffusion.diffusion.families.known import family_of
+from sbora_diffusion.diffusion.loading import full_name, load_pipeline
 
-log = logging.getLogger(__name__)
-
-TARGETS = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded Stable Diffusion pipeline, frozen, and what adapters need to know about it."""
+    """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it."""
 
     id: str
-    pipeline: StableDiffusionPipeline
+    pipeline: Any
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.pipeline)
 
     def component(self, name: str) -> nn.Module:
-        """The U-Net or the text encoder."""
+        """The U-Net or transformer, or a text encoder."""
         return getattr(self.pipeline, name)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer."""
+        return self.component(self.family.denoiser)
+
+    @property
+    def adapted(self) -> dict[str, tuple[str, ...]]:
+        """Component -> ends of the names of its adapted layers."""
+        return {self.family.denoiser: self.family.targets} | {one.component: CLIP_ATTENTION for one in self.learners}
+
+    @property
+    def learners(self) -> list[Reader]:
+        """The text encoders that are adapted and learn tokens."""
+        return [reader for reader in self.family.present(self.pipeline) if reader.learns]
+
+    def tokenizer(self, reader: Reader) -> Any:
+        """A text encoder's tokenizer."""
+        return getattr(self.pipeline, reader.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -43,14 +58,14 @@ class Base:
     @property
     def resolution(self) -> int:
         """Pixels of a picture's side, as the model was trained."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        return self.family.latent_size(self.pipeline) * self.pipeline.vae_scale_factor
 
     @cached_property
     def layers(self) -> dict[str, nn.Linear]:
         """The layers that adapters may write, by "<component>.<canonical layer>"."""
         return {
             f"{component}.{canonical(name)}": module
-            for component, targets in TARGETS.items()
+            for component, targets in self.adapted.items()
             for name, module in self.component(component).named_modules()
             if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in targets))
         }
@@ -81,32 +96,52 @@ class Base:
         """How many columns (fa) or rows (fb) each adapted layer has."""
         return {key: shape[1 if side == "fa" else 0] for key, shape in self.layer_shapes.items()}
 
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        negative_prompt: str = "",
+        as_latents: bool = False,
+    ) -> Any:
+        """Pictures, or latents (n, channels, height, width), one for each prompt and seed.
+
+        A picture depends on its own prompt and seed only, not on what else is in the call.
+        """
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        drawing = Drawing(
+            prompts=prompts,
+            generators=generators,
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            as_latents=as_latents,
+        )
+        return self.family.draw(self.pipeline, drawing)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
+        return self.family.tokenize(self.pipeline, captions)
+
+    def predict(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """The answer to noisy latents at the timesteps t (n,), under the text encoders' reading of the ids."""
+        return self.family.predict(self.pipeline, noisy, t, ids)
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
+        """(n, 3, height, width) from -1 to 1, as the denoiser knows pictures."""
+        vae = self.pipeline.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
+
 
 def load_base(name: str) -> Base:
     """Load a base model in fp32, on the GPU if there is one.
 
     Args:
-        name: "emoji64" (ships with the package), a diffusers folder, or a model id of the hub.
+        name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, or a model id of the
+            hub.
     """
-    folder = files("sbora_diffusion") / "emoji64" / "weights" if name == "emoji64" else Path(name)
-    path = str(folder) if folder.is_dir() else name
-    if name == "emoji64" and not folder.is_dir():
-        raise SboraError("the emoji64 weights are not in this installation", "reinstall the package")
-    try:
-        with cache_if_offline():
-            pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
-    except (OSError, ValueError, KeyError) as error:
-        raise SboraError(
-            f"could not load base model {name!r}: {why(error)}",
-            "give emoji64, a folder in diffusers' format, or a hub id that can be reached",
-        ) from error
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise SboraError(f"base model {name!r} is a {type(pipeline).__name__}, expected a StableDiffusionPipeline")
-    return Base(name, _prepare(pipeline))
-
-
-def _prepare(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-        module.requires_grad_(False).eval()
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    name = full_name(name)
+    return Base(name, load_pipeline(name))

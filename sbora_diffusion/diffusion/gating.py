@@ -155,6 +155,11 @@ def live_concepts(
     Raises:
         SboraError: an adapter for another base model, or two that bring the same name or token.
     """
+    if base.family.name != "sd":
+        raise SboraError(
+            f"regions and gating are for Stable Diffusion 1.x and 2.x, {base.id} is a {base.family.pipeline}",
+            "leave out --region and gated",
+        )
     strengths = strengths or [1.0] * len(adapters)
     if len(strengths) != len(adapters):
         raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
@@ -168,7 +173,7 @@ def live_concepts(
     check_distinct(adapters)
     live = LiveConcepts(base, adapters, strengths)
     ordered = sorted(adapters, key=lambda adapter: adapter.spec.name)
-    embeddings = {key.split(".", 1)[1]: value for adapter in ordered for key, value in adapter.tokens.items()}
+    embeddings = {key: value for adapter in ordered for key, value in adapter.tokens.items()}
     with live.hooked():
         if not embeddings:
             yield live

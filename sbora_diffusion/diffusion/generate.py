@@ -4,15 +4,13 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import torch
 from PIL import Image
 
 from sbora_diffusion.adapter.columns import needs_original, written_factors, written_side
 from sbora_diffusion.adapter.file import Adapter, Factor, check_fits
 from sbora_diffusion.adapter.written import WrittenWeights
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.layerwise import layerwise_tokens
 from sbora_diffusion.diffusion.tokens import added_tokens
 from sbora_diffusion.errors import SboraError
@@ -31,7 +29,7 @@ class WrittenConcepts:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._weights = {component: WrittenWeights(base.component(component)) for component in TARGETS}
+        self._weights = {component: WrittenWeights(base.component(component)) for component in base.adapted}
         self._concepts: dict[str, tuple[Adapter, float]] = {}
         self._factors: dict[str, dict[str, Factor]] = {}
         self._tokens = ExitStack()
@@ -120,10 +118,9 @@ class WrittenConcepts:
         """The tokens of what is written now, in the order of the names."""
         self._tokens.close()
         adapters = [adapter for _, (adapter, _) in sorted(self._concepts.items())]
-        embeddings = {key.split(".", 1)[1]: value for adapter in adapters for key, value in adapter.tokens.items()}
-        layers = {adapter.spec.embedding_layers for adapter in adapters}
-        if max(layers, default=0):
-            counts = {key.split(".", 1)[1]: a.spec.embedding_layers for a in adapters for key in a.tokens}
+        embeddings = {key: value for adapter in adapters for key, value in adapter.tokens.items()}
+        if any(adapter.spec.embedding_layers for adapter in adapters):
+            counts = {key: adapter.spec.embedding_layers for adapter in adapters for key in adapter.tokens}
             self._tokens.enter_context(layerwise_tokens(self._base, embeddings, counts))
         elif embeddings:
             self._tokens.enter_context(added_tokens(self._base, embeddings))
@@ -194,19 +191,12 @@ def generate(
     if len(prompts) != len(seeds) or not prompts:
         raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
     check_tokens(base, prompts)
-    result: Any = base.pipeline(
-        list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        negative_prompt=[negative_prompt] * len(prompts),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-    )
-    return result.images
+    return base.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
 
 
 def check_tokens(base: Base, prompts: Sequence[str]) -> None:
     """SboraError for a `<token>` that no loaded concept brings."""
-    known = set(base.pipeline.tokenizer.get_added_vocab())
+    known = {word for reader in base.learners for word in base.tokenizer(reader).get_added_vocab()}
     for prompt in prompts:
         missing = sorted(set(TOKEN.findall(prompt)) - known)
         if missing:

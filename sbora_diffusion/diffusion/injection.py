@@ -16,8 +16,9 @@ from sbora_diffusion.adapter.basis import Interval, canonical
 from sbora_diffusion.adapter.dense import Dense
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import SboraLayer, attach
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.errors import SboraError
 from sbora_diffusion.methods import find_method, lora_config, method_side
 
 ADAPTER = "concept"  # its name inside PEFT
@@ -59,14 +60,14 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
 def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Injected]:
     layers: dict[str, dict[str, SboraLayer]] = {}
     try:
-        for component, targets in TARGETS.items():
+        for component, targets in base.adapted.items():
             model: Any = base.component(component)
             model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
             layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
         trained = {part: [layer.trained for layer in found.values()] for part, found in layers.items()}
         with ExitStack() as directly:
             if not config.erasure_weight:  # which reads the base weights at every step
-                for component in TARGETS:
+                for component in base.adapted:
                     directly.enter_context(direct_training(base.component(component), ADAPTER))
             yield Injected(trained, layers)
     finally:
@@ -80,7 +81,7 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # of the Kaiming factor
-            for component, targets in TARGETS.items():
+            for component, targets in base.adapted.items():
                 model: Any = base.component(component)
                 model.add_adapter(lora_config(config.rank, targets, kind == "dora"), adapter_name=ADAPTER)
                 found[component] = {canonical(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -152,6 +153,11 @@ class _Added(nn.Module):
 def _whole(base: Base) -> Iterator[Injected]:
     """ΔW of every cross-attention's keys and values, as Custom Diffusion (Kumari et al. 2023, section 3.1) trains."""
     layers = {key: layer for key, layer in base.layers.items() if key.endswith(CUSTOM_DIFFUSION)}
+    if base.family.denoiser != "unet":
+        raise SboraError(
+            "custom-diffusion trains a U-Net's cross-attention, which this base model has not",
+            "choose another --method",
+        )
     added = {key: _Added(layer.weight) for key, layer in layers.items()}
 
     def read() -> dict[str, Dense]:

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from sbora_diffusion.diffusion.base import Base
@@ -40,21 +39,26 @@ class LayerwiseEmbedding(nn.Module):
 
 def cross_attentions(base: Base) -> list[nn.Module]:
     """The U-Net's cross-attention layers, in the order of its modules: the order of a token's embeddings."""
-    if type(base.pipeline) is not StableDiffusionPipeline:
-        kind = type(base.pipeline).__name__
-        raise SboraError(f"embeddings for each layer need a StableDiffusionPipeline, got {kind}")
+    if base.family.name != "sd":
+        raise SboraError(
+            f"embeddings for each layer are for Stable Diffusion 1.x and 2.x, got a {base.family.pipeline}",
+            "train with --set layerwise_tokens=0",
+        )
     return [module for name, module in base.pipeline.unet.named_modules() if name.split(".")[-1] == "attn2"]
 
 
 @contextmanager
 def layerwise_tokens(
     base: Base, embeddings: Mapping[str, Tensor], counts: Mapping[str, int]
-) -> Iterator[LayerwiseEmbedding]:
+) -> Iterator[dict[str, LayerwiseEmbedding]]:
     """Add tokens to the pipeline, and leave it as it was at the end.
 
     Args:
-        embeddings: token -> (layers · n, hidden), layer by layer; or (n, hidden) for all layers.
-        counts: token -> layers, 0 for a token that is the same for all.
+        embeddings: "text_encoder.<token>" -> (layers · n, hidden), layer by layer; or (n, hidden) for all layers.
+        counts: by the same names, layers; 0 for a token that is the same for all.
+
+    Returns:
+        The text encoder's extended embedding, as `added_tokens` does.
 
     Raises:
         SboraError: embeddings for another number of layers than the model has.
@@ -66,7 +70,7 @@ def layerwise_tokens(
     blocks = {token: _by_layer(value, counts[token], len(layers)) for token, value in embeddings.items()}
     encoder: Any = base.pipeline.text_encoder
     with added_tokens(base, {token: block[0] for token, block in blocks.items()}) as plain, ExitStack() as stack:
-        vocabulary = plain.base
+        vocabulary = plain["text_encoder"].base
         learned = LayerwiseEmbedding(vocabulary, torch.cat(list(blocks.values()), dim=1).to(vocabulary.weight))
         encoder.set_input_embeddings(learned)
         hooks = [
@@ -79,7 +83,7 @@ def layerwise_tokens(
         ]
         for hook in hooks:
             stack.callback(hook.remove)
-        yield learned
+        yield {"text_encoder": learned}
 
 
 def _by_layer(value: Tensor, count: int, num_layers: int) -> Tensor:

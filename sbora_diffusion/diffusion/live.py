@@ -1,6 +1,6 @@
 """A concept inside the base model while it is trained: its method's weights, a token, and nothing left behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Live:
 
     base: Base
     injected: Injected
-    embedding: TokenEmbedding | LayerwiseEmbedding
+    tokens: Mapping[str, TokenEmbedding | LayerwiseEmbedding]  # by the text encoder's component
 
     @property
     def layers(self) -> dict[str, dict[str, SboraLayer]]:
@@ -38,35 +38,44 @@ class Live:
         """The trained weights, by component."""
         return self.injected.trained
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*(parameter for part in self.trained.values() for parameter in part), self.embedding.learned]
+    @property
+    def embeddings(self) -> list[nn.Parameter]:
+        """The token's, one a text encoder."""
+        return [embedding.learned for embedding in self.tokens.values()]
 
-    def learned(self) -> tuple[dict[str, Factor], dict[str, Dense], Tensor]:
-        """What a concept file holds: factors, dense changes, and the token's embeddings (n, hidden)."""
+    def parameters(self) -> list[nn.Parameter]:
+        return [*(parameter for part in self.trained.values() for parameter in part), *self.embeddings]
+
+    def learned(self) -> tuple[dict[str, Factor], dict[str, Dense], dict[str, Tensor]]:
+        """What a concept file holds: factors, dense changes, and by component the token's embeddings (n, hidden)."""
         factors: dict[str, Factor] = {}
         for component in self.layers:
             factors |= collect(self.base.component(component), ADAPTER, component)
-        rows = self.embedding.learned.detach().cpu().clone()
-        return factors, self.injected.dense(), rows.flatten(0, -2)
+        rows = {part: one.learned.detach().cpu().clone().flatten(0, -2) for part, one in self.tokens.items()}
+        return factors, self.injected.dense(), rows
 
 
 @contextmanager
 def live_concept(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> Iterator[Live]:
     """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
     start = class_embedding(base, concept.class_noun, config.token_vectors)
-    with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as embedding:
+    with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as tokens:
         if find_method(config.method).fixed_noun and config.token_vectors > 1:
-            embedding.learned.register_hook(_without_last)
-        yield Live(base, weights, embedding)
+            for embedding in tokens.values():
+                embedding.learned.register_hook(_without_last)
+        yield Live(base, weights, tokens)
 
 
 def _tokens(
-    base: Base, concept: Concept, start: Tensor, config: TrainConfig
-) -> AbstractContextManager[TokenEmbedding | LayerwiseEmbedding]:
+    base: Base, concept: Concept, start: Mapping[str, Tensor], config: TrainConfig
+) -> AbstractContextManager[Mapping[str, TokenEmbedding | LayerwiseEmbedding]]:
+    named = {f"{component}.{concept.token}": rows for component, rows in start.items()}
     if not config.layerwise_tokens:
-        return added_tokens(base, {concept.token: start})
+        return added_tokens(base, named)
     count = len(cross_attentions(base))
-    return layerwise_tokens(base, {concept.token: start.repeat(count, 1)}, {concept.token: count})
+    return layerwise_tokens(
+        base, {key: rows.repeat(count, 1) for key, rows in named.items()}, dict.fromkeys(named, count)
+    )
 
 
 def _without_last(gradient: Tensor) -> Tensor:

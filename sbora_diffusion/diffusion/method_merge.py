@@ -11,7 +11,6 @@ from sbora_diffusion.adapter.fuse import fuse
 from sbora_diffusion.adapter.merge import check_mergeable, in_order, merge, put_together
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import applied
-from sbora_diffusion.diffusion.latents import tokenize
 from sbora_diffusion.diffusion.moments import PRIOR_PROMPTS, DrawnInputs, own_prompts
 from sbora_diffusion.methods import default_weights, merge_choice
 
@@ -54,7 +53,7 @@ def word_states(base: Base, adapter: Adapter) -> Tensor:
     """(n, d): the text encoder's states at the concept's own words, in the prompts of its training."""
     with applied(base, [adapter]):
         known = base.pipeline.text_encoder.config.vocab_size
-        ids = tokenize(base, own_prompts(adapter))
+        ids = base.tokenize(own_prompts(adapter))
         states = base.pipeline.text_encoder(ids).last_hidden_state
     return states[ids >= known].cpu()
 
@@ -63,5 +62,5 @@ def word_states(base: Base, adapter: Adapter) -> Tensor:
 def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
     """(d, d): E[c cᵀ] of the text encoder's states of the prior prompts."""
     prompts = sorted({p for a in adapters for p in a.spec.recipe.get("prior_prompts") or PRIOR_PROMPTS})
-    states = base.pipeline.text_encoder(tokenize(base, prompts)).last_hidden_state.flatten(0, 1).double().cpu()
+    states = base.pipeline.text_encoder(base.tokenize(prompts)).last_hidden_state.flatten(0, 1).double().cpu()
     return states.T @ states / len(states)

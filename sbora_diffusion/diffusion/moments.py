@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +78,9 @@ class DrawnInputs:
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str]) -> None:
-        pipeline: Any = self._base.pipeline
         for seed in range(self._seeds):
-            pipeline(
-                list(prompts),
-                num_inference_steps=self._steps,
-                guidance_scale=self._guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed) for _ in prompts],
-                output_type="latent",
-            )
+            seeds = [seed] * len(prompts)
+            self._base.draw(prompts, seeds=seeds, steps=self._steps, guidance=self._guidance, as_latents=True)
 
 
 def own_prompts(adapter: Adapter) -> list[str]:

@@ -13,16 +13,8 @@ from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.erasure import Erasure
-from sbora_diffusion.diffusion.latents import (
-    Batch,
-    Noising,
-    answers,
-    draw_latents,
-    encode,
-    predict,
-    stratified_timesteps,
-    tokenize,
-)
+from sbora_diffusion.diffusion.families.noising import Noising
+from sbora_diffusion.diffusion.latents import Batch, answers, draw_latents, encode
 from sbora_diffusion.diffusion.live import Live
 from sbora_diffusion.diffusion.moments import recorded_inputs
 from sbora_diffusion.diffusion.quiet import Loudness
@@ -51,12 +43,12 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     everything else, other concepts' pictures included.
     """
     latents, captions = encode(base, concept, config)
-    noising, generator = Noising(base), torch.Generator().manual_seed(config.seed)
+    noising, generator = base.family.noising(base.pipeline), torch.Generator().manual_seed(config.seed)
     said = [say_plainly(caption, concept.token, concept.class_noun) for caption in captions]
-    prior = answers(base, latents, tokenize(base, said), noising, PRIOR_SIZE // 2, generator)
+    prior = answers(base, latents, base.tokenize(said), noising, PRIOR_SIZE // 2, generator)
     if not config.prior_prompts:
         return Data(latents, captions, prior, noising, {})
-    drawn, ids = draw_latents(base, config.prior_prompts, config), tokenize(base, config.prior_prompts)
+    drawn, ids = draw_latents(base, config.prior_prompts, config), base.tokenize(config.prior_prompts)
     with recorded_inputs(base) as moments:
         others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
     return Data(latents, captions, prior + others, noising, moments.means())
@@ -78,15 +70,18 @@ class Run:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
         self.best: Scored | None = None
         self._live, self._data, self._config, self._base = live, data, config, base
-        self._ids = tokenize(base, data.captions)
-        self._empty = tokenize(base, [""])
+        self._ids = base.tokenize(data.captions)
+        self._empty = base.tokenize([""])
         self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
         self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
-        rates = {"unet": config.learning_rate, "text_encoder": config.text_encoder_learning_rate}
         groups: list[dict[str, Any]] = [
-            {"params": parameters, "lr": rates[component]} for component, parameters in live.trained.items()
+            {
+                "params": parameters,
+                "lr": config.learning_rate if part == base.family.denoiser else config.text_encoder_learning_rate,
+            }
+            for part, parameters in live.trained.items()
         ]
-        groups.append({"params": [live.embedding.learned], "lr": config.token_learning_rate})
+        groups.append({"params": live.embeddings, "lr": config.token_learning_rate})
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate_factor(step, config))
 
@@ -101,7 +96,7 @@ class Run:
         batch, prior = self._concept_batch(generator), self._prior_batch(generator)
         both = [torch.cat(parts) for parts in zip(batch, prior, strict=True)]
         with self._erasure.recording(len(prior[0])) if self._erasure else nullcontext():
-            error = (predict(self._base, both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
+            error = (self._base.predict(both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
         own, held = error.split([len(batch[0]), len(prior[0])])
         loss = own.mean() + self._config.prior_weight * held.sum() / max(1, len(held))
         if self._loudness:
@@ -138,7 +133,7 @@ class Run:
         count, device = self._config.batch_size, self._base.device
         rows = torch.randint(len(self._data.latents), (count,), generator=generator)
         latents = self._data.latents[rows]
-        t = stratified_timesteps(count, self._data.noising.num_timesteps, generator).to(device)
+        t = self._data.noising.timesteps(count, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         dropped = torch.rand(count, 1, generator=generator) < self._config.caption_dropout
         ids = torch.where(dropped.to(device), self._empty, self._ids[rows])

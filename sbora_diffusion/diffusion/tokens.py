@@ -1,8 +1,9 @@
-"""Learned tokens beside a text encoder's vocabulary, which itself is never touched."""
+"""Learned tokens beside the text encoders' vocabularies, which themselves are never touched."""
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.families.family import Reader
 from sbora_diffusion.errors import SboraError
 
 
@@ -34,43 +36,68 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids >= size).unsqueeze(-1), new, known)
 
 
-def class_embedding(base: Base, class_noun: str, count: int) -> Tensor:
-    """Where a concept's token starts, (count, hidden): words that mean nothing yet, then the class noun.
+def class_embedding(base: Base, class_noun: str, count: int) -> dict[str, Tensor]:
+    """Where a concept's token starts in each text encoder, (count, hidden): words that mean nothing, then the noun.
 
     The last row is the mean embedding of the noun's tokens, the others the mean of the vocabulary: they stand where
     adjectives do.
     """
-    tokenizer = base.pipeline.tokenizer
+    return {reader.component: _start(base, reader, class_noun, count) for reader in base.learners}
+
+
+def _start(base: Base, reader: Reader, class_noun: str, count: int) -> Tensor:
+    tokenizer = base.tokenizer(reader)
     ids = torch.tensor(tokenizer(class_noun, add_special_tokens=False).input_ids, device=base.device)
     if len(ids) == 0:
         raise SboraError(f"the class noun {class_noun!r} has no token in {base.id}", "choose a word, such as dog")
-    vocabulary = base.pipeline.text_encoder.get_input_embeddings()
+    encoder: Any = base.component(reader.component)
+    vocabulary = encoder.get_input_embeddings()
     noun, nothing = vocabulary(ids).mean(0, keepdim=True), vocabulary.weight.mean(0, keepdim=True)
     return torch.cat([nothing.expand(count - 1, -1), noun]).detach()
 
 
 @contextmanager
-def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
-    """Add tokens to the pipeline, and leave tokenizer and encoder as they were at the end.
+def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[dict[str, TokenEmbedding]]:
+    """Add tokens to the pipeline, and leave tokenizers and encoders as they were at the end.
 
     A token of several vectors occupies several ids, `<dog>`, `<dog>_1` …, as diffusers' textual inversion does; the
     pipeline's own prompt conversion expands it.
 
     Args:
-        embeddings: token -> (n, hidden).
+        embeddings: "<component>.<token>" -> (n, hidden), such as "text_encoder.<dog>".
+
+    Returns:
+        The extended embedding of each text encoder that has one.
     """
-    pipeline, encoder = base.pipeline, base.pipeline.text_encoder
-    vocabulary = encoder.get_input_embeddings()
-    before = pipeline.tokenizer
-    pipeline.tokenizer = _copy_with(before, embeddings, vocabulary.num_embeddings)
+    by_component: dict[str, dict[str, Tensor]] = {}
+    for key, vectors in embeddings.items():
+        component, _, token = key.partition(".")
+        by_component.setdefault(component, {})[token] = vectors
+    readers = {reader.component: reader for reader in base.learners}
+    foreign = sorted(by_component.keys() - readers)
+    if foreign:
+        raise SboraError(f"a token is for the component {foreign[0]}, {base.id} learns them in {', '.join(readers)}")
+    with ExitStack() as stack:
+        yield {
+            component: stack.enter_context(_extended(base, readers[component], own))
+            for component, own in by_component.items()
+        }
+
+
+@contextmanager
+def _extended(base: Base, reader: Reader, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
+    encoder: Any = base.component(reader.component)
+    vocabulary, before = encoder.get_input_embeddings(), base.tokenizer(reader)
+    extended_tokenizer = _copy_with(before, embeddings, vocabulary.num_embeddings)
     rows = torch.cat([vectors.to(vocabulary.weight) for vectors in embeddings.values()])
     extended = TokenEmbedding(vocabulary, rows.clone())
+    setattr(base.pipeline, reader.tokenizer, extended_tokenizer)
     encoder.set_input_embeddings(extended)
     try:
         yield extended
     finally:
         encoder.set_input_embeddings(vocabulary)
-        pipeline.tokenizer = before
+        setattr(base.pipeline, reader.tokenizer, before)
 
 
 def _copy_with(

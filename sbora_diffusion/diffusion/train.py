@@ -1,4 +1,4 @@
-"""Train one concept by any method: weights in the U-Net's and the text encoder's attention, and its token."""
+"""Train one concept by any method: weights in the denoiser's and the text encoders' attention, and its token."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -133,4 +133,5 @@ def _result(
         method="" if is_plain else config.method,
         embedding_layers=len(cross_attentions(base)) if config.layerwise_tokens else 0,
     )
-    return Adapter(spec, factors, {f"text_encoder.{concept.token}": embeddings}, dense)
+    tokens = {f"{component}.{concept.token}": rows for component, rows in embeddings.items()}
+    return Adapter(spec, factors, tokens, dense)

@@ -164,7 +164,7 @@ def _describe(
         "vision": {"id": vision.id, "weights": vision.weights} if vision else None,
         "sampling": dict(vars(sampling)),
         "seeds": list(seeds),
-        "dtype": str(base.pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "device": base.device.type,
         "references": {c.name: {"pictures": len(c.pictures), "digest": picture_digest(c)} for c in concepts},
         "versions": versions(),

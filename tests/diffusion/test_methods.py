@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generate import applied, generate
@@ -64,7 +64,7 @@ def test_exactly_these_parameters_train(base: Base, concept: Concept, method: st
         assert sum(p.numel() for p in live.parameters()) == expected_count(base, method, config)
         assert all(p.requires_grad for p in live.parameters())
         ours = {id(p) for p in live.parameters()}
-        for component in TARGETS:
+        for component in base.adapted:
             others = [
                 n for n, p in base.component(component).named_parameters() if p.requires_grad and id(p) not in ours
             ]
@@ -150,7 +150,7 @@ def as_adapter(base: Base, name: str, method: str, config: TrainConfig, learned:
         method=method,
         embedding_layers=len(cross_attentions(base)) if config.layerwise_tokens else 0,
     )
-    return Adapter(spec, factors, {f"text_encoder.<{name}>": rows}, dense)
+    return Adapter(spec, factors, {f"text_encoder.<{name}>": rows["text_encoder"]}, dense)
 
 
 def random_adapter(base: Base, concept: Concept, name: str, method: str, seed: int) -> Adapter:
@@ -181,7 +181,7 @@ def test_custom_diffusions_noun_stays(base: Base, concept: Concept, tmp_path: Pa
     from sbora_diffusion.diffusion.tokens import class_embedding
 
     adapter = result(list(train(concept, base, None, short("custom-diffusion"), tmp_path)))
-    start, rows = class_embedding(base, "dog", 2), adapter.tokens["text_encoder.<rex>"]
+    start, rows = class_embedding(base, "dog", 2)["text_encoder"], adapter.tokens["text_encoder.<rex>"]
     assert torch.equal(rows[1], start[1])
     assert not torch.equal(rows[0], start[0])
     assert all(key.endswith((".attn2.to_k", ".attn2.to_v")) for key in adapter.dense)
@@ -200,7 +200,7 @@ def test_layers_read_their_own_embedding(base: Base, concept: Concept) -> None:
         seen.append([])
         answer(base)
         with torch.no_grad():
-            live.embedding.learned[1] += 1.0
+            live.embeddings[0][1] += 1.0
         seen.append([])
         answer(base)
         for hook in hooks:

@@ -7,7 +7,6 @@ from torch import nn
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.diffusion.latents import predict, tokenize
 from sbora_diffusion.diffusion.live import live_concept
 from sbora_diffusion.diffusion.moments import recorded_inputs
 from sbora_diffusion.diffusion.quiet import Loudness
@@ -20,13 +19,13 @@ INTERVAL = Interval(4, 4)
 
 def ask(base: Base) -> None:
     """Two prompts, one noisy picture each, in two calls."""
-    ids, size = tokenize(base, ["a dog", "a red cat at sea"]), base.pipeline.unet.config.sample_size
+    ids, size = base.tokenize(["a dog", "a red cat at sea"]), base.pipeline.unet.config.sample_size
     noisy = torch.randn(
         2, base.pipeline.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         for number in range(2):
-            predict(base, noisy[[number]], torch.tensor([500]), ids[[number]])
+            base.predict(noisy[[number]], torch.tensor([500]), ids[[number]])
 
 
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])

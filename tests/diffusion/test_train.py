@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval, indices
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion import run as run_module
-from sbora_diffusion.diffusion.base import TARGETS, Base
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.run import rate_factor
@@ -37,7 +36,7 @@ def assert_same(one: Adapter, other: Adapter) -> None:
 
 
 def snapshot(base: Base) -> dict[str, Tensor]:
-    modules = nn.ModuleDict({name: base.component(name) for name in TARGETS})
+    modules = nn.ModuleDict({name: base.component(name) for name in base.adapted})
     return {key: value.clone() for key, value in modules.state_dict().items()}
 
 
@@ -52,7 +51,7 @@ def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, 
         dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
         assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.basis_seed))
         assert factor.weight.abs().sum() > 0
-    start = class_embedding(base, concept.class_noun, config.token_vectors)
+    start = class_embedding(base, concept.class_noun, config.token_vectors)["text_encoder"]
     assert adapter.tokens["text_encoder.<rex>"].shape == start.shape
     assert not torch.equal(adapter.tokens["text_encoder.<rex>"], start)
     assert adapter.spec.tokens == {"<rex>": "dog"}
@@ -149,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
     def broken(base: Base, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         return base.pipeline.unet(noisy * float("nan"), t, base.pipeline.text_encoder(ids).last_hidden_state).sample
 
-    monkeypatch.setattr(run_module, "predict", broken)
+    monkeypatch.setattr(Base, "predict", broken)
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
         next(train(concept, base, INTERVAL, config, tmp_path))
     assert "learning_rate" in (caught.value.hint or "")
@@ -199,9 +198,10 @@ def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp
     config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")
     adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
     assert torch.equal(
-        adapter.tokens["text_encoder.<rex>"], class_embedding(base, concept.class_noun, config.token_vectors)
+        adapter.tokens["text_encoder.<rex>"],
+        class_embedding(base, concept.class_noun, config.token_vectors)["text_encoder"],
     )
-    moved = dict.fromkeys(TARGETS, False)
+    moved = dict.fromkeys(base.adapted, False)
     for key, factor in adapter.factors.items():
         moved[key.split(".")[0]] |= bool(factor.weight.abs().sum() > 0)
     assert moved == {"unet": True, "text_encoder": False}

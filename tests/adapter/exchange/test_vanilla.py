@@ -22,9 +22,9 @@ from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import applied
 
 from ...tiny_pipeline import save_tiny_pipeline
+from ...tiny_sdxl import save_tiny_sdxl
 from ..tiny import KINDS, TARGETS, Kind, Tiny, run
 from .samples import layer_shapes, random_adapter
-from .tiny_sdxl import save_tiny_sdxl
 
 PROMPT = "a <dog> and a <cat> in the snow"
 TOLERANCE = 1e-5  # of pixels between 0 and 1

@@ -1,0 +1,28 @@
+"""All families, and the short names of well-known base models."""
+
+from typing import Any
+
+from sbora_diffusion.diffusion.families.family import Family
+from sbora_diffusion.diffusion.families.unet import SD, SDXL
+from sbora_diffusion.errors import SboraError
+
+FAMILIES: tuple[Family, ...] = (SD, SDXL)
+ALIASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a loaded pipeline."""
+    return family_named(type(pipeline).__name__)
+
+
+def family_named(pipeline: str) -> Family:
+    """The family of a class of pipelines, such as "StableDiffusionXLPipeline"."""
+    for family in FAMILIES:
+        if family.pipeline == pipeline:
+            return family
+    known = ", ".join(family.pipeline for family in FAMILIES)
+    raise SboraError(f"the base model is a {pipeline}, which no training is written for", f"known are {known}")

@@ -1,0 +1,56 @@
+"""How pictures become noise, and what the model is to answer: diffusion, and flow matching."""
+
+from typing import Any, Protocol
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from sbora_diffusion.errors import SboraError
+
+
+class Noising(Protocol):
+    """A forward process."""
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) timesteps as the model is told them, one from each of `count` equally likely parts."""
+        ...
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy latents at the timesteps t (n,)."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model is to answer."""
+        ...
+
+
+class Diffusion:
+    """The forward process of a pipeline's scheduler."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self._kind = self._scheduler.config.prediction_type
+        if self._kind not in ("epsilon", "v_prediction"):
+            raise SboraError(
+                f"the base model predicts {self._kind!r}, expected epsilon or v_prediction",
+                "its scheduler/scheduler_config.json says so",
+            )
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64, stratified over the whole range."""
+        number = self._scheduler.config.num_train_timesteps
+        return (stratified(count, generator) * number).long().clamp(max=number - 1)
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy latents at the timesteps t (n,)."""
+        return self._scheduler.add_noise(latents, noise, t)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise, or v (Salimans & Ho 2022)."""
+        return noise if self._kind == "epsilon" else self._scheduler.get_velocity(latents, noise, t)
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) from 0 to 1, one from each of `count` equal parts."""
+    return (torch.arange(count) + torch.rand(count, generator=generator)) / count

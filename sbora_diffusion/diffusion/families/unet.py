@@ -1,0 +1,69 @@
+"""The families with a U-Net: Stable Diffusion 1.x and 2.x (emoji64 too), and SDXL."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.diffusion.families.family import ATTENTION, Family, Reader, draw_with_negative
+from sbora_diffusion.diffusion.families.noising import Diffusion
+
+
+def _predict(pipeline: Any, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    states = pipeline.text_encoder(ids).last_hidden_state
+    return pipeline.unet(noisy, t, states).sample
+
+
+def _predict_xl(pipeline: Any, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    """Both encoders' last but one states side by side, the second's pooled answer, and the picture's size.
+
+    The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole picture of the size it has.
+    """
+    first, second = SDXL.split(pipeline, ids)
+    one = pipeline.text_encoder(first, output_hidden_states=True)
+    two = pipeline.text_encoder_2(second, output_hidden_states=True)
+    states, pooled = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two[0]
+    if pipeline.config.force_zeros_for_empty_prompt:
+        told = (ids != SDXL.tokenize(pipeline, [""])).any(1)
+        states, pooled = states * told[:, None, None], pooled * told[:, None]
+    added = {"text_embeds": pooled, "time_ids": _size(noisy, pipeline.vae_scale_factor)}
+    return pipeline.unet(noisy, t, states, added_cond_kwargs=added).sample
+
+
+def _size(noisy: Tensor, scale: int) -> Tensor:
+    """(n, 6): original height and width, top and left of the crop, target height and width, in pixels."""
+    height, width = noisy.shape[-2] * scale, noisy.shape[-1] * scale
+    size: Sequence[int] = (height, width, 0, 0, height, width)
+    return torch.tensor([size] * len(noisy), dtype=noisy.dtype, device=noisy.device)
+
+
+def _latent_size(pipeline: Any) -> int:
+    return pipeline.unet.config.sample_size
+
+
+SD = Family(
+    name="sd",
+    pipeline="StableDiffusionPipeline",
+    denoiser="unet",
+    targets=ATTENTION,
+    readers=(Reader(component="text_encoder", tokenizer="tokenizer"),),
+    predict=_predict,
+    noising=Diffusion,
+    draw=draw_with_negative,
+    latent_size=_latent_size,
+)
+SDXL = Family(
+    name="sdxl",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    targets=ATTENTION,
+    readers=(
+        Reader(component="text_encoder", tokenizer="tokenizer"),
+        Reader(component="text_encoder_2", tokenizer="tokenizer_2"),
+    ),
+    predict=_predict_xl,
+    noising=Diffusion,
+    draw=draw_with_negative,
+    latent_size=_latent_size,
+)

@@ -1,0 +1,84 @@
+"""For every family: a tiny random pipeline, loaded by the real code, and two concepts that were trained in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.concept import Concept, Picture
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.train import train
+
+from ...tiny_pipeline import save_tiny_pipeline
+from ...tiny_sdxl import save_tiny_sdxl
+
+SAVERS: dict[str, Callable[[Path], Path]] = {"sd": save_tiny_pipeline, "sdxl": save_tiny_sdxl}
+SETTINGS = {
+    "rank": "4", "steps": "3", "save_every": "2", "preview_every": "0", "sampling_steps": "2", "crops": "1",
+    "warmup_steps": "1", "learning_rate": "0.05", "text_encoder_learning_rate": "0.05", "token_learning_rate": "0.1",
+    "token_vectors": "2", "preview_prompts": "a {token}", "prior_prompts": "a cat",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Life:
+    """What the tests of a family share: the saved pipeline, its base, and two trained concepts."""
+
+    folder: Path
+    base: Base
+    concepts: tuple[Concept, Concept]
+    adapters: tuple[Adapter, Adapter]
+
+    def config(self, **settings: str) -> TrainConfig:
+        return TrainConfig.from_recipe(self.base.family.name, "sbora-fa", SETTINGS | settings)
+
+
+@pytest.fixture(scope="module", params=list(SAVERS))
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
+    folder = tmp_path_factory.mktemp(request.param)
+    base = load_base(str(SAVERS[request.param](folder / "tiny")))
+    config = TrainConfig.from_recipe(base.family.name, "sbora-fa", SETTINGS)
+    concepts = (make_concept(folder, "rex", "red"), make_concept(folder, "tom", "blue"))
+    intervals = (Interval(0, 4), Interval(4, 4))
+    rex, tom = (
+        last_of(concept, base, interval, config, folder / f"{concept.name}-run")
+        for concept, interval in zip(concepts, intervals, strict=True)
+    )
+    return Life(folder / "tiny", base, concepts, (rex, tom))
+
+
+def last_of(
+    concept: Concept, base: Base, interval: Interval, config: TrainConfig, run: Path, resume: bool = False
+) -> Adapter:
+    *_, last = train(concept, base, interval, config, run, resume)
+    assert last.adapter is not None
+    return last.adapter
+
+
+def make_concept(folder: Path, name: str, colour: str) -> Concept:
+    path = folder / f"{name}.png"
+    Image.new("RGB", (40, 40), colour).save(path)
+    picture = Picture(path=path, caption=f"a <{name}>")
+    return Concept(name=name, token=f"<{name}>", class_noun="dog", pictures=(picture,))
+
+
+def draw_plain(pipeline: Any, prompt: str) -> np.ndarray:
+    """(height, width, 3) numbers between 0 and 1, drawn as anybody would, without a line of ours."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np", "generator": generator}
+    return pipeline(prompt, height=16, width=16, **options).images[0]
+
+
+def vanilla(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
