@@ -23,6 +23,7 @@ from retention_summary import summarise, write_summary
 from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.train import train
 
 log = logging.getLogger("retention")
@@ -33,7 +34,7 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
     path, run = study.adapter_path(scheme, seed, name), study.folder / "runs" / f"{scheme}-{seed}" / name
     interval, basis_seed = columns_of(scheme, seed, study.concepts.index(name))
     settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"}
-    config = TrainConfig.from_recipe(study.base, "sbora-fa", settings | dict(study.overrides or {}))
+    config = TrainConfig.from_recipe(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
     concept, base = load_concept(name, default_roots()), load_base(study.base)
     for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
         if step.adapter:

@@ -14,6 +14,7 @@ from sbora_diffusion.cli_render import TrainingProgress
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.run_folder import RunFolder, append_log
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
@@ -37,7 +38,7 @@ def train_concept(
     force: bool,
 ) -> list[Path]:
     """Train a concept; the paths of what was written: the concept file and the picture of before and after."""
-    config = TrainConfig.from_recipe(base_name, method, overrides)
+    config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)
     interval = Interval.parse(pinned) if pinned else None
     concept = load_concept(name_or_folder, default_roots())
     path, run = library.path(concept.name), runs / concept.name
@@ -84,7 +85,7 @@ def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: 
     library.path(name)  # refuses what cannot be a file's name
     if not find_method(method).owns_interval:
         raise SboraError(f"{method} owns no columns", "nothing is to be reserved: just train")
-    config = TrainConfig.from_recipe(base_name, method, {"rank": str(rank)})
+    config = TrainConfig.from_recipe(recipe_base(base_name), method, {"rank": str(rank)})
     wanted = Interval.parse(pinned) if pinned else None
     base = load_base(base_name)
     space = space_of(base, method_side(method), config.basis_seed)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.fuse import objective
 
-STEPS = {"text_encoder": 500, "unet": 50}  # of the paper's code
+STEPS = {"text_encoder": 500, "text_encoder_2": 500, "unet": 50, "transformer": 50}  # of the paper's code
 
 
 def gradient_fusion(

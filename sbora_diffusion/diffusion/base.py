@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
-from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader
+from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader, Text
 from sbora_diffusion.diffusion.families.known import family_of
 from sbora_diffusion.diffusion.loading import full_name, load_pipeline
 
@@ -125,9 +125,13 @@ class Base:
         """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
         return self.family.tokenize(self.pipeline, captions)
 
+    def read(self, ids: Tensor) -> Text:
+        """What the text encoders make of such ids."""
+        return self.family.read(self.pipeline, ids)
+
     def predict(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """The answer to noisy latents at the timesteps t (n,), under the text encoders' reading of the ids."""
-        return self.family.predict(self.pipeline, noisy, t, ids)
+        return self.family.answer(self.pipeline, noisy, t, self.read(ids))
 
     def to_latents(self, pixels: Tensor) -> Tensor:
         """(n, 3, height, width) from -1 to 1, as the denoiser knows pictures."""

@@ -89,10 +89,14 @@ class TrainConfig:
             raise SboraError(f"got preview_prompts={list(self.preview_prompts)}, expected texts that contain {{token}}")
 
     @classmethod
-    def from_recipe(cls, base_id: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":
-        """The recipe of this base and method (or the default one) with `overrides` ("key": "value") over it."""
+    def from_recipe(cls, base: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":
+        """The recipe of a base and method (or the default one) with `overrides` ("key": "value") over it.
+
+        Args:
+            base: "emoji64" or the name of a family, as `loading.recipe_base` knows it of every base model.
+        """
         find_method(method)
-        recipe = f"{base_id.replace('/', '-')}-{method}"
+        recipe = f"{base}-{method}"
         if not (_RECIPES / f"{recipe}.toml").is_file():
             recipe = f"default-{method}"
         settings = _read_recipe(recipe) | {"method": method}

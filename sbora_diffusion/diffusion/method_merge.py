@@ -50,17 +50,17 @@ def merge_by_method(
 
 @torch.no_grad()
 def word_states(base: Base, adapter: Adapter) -> Tensor:
-    """(n, d): the text encoder's states at the concept's own words, in the prompts of its training."""
+    """(n, d): the text encoders' states at the concept's own words, in the prompts of its training."""
     with applied(base, [adapter]):
-        known = base.pipeline.text_encoder.config.vocab_size
         ids = base.tokenize(own_prompts(adapter))
-        states = base.pipeline.text_encoder(ids).last_hidden_state
-    return states[ids >= known].cpu()
+        states = base.read(ids).states
+    own = base.family.split(base.pipeline, ids)[0]
+    return states[own >= base.pipeline.text_encoder.config.vocab_size].cpu()
 
 
 @torch.no_grad()
 def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
-    """(d, d): E[c cᵀ] of the text encoder's states of the prior prompts."""
+    """(d, d): E[c cᵀ] of the text encoders' states of the prior prompts."""
     prompts = sorted({p for a in adapters for p in a.spec.recipe.get("prior_prompts") or PRIOR_PROMPTS})
-    states = base.pipeline.text_encoder(base.tokenize(prompts)).last_hidden_state.flatten(0, 1).double().cpu()
+    states = base.read(base.tokenize(prompts)).states.flatten(0, 1).double().cpu()
     return states.T @ states / len(states)

@@ -17,6 +17,7 @@ from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.method_merge import merge_by_method
 from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.diffusion.train import train
@@ -66,7 +67,7 @@ class Comparison:
         if any(not equals for _, equals, _ in pairs):
             raise SboraError(f"got {variant!r}, expected method or method:key=value,key=value")
         settings = self.settings | {key: value for key, _, value in pairs} | {"seed": str(seed), "preview_every": "0"}
-        return TrainConfig.from_recipe(self.base, method, settings)
+        return TrainConfig.from_recipe(recipe_base(self.base), method, settings)
 
     def groups(self, size: int) -> list[tuple[str, ...]]:
         """Neighbours, so that every concept is in one merge of each size."""

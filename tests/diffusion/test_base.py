@@ -7,6 +7,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.loading import full_name, recipe_base
 from sbora_diffusion.errors import SboraError
 
 
@@ -45,6 +46,28 @@ def test_the_embedded_base_model() -> None:
     assert base.resolution == 64
     assert base.width("fa") == base.width("fb") == 128
     assert len(base.layers) == 72
+
+
+def test_short_names_stand_for_hub_ids_unless_there_is_such_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert full_name("sdxl") == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert full_name("somebody/sdxl") == "somebody/sdxl"
+    (tmp_path / "sdxl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert full_name("sdxl") == "sdxl"
+
+
+def test_recipes_are_chosen_by_family(tiny_folder: Path) -> None:
+    assert recipe_base("emoji64") == "emoji64"
+    assert recipe_base(str(tiny_folder)) == "sd"
+
+
+def test_a_pipeline_of_no_known_family(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline", "_diffusers_version": "0.30.0"}')
+    with pytest.raises(SboraError, match="is a KandinskyPipeline, which no training is written for") as caught:
+        load_base(str(tmp_path))
+    assert "StableDiffusionXLPipeline" in (caught.value.hint or "")
 
 
 def test_neither_folder_nor_model(tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ class Reader:
     length: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What the text encoders have read: states (n, tokens, hidden), and for some families a summary (n, width)."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """What is to be drawn: a picture for each prompt and generator."""
@@ -50,7 +58,8 @@ class Family:
         denoiser: the component that draws: "unet" or "transformer".
         targets: the denoiser's adapted layers, by the ends of their names.
         readers: its text encoders, in the order of their token ids.
-        predict: noisy latents (n, c, h, w), timesteps (n,) and token ids (n, length) to the answer (n, c, h, w).
+        read: token ids (n, length) to what the text encoders make of them.
+        answer: noisy latents (n, c, h, w) and timesteps (n,), under a text, to the answer (n, c, h, w).
         noising: how pictures become noise, and what the answer is to be.
         draw: pictures, or latents (n, c, h, w).
         latent_size: height and width of the latents of a picture as the model was trained.
@@ -61,7 +70,8 @@ class Family:
     denoiser: str
     targets: tuple[str, ...]
     readers: tuple[Reader, ...]
-    predict: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    read: Callable[[Any, Tensor], Text]
+    answer: Callable[[Any, Tensor, Tensor, Text], Tensor]
     noising: Callable[[Any], Noising]
     draw: Callable[[Any, Drawing], Any]
     latent_size: Callable[[Any], int]

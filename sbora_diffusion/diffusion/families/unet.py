@@ -6,29 +6,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.diffusion.families.family import ATTENTION, Family, Reader, draw_with_negative
+from sbora_diffusion.diffusion.families.family import ATTENTION, Family, Reader, Text, draw_with_negative
 from sbora_diffusion.diffusion.families.noising import Diffusion
 
 
-def _predict(pipeline: Any, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-    states = pipeline.text_encoder(ids).last_hidden_state
-    return pipeline.unet(noisy, t, states).sample
+def _read(pipeline: Any, ids: Tensor) -> Text:
+    return Text(pipeline.text_encoder(ids).last_hidden_state)
 
 
-def _predict_xl(pipeline: Any, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-    """Both encoders' last but one states side by side, the second's pooled answer, and the picture's size.
+def _answer(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+    return pipeline.unet(noisy, t, text.states).sample
 
-    The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole picture of the size it has.
+
+def _read_xl(pipeline: Any, ids: Tensor) -> Text:
+    """Both encoders' last but one states side by side, and the second's pooled answer.
+
+    No prompt at all is all zeros, if the pipeline says that the model was trained so.
     """
     first, second = SDXL.split(pipeline, ids)
     one = pipeline.text_encoder(first, output_hidden_states=True)
     two = pipeline.text_encoder_2(second, output_hidden_states=True)
     states, pooled = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two[0]
     if pipeline.config.force_zeros_for_empty_prompt:
-        told = (ids != SDXL.tokenize(pipeline, [""])).any(1)
-        states, pooled = states * told[:, None, None], pooled * told[:, None]
-    added = {"text_embeds": pooled, "time_ids": _size(noisy, pipeline.vae_scale_factor)}
-    return pipeline.unet(noisy, t, states, added_cond_kwargs=added).sample
+        is_said = (ids != SDXL.tokenize(pipeline, [""])).any(1)
+        states, pooled = states * is_said[:, None, None], pooled * is_said[:, None]
+    return Text(states, pooled)
+
+
+def _answer_xl(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+    """The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole picture of its size."""
+    added = {"text_embeds": text.pooled, "time_ids": _size(noisy, pipeline.vae_scale_factor)}
+    return pipeline.unet(noisy, t, text.states, added_cond_kwargs=added).sample
 
 
 def _size(noisy: Tensor, scale: int) -> Tensor:
@@ -48,7 +56,8 @@ SD = Family(
     denoiser="unet",
     targets=ATTENTION,
     readers=(Reader(component="text_encoder", tokenizer="tokenizer"),),
-    predict=_predict,
+    read=_read,
+    answer=_answer,
     noising=Diffusion,
     draw=draw_with_negative,
     latent_size=_latent_size,
@@ -62,7 +71,8 @@ SDXL = Family(
         Reader(component="text_encoder", tokenizer="tokenizer"),
         Reader(component="text_encoder_2", tokenizer="tokenizer_2"),
     ),
-    predict=_predict_xl,
+    read=_read_xl,
+    answer=_answer_xl,
     noising=Diffusion,
     draw=draw_with_negative,
     latent_size=_latent_size,
