@@ -1,5 +1,6 @@
 """Where a base model lies and what family it is of: a folder, a model of the hub, or a short name for one."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
@@ -18,6 +20,7 @@ from sbora_diffusion.hub import cache_if_offline, why
 log = logging.getLogger(__name__)
 
 EMBEDDED = "emoji64"
+INDEX = "model_index.json"  # of every pipeline in diffusers' format: its class
 
 
 def full_name(name: str) -> str:
@@ -36,9 +39,11 @@ def find_family(name: str) -> Family:
     Raises:
         SboraError: neither a folder nor a model that can be reached, or of no family that is known.
     """
+    path = Path(_path(name))
     with _told(name):
-        settings: Any = DiffusionPipeline.load_config(_path(name))
-    return family_named(settings["_class_name"])
+        index = path / INDEX if path.is_dir() else Path(hf_hub_download(name, INDEX))
+        kind = json.loads(index.read_bytes())["_class_name"]
+    return family_named(kind)
 
 
 def load_pipeline(name: str) -> Any:
