@@ -42,7 +42,7 @@ def direct_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
     Returns:
         The names of the modules that are trained directly.
     """
-    shared = _shared_storages(model)
+    shared = _shared_places(model)
     found = {
         name: DirectWeight(module, adapter)
         for name, module in model.named_modules()
@@ -58,10 +58,15 @@ def direct_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
             direct.module.direct = None
 
 
-def _shared_storages(model: nn.Module) -> set[int]:
-    """Addresses of the parameters that have several names."""
-    seen = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {address for address, count in seen.items() if count > 1}
+def _shared_places(model: nn.Module) -> set[int]:
+    """Places of the parameters that have several names."""
+    seen = Counter(map(_place, (parameter for _, parameter in model.named_parameters(remove_duplicate=False))))
+    return {place for place, count in seen.items() if count > 1}
+
+
+def _place(parameter: Tensor) -> int:
+    """Its address; on the meta device, where there is none, its identity."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def _is_writable(module: Any, adapter: str, shared: set[int]) -> bool:
@@ -71,7 +76,7 @@ def _is_writable(module: Any, adapter: str, shared: set[int]) -> bool:
     if not has_known_frozen_weight(base) or type(base.weight) is not nn.Parameter or is_quantised(base.weight):
         return False
     is_sharded = any(hasattr(base.weight, mark) for mark in ("_fsdp_flattened", "ds_id"))
-    return not is_sharded and base.weight.data_ptr() not in shared
+    return not is_sharded and _place(base.weight) not in shared
 
 
 class DirectWeight:

@@ -1,0 +1,132 @@
+"""(b) A whole training step: the attention layers of SD1.5, a U-Net of its shape, and emoji64 as `train` does it.
+
+    python benchmarks/bench_step.py [--device cpu] [--rounds 7] [--tiny] [--out FILE]
+
+A step is forward, backward and AdamW on the adapter. The base way is the frozen model: forward, and backward to the
+inputs only. The U-Net has random weights and, on a CPU, a latent of 32 × 32 instead of 64 × 64, for time.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from bench_common import (
+    Device,
+    Out,
+    Rounds,
+    Row,
+    Tiny,
+    compared,
+    new_app,
+    prepare,
+    save,
+    take_turns,
+)
+from bench_models import SD15_BLOCKS, TARGETS, WAYS, AttentionStack, adapted, sd15_unet, trained, unet_inputs
+from torch import Tensor, nn
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion.base import load_base
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.live import live_concept
+from sbora_diffusion.diffusion.run import Run, prepare_data
+
+RANKS = (8, 32)
+EMOJI64 = {  # way -> method, quiet_weight
+    "base": ("textual-inversion", "0"),
+    "peft": ("lora", "0"),
+    "fa direct": ("sbora-fa", "0"),
+    "fb direct": ("sbora-fb", "0"),
+    "fa direct, quiet": ("sbora-fa", "100"),
+}
+TINY = {"batch_size": "1", "prior_batch": "1", "crops": "1", "sampling_steps": "1"}
+
+app = new_app()
+
+
+@app.command()
+def main(device: Device = "cpu", rounds: Rounds = 7, tiny: Tiny = False, out: Out = None) -> None:
+    """Measure, and save the numbers."""
+    target = prepare(device)
+    rows = []
+    for rank in RANKS[:1] if tiny else RANKS:
+        rows += measure_stack(((32, 16, 1),) if tiny else SD15_BLOCKS, rank, rounds, target)
+    rows += measure_unet(tiny, RANKS[0], max(1, rounds // 2), target)
+    rows += measure_emoji64(tiny, rounds, target)
+    save("step", target, rows, out, rounds=rounds, tiny=tiny)
+
+
+def measure_stack(blocks: Sequence[tuple[int, int, int]], rank: int, rounds: int, device: torch.device) -> list[Row]:
+    """The linear layers of the attentions alone."""
+    base = AttentionStack(blocks).to(device)
+    inputs = base.inputs()
+    return _measure(base, WAYS, inputs, rank, rounds, device, model="SD1.5's attention layers")
+
+
+def measure_unet(tiny: bool, rank: int, rounds: int, device: torch.device) -> list[Row]:
+    """The whole U-Net."""
+    size = 8 if tiny else 32 if device.type == "cpu" else 64
+    base = sd15_unet(tiny).to(device)
+    ways = tuple(way for way in WAYS if not way.startswith("fb"))
+    about = f"SD1.5's U-Net, latent {size}×{size}"
+    return _measure(base, ways, unet_inputs(size, 1, device), rank, rounds, device, model=about)
+
+
+def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
+    """`train`'s own steps with the methods' recipes, on the same data; the base way learns the token only. The closed
+    form of loudness, which only SBoRA has, is left out, and is in a way of its own."""
+    concept, data, ways = load_concept("dog", default_roots()), None, {}
+    with ExitStack() as stack:
+        for way, (method, quiet_weight) in list(EMOJI64.items())[: 3 if tiny else None]:
+            settings = {"quiet_weight": quiet_weight} | (TINY if tiny else {})
+            config = TrainConfig.from_recipe("emoji64", method, settings)
+            base = load_base("emoji64")
+            assert base.layers  # looked up before PEFT wraps them
+            data = data or prepare_data(concept, base, config)
+            interval = Interval(0, config.rank) if way.startswith("f") else None
+            live = stack.enter_context(live_concept(concept, base, interval, config))
+            ways[way] = _advance(Run(live, data, config, base))
+        return compared(take_turns(ways, rounds, device), model="emoji64, `train`", rank=8)
+
+
+def _advance(run: Run) -> Callable[[], None]:
+    def step() -> None:
+        run.advance(run.step)
+
+    return step
+
+
+def _measure(
+    base: nn.Module,
+    ways: Sequence[str],
+    inputs: Sequence[Tensor],
+    rank: int,
+    rounds: int,
+    device: torch.device,
+    **about: Any,
+) -> list[Row]:
+    with ExitStack() as stack:
+        steps = {way: _step(adapted(base, way, rank, TARGETS, stack), inputs) for way in ways}
+        times = take_turns(steps, rounds, device)
+    return compared(times, **about, rank=rank)
+
+
+def _step(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(trained(model) or [torch.zeros(1, requires_grad=True)], lr=1e-4)
+
+    def run() -> None:
+        for tensor in inputs:
+            tensor.grad = None
+        optimizer.zero_grad()
+        output: Any = model(*inputs)
+        outputs = output if isinstance(output, list) else [output.sample]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        optimizer.step()
+
+    return run
+
+
+if __name__ == "__main__":
+    app()

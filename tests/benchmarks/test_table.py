@@ -1,0 +1,34 @@
+"""docs/benchmarks.md says what the committed results say."""
+
+import json
+
+import bench_table as table
+from bench_common import RESULTS
+
+
+def test_ways_stand_side_by_side() -> None:
+    rows = [
+        {"rank": 8, "way": "base", "ms": 2.0, "of peft": 0.5, "of base": 1.0},
+        {"rank": 8, "way": "peft", "ms": 4.0, "of peft": 1.0, "of base": 2.0},
+        {"rank": 8, "way": "fa", "ms": 3.0, "of peft": 0.75, "of base": 1.5},
+        {"rank": 32, "way": "base", "ms": 5.0, "of peft": 1.0, "of base": 1.0},
+    ]
+    assert table.table(table.side_by_side(rows)).splitlines() == [
+        "| rank | base, ms | peft | fa |",
+        "| --- | --- | --- | --- |",
+        "| 8 | 2.0 | 1.00 / 2.00 | 0.75 / 1.50 |",
+        "| 32 | 5.0 |  |  |",
+    ]
+
+
+def test_every_benchmark_explains_itself() -> None:
+    for number, name in enumerate(table.ORDER):
+        title, text = table.explanation(name)
+        assert title.startswith(f"({'abcdef'[number]}) ")
+        assert title.endswith(".")
+        assert len(text) > 40
+
+
+def test_the_document_is_up_to_date() -> None:
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    assert table.DOCUMENT.read_text() == table.document(results)
