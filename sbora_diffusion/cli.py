@@ -43,7 +43,10 @@ app = typer.Typer(
 )
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
-Base = Annotated[str, typer.Option(metavar="ID", help="emoji64, a folder in diffusers' format, or a hub id.")]
+Base = Annotated[
+    str,
+    typer.Option(metavar="ID", help="emoji64, sd15, sd21, sdxl, sd3, flux, a folder, a checkpoint file or a hub id."),
+]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 Numbers = Annotated[str, typer.Option(metavar="W,W,…", help="One factor for each adapter, 1 for all by default.")]
 

@@ -22,7 +22,7 @@ COLLISIONS = ("refuse", "keep")
 NEXT = {
     "diffusers": 'pipeline.load_lora_weights("{folder}")',
     "kohya": "put the file into ComfyUI's models/loras, and embeddings/ into models/embeddings",
-    "peft": 'PeftModel.from_pretrained(pipeline.unet, "{folder}/unet")',
+    "peft": 'PeftModel.from_pretrained(pipeline.{denoiser}, "{folder}/{denoiser}")',
 }
 
 
@@ -42,7 +42,7 @@ def export_concept(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         force=force,
     )
-    log.info("next: %s; see docs/interchange.md", NEXT[to].format(folder=folder))
+    log.info("next: %s; see docs/interchange.md", NEXT[to].format(folder=folder, denoiser=base.family.denoiser))
     return paths
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from PIL import Image
 
@@ -16,6 +17,7 @@ from sbora_diffusion.diffusion.generate import applied
 from .adapter.exchange.samples import layer_shapes, random_adapter
 from .tiny_pipeline import save_tiny_pipeline
 from .tiny_sdxl import save_tiny_sdxl
+from .tiny_transformers import save_tiny_sd3
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/interchange.md").read_text(), re.S)
 DRAW = """
@@ -24,7 +26,7 @@ pipeline("a <dog> on the beach", generator=torch.Generator().manual_seed(0)).ima
 """
 
 
-@pytest.mark.parametrize(("to", "code"), [("diffusers", BLOCKS[0] + DRAW), ("peft", BLOCKS[2] + DRAW)])
+@pytest.mark.parametrize(("to", "code"), [("diffusers", BLOCKS[0] + DRAW), ("peft", BLOCKS[3] + DRAW)])
 def test_stable_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, code: str) -> None:
     monkeypatch.chdir(tmp_path)
     base = load_base(str(save_tiny_pipeline(tmp_path / "BASE")))
@@ -52,3 +54,12 @@ def test_the_tokens_of_sdxl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exec(BLOCKS[1], {"pipeline": pipeline})
     assert "<dog>" in pipeline.tokenizer.get_added_vocab()
     assert "<dog>" in pipeline.tokenizer_2.get_added_vocab()
+
+
+def test_the_tokens_of_sd3(tmp_path: Path) -> None:
+    base = load_base(str(save_tiny_sd3(tmp_path / "tiny")))
+    tokenizer, encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
+    row = torch.full((1, encoder.config.hidden_size), 7.0)
+    exec(BLOCKS[2], {"torch": torch, "tokenizer": tokenizer, "encoder": encoder, "pair": {"clip_l": row}})
+    ids = torch.tensor(tokenizer("<dog>", add_special_tokens=False).input_ids)
+    assert torch.equal(encoder.get_input_embeddings()(ids), row)

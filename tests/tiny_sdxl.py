@@ -17,7 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def save_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     """16×16 pixels, the three blocks of SDXL's U-Net with two layers each, two text encoders."""
     torch.manual_seed(seed)
-    tokenizer = _tokenizer()
+    tokenizer = clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 16),
@@ -41,10 +41,10 @@ def save_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     )
     StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(len(tokenizer), TEXT_WIDTHS[0])),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(len(tokenizer), TEXT_WIDTHS[1])),
+        text_encoder=CLIPTextModel(text_config(len(tokenizer), TEXT_WIDTHS[0])),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(len(tokenizer), TEXT_WIDTHS[1])),
         tokenizer=tokenizer,
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),  # pyright: ignore[reportArgumentType]
         add_watermarker=False,
@@ -52,7 +52,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _text_config(vocabulary: int, width: int) -> CLIPTextConfig:
+def text_config(vocabulary: int, width: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -67,7 +67,7 @@ def _text_config(vocabulary: int, width: int) -> CLIPTextConfig:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}

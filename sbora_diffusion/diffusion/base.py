@@ -144,8 +144,8 @@ def load_base(name: str) -> Base:
     """Load a base model in fp32, on the GPU if there is one.
 
     Args:
-        name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, or a model id of the
-            hub.
+        name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
+            checkpoint (see single_file.py for its settings), or a model id of the hub.
     """
     name = full_name(name)
     return Base(name, load_pipeline(name))

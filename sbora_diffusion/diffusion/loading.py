@@ -1,4 +1,4 @@
-"""Where a base model lies and what family it is of: a folder, a model of the hub, or a short name for one."""
+"""Where a base model lies and what family it is of: a folder, a checkpoint, a model of the hub, a short name."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
+from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
 
@@ -39,9 +40,10 @@ def find_family(name: str) -> Family:
     Raises:
         SboraError: neither a folder nor a model that can be reached, or of no family that is known.
     """
-    path = Path(_path(name))
+    settings = settings_of(Path(name)) if Path(name).is_file() else _path(name)
     with _told(name):
-        index = path / INDEX if path.is_dir() else Path(hf_hub_download(name, INDEX))
+        folder = Path(settings)
+        index = folder / INDEX if folder.is_dir() else Path(hf_hub_download(settings, INDEX))
         kind = json.loads(index.read_bytes())["_class_name"]
     return family_named(kind)
 
@@ -53,13 +55,19 @@ def load_pipeline(name: str) -> Any:
         SboraError: as `find_family`.
     """
     family = find_family(name)
-    options = {"safety_checker": None} if family.name == "sd" else {}
     with _told(name):
-        pipeline: Any = DiffusionPipeline.from_pretrained(_path(name), dtype=torch.float32, **options)
+        pipeline = _load(name, family)
     pipeline.set_progress_bar_config(disable=True)
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(name: str, family: Family) -> Any:
+    if Path(name).is_file():
+        return load_checkpoint(Path(name), family.pipeline)
+    options = {"safety_checker": None} if family.name == "sd" else {}
+    return DiffusionPipeline.from_pretrained(_path(name), dtype=torch.float32, **options)
 
 
 def _path(name: str) -> str:
@@ -78,7 +86,15 @@ def _told(name: str) -> Iterator[None]:
         with cache_if_offline():
             yield
     except (OSError, ValueError, KeyError) as error:
-        raise SboraError(
-            f"could not load base model {name!r}: {why(error)}",
-            f"give emoji64, {', '.join(ALIASES)}, a folder in diffusers' format, or a hub id that can be reached",
-        ) from error
+        raise SboraError(f"could not load base model {name!r}: {why(error)}", _what_to_do(name)) from error
+
+
+def _what_to_do(name: str) -> str:
+    if not Path(name).is_file():
+        known = f"{EMBEDDED}, {', '.join(ALIASES)}"
+        return f"give {known}, a folder in diffusers' format, a .safetensors file, or a hub id that can be reached"
+    kind = settings_of(Path(name))
+    return (
+        f"a checkpoint has weights only: put the other files of a pipeline of its kind ({kind}), in diffusers' "
+        f"format, into {Path(name).with_suffix('')}/ beside it"
+    )

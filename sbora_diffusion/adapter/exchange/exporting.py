@@ -1,7 +1,7 @@
 """Export: an adapter as a folder of files that other programs load."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,7 +51,7 @@ def export(
         raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
     loras = to_loras(adapter, layer_shapes)
     if to == "peft":
-        files = dict(_peft(adapter, loras))
+        files = dict(_peft(adapter, loras, layer_shapes))
     elif to == "kohya":
         sdxl = is_sdxl(layer_shapes)
         written = kohya_file(loras, adapter.spec, sdxl=sdxl, resolution=resolution, date=date)
@@ -67,10 +67,10 @@ def export(
     return [folder / name for name in files]
 
 
-def _peft(adapter: Adapter, loras: Mapping[str, Lora]) -> Iterator[tuple[str, bytes]]:
+def _peft(adapter: Adapter, loras: Mapping[str, Lora], layers: Collection[str]) -> Iterator[tuple[str, bytes]]:
     for component in sorted({key.partition(".")[0] for key in loras}):
         own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
-        config, tensors, metadata = peft_component(own, adapter.spec)
+        config, tensors, metadata = peft_component(own, adapter.spec, layers)
         yield f"{component}/{CONFIG}", config.encode()
         yield f"{component}/{WEIGHTS}", to_bytes(tensors, metadata)
 

@@ -37,7 +37,7 @@ def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Ten
     """
     tensors, config = {}, {}
     for key, lora in loras.items():
-        kind = "lora" if key.startswith("unet.") else "lora_linear_layer"
+        kind = "lora" if key.startswith(("unet.", "transformer.")) else "lora_linear_layer"
         tensors[f"{diffusers_name(key)}.{kind}.down.weight"] = lora.down
         tensors[f"{diffusers_name(key)}.{kind}.up.weight"] = lora.up
     for component in sorted({key.partition(".")[0] for key in loras}):

@@ -21,9 +21,9 @@ def diffusers_name(key: str) -> str:
     transformers dropped `text_model` from the names of CLIPTextModel in 5.6; files go on having it.
 
     Raises:
-        SboraError: a layer of another component than U-Net and text encoders.
+        SboraError: a layer of another component than U-Net, transformer and text encoders.
     """
-    component, layer = _split(key)
+    component, layer = _split(key, ("unet", "transformer", *TEXT_ENCODERS))
     return f"{component}.text_model.{layer}" if component in TEXT_ENCODERS else key
 
 
@@ -44,10 +44,19 @@ def kohya_name(key: str, sdxl: bool) -> str:
     return "_".join([f"lora_te{number}_text_model", *layer.split(".")])
 
 
-def peft_name(key: str) -> str:
-    """The name of the layer's module in its component, in transformers from 5.6 on."""
+def peft_name(key: str, layers: Iterable[str]) -> str:
+    """The name of the layer's module in its component, in transformers from 5.6 on.
+
+    Encoders with a projection, which are all of SD3's and the second of SDXL's, have kept `text_model`.
+
+    Args:
+        layers: all of the model, "<component>.<layer>".
+    """
     component, _, layer = key.partition(".")
-    return f"text_model.{layer}" if component == "text_encoder_2" else layer
+    components = {name.partition(".")[0] for name in layers}
+    is_sd3 = {"transformer", "text_encoder_2"} <= components
+    with_projection = component == "text_encoder_2" or (component == "text_encoder" and is_sd3)
+    return f"text_model.{layer}" if with_projection else layer
 
 
 def resolve(names: Iterable[str], layers: Mapping[str, object]) -> dict[str, str]:
@@ -90,11 +99,12 @@ def _not_one(name: str, candidates: list[str]) -> SboraError:
 _COMPONENTS = ("unet", *TEXT_ENCODERS)
 
 
-def _split(key: str) -> tuple[str, str]:
+def _split(key: str, components: tuple[str, ...] = _COMPONENTS) -> tuple[str, str]:
     component, _, layer = key.partition(".")
-    if component not in _COMPONENTS:
+    if component not in components:
         raise SboraError(
-            f"layer {key} belongs to a {component}, this format is for U-Net and text encoders", hint="Export to peft."
+            f"layer {key} belongs to a {component}, this format is for {', '.join(components)}",
+            hint="Export to peft, or (SD3, FLUX) to diffusers.",
         )
     return component, layer
 

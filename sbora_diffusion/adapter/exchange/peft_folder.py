@@ -1,7 +1,7 @@
 """PEFT directories, one a component, which vLLM, SGLang and llama.cpp's converter read too."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def peft_component(loras: Mapping[str, Lora], spec: Spec) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+def peft_component(
+    loras: Mapping[str, Lora], spec: Spec, layers: Collection[str]
+) -> tuple[str, dict[str, Tensor], dict[str, str]]:
     """Configuration (JSON), tensors and metadata of one component's directory.
 
     Args:
         loras: of scale one, one rank and one component, by "<component>.<canonical layer>".
+        layers: all that the base model has, by the same names.
     """
-    names = {key: peft_name(key) for key in loras}
+    names = {key: peft_name(key, layers) for key in loras}
     is_language_model = all(key.startswith("model.") for key in loras)
     config = {
         "peft_type": "LORA",

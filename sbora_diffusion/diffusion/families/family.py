@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from sbora_diffusion.diffusion.families.noising import Noising
@@ -103,26 +104,31 @@ def _length(pipeline: Any, reader: Reader) -> int:
 
 def _ids(pipeline: Any, reader: Reader, captions: Sequence[str]) -> Tensor:
     tokenizer = getattr(pipeline, reader.tokenizer)
-    prompts = pipeline.maybe_convert_prompt(list(captions), tokenizer) if reader.learns else list(captions)
+    prompts = expanded(captions, tokenizer) if reader.learns else list(captions)
     length = _length(pipeline, reader)
     encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return encoded.input_ids.to(pipeline.device)
 
 
+def expanded(prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Prompts with a token of several vectors written out: `<dog> <dog>_1`."""
+    converted: Any = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+    return converted
+
+
 def call(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
     """A pipeline's pictures or latents, with what all pipelines understand."""
     result: Any = pipeline(
-        list(drawing.prompts),
+        **{"prompt": list(drawing.prompts)} | options,
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         generator=drawing.generators,
         output_type="latent" if drawing.as_latents else "pil",
-        **options,
     )
     return result.images
 
 
-def draw_with_negative(pipeline: Any, drawing: Drawing) -> Any:
+def draw_with_negative(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
     """Guided away from the negative prompt; without one, from what the model was trained to answer to no prompt."""
     negative = [drawing.negative_prompt] * len(drawing.prompts) if drawing.negative_prompt else None
-    return call(pipeline, drawing, negative_prompt=negative)
+    return call(pipeline, drawing, negative_prompt=negative, **options)

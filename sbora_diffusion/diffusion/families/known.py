@@ -3,14 +3,17 @@
 from typing import Any
 
 from sbora_diffusion.diffusion.families.family import Family
+from sbora_diffusion.diffusion.families.transformer import FLUX, SD3
 from sbora_diffusion.diffusion.families.unet import SD, SDXL
 from sbora_diffusion.errors import SboraError
 
-FAMILIES: tuple[Family, ...] = (SD, SDXL)
+FAMILIES: tuple[Family, ...] = (SD, SDXL, SD3, FLUX)
 ALIASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
 }
 
 

@@ -51,6 +51,31 @@ class Diffusion:
         return noise if self._kind == "epsilon" else self._scheduler.get_velocity(latents, noise, t)
 
 
+class FlowMatching:
+    """A straight line from the picture (t = 0) to noise (t = 1000): rectified flow (Esser et al. 2024, section 2).
+
+    Args:
+        shift: how far the noise levels are moved towards noise, as the scheduler does in generation (section 5.3.2).
+    """
+
+    def __init__(self, shift: float) -> None:
+        self._shift = shift
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) float32 from 0 to 1000: logit-normal with mean 0 and deviation 1 (equation 19), then shifted."""
+        level = torch.special.ndtri(stratified(count, generator).double()).sigmoid()
+        return (1000 * self._shift * level / (1 + (self._shift - 1) * level)).float()
+
+    def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noisy latents at the timesteps t (n,)."""
+        level = (t / 1000).view(-1, *[1] * (latents.ndim - 1)).to(latents)
+        return (1 - level) * latents + level * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
+        """The direction of the line."""
+        return noise - latents
+
+
 def stratified(count: int, generator: torch.Generator) -> Tensor:
     """(count,) from 0 to 1, one from each of `count` equal parts."""
     return (torch.arange(count) + torch.rand(count, generator=generator)) / count

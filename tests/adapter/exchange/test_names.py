@@ -89,14 +89,15 @@ def test_names_of_the_real_models() -> None:
     assert kohya_name(f"text_encoder_2.{text}", sdxl=True) == f"lora_te2_{kohya}"
     assert diffusers_name(down) == down
     assert diffusers_name(f"text_encoder.{text}") == f"text_encoder.text_model.{text}"
-    assert peft_name(f"text_encoder.{text}") == text
-    assert peft_name(f"text_encoder_2.{text}") == f"text_model.{text}"
-    assert peft_name("model.model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+    assert peft_name(f"text_encoder.{text}", SHAPES) == text
+    assert peft_name(f"text_encoder_2.{text}", SDXL_SHAPES) == f"text_model.{text}"
+    assert peft_name(f"text_encoder.{text}", ("transformer.x", "text_encoder_2.x")) == f"text_model.{text}"  # SD3
+    assert peft_name("model.model.layers.0.mlp.up_proj", ()) == "model.layers.0.mlp.up_proj"
 
 
 def test_every_name_is_found_again() -> None:
     for key in SHAPES:
-        names = [diffusers_name(key), kohya_name(key, sdxl=False), key, peft_name(key)]
+        names = [diffusers_name(key), kohya_name(key, sdxl=False), key, peft_name(key, (key,))]
         assert all(resolve([name], SHAPES) == {name: key} for name in names)
     for key in SDXL_SHAPES:
         names = [diffusers_name(key), kohya_name(key, sdxl=True), key]
@@ -122,9 +123,9 @@ def test_names_of_no_single_layer(names: list[str], message: str) -> None:
 
 
 def test_layers_without_a_name() -> None:
-    with pytest.raises(SboraError, match="belongs to a model, this format is for U-Net and text encoders"):
+    with pytest.raises(SboraError, match="belongs to a model, this format is for unet, text_encoder, text_encoder_2"):
         kohya_name("model.model.layers.0.mlp.up_proj", sdxl=False)
     with pytest.raises(SboraError, match="belongs to a transformer"):
-        diffusers_name("transformer.blocks.0")
+        kohya_name("transformer.blocks.0", sdxl=False)
     with pytest.raises(SboraError, match="is in no attention block"):
         kohya_name("unet.time_embedding.linear_1", sdxl=True)
