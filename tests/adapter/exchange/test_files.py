@@ -166,7 +166,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_formats_that_cannot_hold_it(tmp_path: Path) -> None:
     llm = {"model.model.layers.0.mlp.up_proj": (6, 8)}
     for to in ("kohya", "diffusers"):
-        with pytest.raises(SboraError, match="this format is for U-Net and text encoders") as caught:
+        with pytest.raises(SboraError, match="belongs to a model, this format is for unet") as caught:
             write(random_adapter(llm, tokens={}), tmp_path, to, llm)
         assert caught.value.hint == "Export to peft."
     write(random_adapter(llm, tokens={}), tmp_path, "peft", llm)
