@@ -104,7 +104,7 @@ def _split(key: str, components: tuple[str, ...] = _COMPONENTS) -> tuple[str, st
     if component not in components:
         raise SboraError(
             f"layer {key} belongs to a {component}, this format is for {', '.join(components)}",
-            hint="Export to peft, or (SD3, FLUX) to diffusers.",
+            hint="Export to peft or diffusers." if component == "transformer" else "Export to peft.",
         )
     return component, layer
 
