@@ -101,8 +101,9 @@ class DirectWeight:
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output (..., out) for x (..., in)."""
         factor, scaling = trained_factor(self.module, self.adapter, self.side), self.module.scaling[self.adapter]
-        self._write(factor, scaling)
-        result = _DirectLinear.apply(x, factor, scaling, self, self._base, self._index)
+        index = self._index
+        self._write(factor.detach(), scaling, index)
+        result = _DirectLinear.apply(x, factor, scaling, self, self._base, index)
         assert isinstance(result, Tensor)
         return result
 
@@ -112,13 +113,12 @@ class DirectWeight:
             self.restore()
         return self._written_scaling == scaling
 
-    @torch.no_grad()
-    def _write(self, factor: Tensor, scaling: float) -> None:
+    def _write(self, factor: Tensor, scaling: float, index: Tensor) -> None:
         """`.data`, for autograd must not take this for a change of the weight: whatever is in these entries, the
         backward pass knows it from the factor, whose changes autograd does see."""
         weight = self._base.weight.data
         written = torch.add(self._original.to(factor), factor, alpha=scaling)
-        overwrite(weight, self._dim, self._index, written.to(weight))
+        overwrite(weight, self._dim, index, written.to(weight))
         self._written_scaling = scaling
 
     def restore(self) -> None:

@@ -24,7 +24,7 @@ def test_ways_stand_side_by_side() -> None:
 def test_every_benchmark_explains_itself() -> None:
     for number, name in enumerate(table.ORDER):
         title, text = table.explanation(name)
-        assert title.startswith(f"({'abcdef'[number]}) ")
+        assert title.startswith(f"({'abcdefh'[number]}) ")
         assert title.endswith(".")
         assert len(text) > 40
 
