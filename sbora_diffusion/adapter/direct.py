@@ -117,7 +117,8 @@ class DirectWeight:
         """`.data`, for autograd must not take this for a change of the weight: whatever is in these entries, the
         backward pass knows it from the factor, whose changes autograd does see."""
         weight = self._base.weight.data
-        written = torch.add(self._original.to(factor), factor, alpha=scaling)
+        original = self._original.to(weight.device, torch.promote_types(weight.dtype, factor.dtype))
+        written = torch.add(original, factor, alpha=scaling)
         overwrite(weight, self._dim, index, written.to(weight))
         self._written_scaling = scaling
 

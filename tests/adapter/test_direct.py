@@ -106,6 +106,16 @@ def test_the_weights_come_back_after_an_exception(side: Side, dtype: torch.dtype
 
 
 @each_side
+def test_a_half_factor_does_not_round_a_float_weight(side: Side) -> None:
+    case = Case(side, bias=False, dtype=torch.float32)
+    case.layer.trained.data = case.layer.trained.data.bfloat16()
+    with direct_training(case.model, "default"):
+        case.model(torch.randn(4, 12))
+        assert torch.equal(case.base.weight, (case.original.double() + dense_delta(case.layer)).float())
+    assert torch.equal(case.base.weight, case.original)
+
+
+@each_side
 def test_half_weights_hold_what_a_merge_would_write(side: Side) -> None:
     case = Case(side, bias=False, alpha=6, dtype=torch.bfloat16)
     case.layer.trained.data = case.layer.trained.data.float()  # the master copy
