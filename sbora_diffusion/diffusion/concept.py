@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from sbora_diffusion.diffusion.masks import is_mask
 from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def _picture_files(folder: Path) -> list[Path]:
         visible = [path for path in sorted(images.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except OSError as error:
         raise SboraError(f"cannot read the folder {images}: {error.strerror}") from error
-    pictures = [path for path in visible if path.suffix.lower() in EXTENSIONS]
+    pictures = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
     if pictures:
         return pictures
     got = ", ".join(path.name for path in visible[:4]) or "nothing"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from typing import Any, get_args, get_origin
 
+from sbora_diffusion.diffusion.config_checks import check
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.methods import find_method
 
@@ -24,12 +25,30 @@ class TrainConfig:
     token_learning_rate: float
     token_vectors: int  # embeddings of the concept's token
     layerwise_tokens: int  # 1: its own ones for each cross-attention layer (P+)
+    optimizer: str  # adamw, adamw-8bit, prodigy, schedule-free
+    weight_decay: float
+    scheduler: str  # of the learning rates after the warm-up: linear or cosine (down to final_rate), or constant
     warmup_steps: int
     final_rate: float  # the learning rates' last value, as a fraction of the first
     max_grad_norm: float
+    accumulation: int  # batches to one optimiser step
+    precision: str  # of the arithmetic: fp32, bf16, fp16; what is trained is always kept in fp32
+    gradient_checkpointing: int  # 1: less memory, more time
+    ema: float  # decay of the averaged weights that become the result; 0 for none
+    min_snr_gamma: float  # Hang et al. 2023; 0 for none
+    noise_offset: float  # standard deviation of what is added to all of a channel's noise; 0 for none
+    masked_loss: int  # 1: only what the pictures' masks show is learned
+    attention_weight: float  # of keeping the token's attention inside the masks (Mix-of-Show)
     caption_dropout: float  # probability of the empty caption, for classifier-free guidance
+    shuffle_tags: int  # 1: what stands between a caption's commas changes places at every step, but for the first
     crops: int  # encoded variants of each picture
     smallest_crop: float  # the smallest variant's side, as a fraction of the picture's
+    flip: float  # probability that a variant is mirrored, unless its caption names left or right
+    buckets: int  # 1: pictures keep their proportions, in batches of one shape
+    validation_pictures: int  # held out, the last ones; their loss is measured
+    validation_every: int  # steps
+    class_pictures: int  # of the base model's own, which keep the class what it is (DreamBooth); 0 for none
+    class_weight: float
     prior_batch: int  # samples a step that hold the base model's own answers in place
     prior_weight: float
     prior_prompts: tuple[str, ...]  # what else the base model's answers are held for
@@ -39,7 +58,7 @@ class TrainConfig:
     save_every: int  # steps between checkpoints
     eval_every: int  # steps between scores of the preview prompts' pictures; 0 for none
     eval_encoder: str  # who gives them: see evaluation.encoders.load_encoder
-    keep: str  # "last": the result is the last step's; "best": that of the best scored step
+    keep: str  # "last": the result is the last step's; "best": that of the best scored, or validated, step
     sampling_steps: int
     guidance: float
     preview_prompts: tuple[str, ...]  # {token} stands for the concept's
@@ -47,46 +66,7 @@ class TrainConfig:
     basis_seed: int  # of the layers' permutations; concepts of different basis seeds may share columns
 
     def __post_init__(self) -> None:
-        kind = find_method(self.method).kind
-        if kind not in ("fa", "fb") and (self.quiet_weight or self.erasure_weight):
-            raise SboraError(f"quiet_weight and erasure_weight are for columns and rows, {self.method} has neither")
-        if self.erasure_weight and not self.prior_batch:
-            raise SboraError("erasure_weight needs prior samples", "--set prior_batch=4")
-        if self.layerwise_tokens not in (0, 1):
-            raise SboraError(f"got layerwise_tokens={self.layerwise_tokens}, expected 0 or 1")
-        positive = ("rank", "token_vectors", "steps", "batch_size", "crops", "save_every", "sampling_steps")
-        positive += ("learning_rate",)
-        natural = (
-            "warmup_steps",
-            "prior_batch",
-            "preview_every",
-            "eval_every",
-            "seed",
-            "basis_seed",
-            "prior_weight",
-            "quiet_weight",
-            "erasure_weight",
-            "guidance",
-        )
-        natural += ("text_encoder_learning_rate", "token_learning_rate")
-        for key in positive + natural:
-            value = getattr(self, key)
-            if not 0 <= value < float("inf") or (key in positive and value == 0):
-                raise SboraError(
-                    f"got {key}={value}, expected a {'positive ' if key in positive else ''}number from 0 on"
-                )
-        for key in ("caption_dropout", "final_rate", "smallest_crop"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise SboraError(f"got {key}={getattr(self, key)}, expected a number from 0 to 1")
-        if self.max_grad_norm <= 0 or self.smallest_crop == 0:
-            raise SboraError("max_grad_norm and smallest_crop must be greater than 0")
-        if self.keep not in ("last", "best") or (self.keep == "best" and not self.eval_every):
-            raise SboraError(
-                f"got keep={self.keep} with eval_every={self.eval_every}, expected last, or best with scores",
-                "such as --set keep=best --set eval_every=50",
-            )
-        if not self.preview_prompts or not all("{token}" in prompt for prompt in self.preview_prompts):
-            raise SboraError(f"got preview_prompts={list(self.preview_prompts)}, expected texts that contain {{token}}")
+        check(self)
 
     @classmethod
     def from_recipe(cls, base: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":

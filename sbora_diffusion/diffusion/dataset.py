@@ -50,14 +50,17 @@ def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
     return picture
 
 
-def to_tensor(picture: Image.Image, resolution: int) -> Tensor:
-    """Cut the largest central square out of an RGB picture and resize it (Lanczos).
+def to_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Cut the largest central part of these proportions out of an RGB picture and resize it (Lanczos).
+
+    Args:
+        size: width and height.
 
     Returns:
-        (3, resolution, resolution) float32 in [-1, 1].
+        (3, height, width) float32 in [-1, 1].
     """
-    square = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:

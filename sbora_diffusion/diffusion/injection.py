@@ -56,18 +56,27 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
             yield found
 
 
+def _learning(base: Base, config: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """Component -> ends of the names of its layers that are trained: no text encoder at a rate of 0."""
+    return {
+        component: targets
+        for component, targets in base.adapted.items()
+        if component == base.family.denoiser or config.text_encoder_learning_rate
+    }
+
+
 @contextmanager
 def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Injected]:
     layers: dict[str, dict[str, SboraLayer]] = {}
     try:
-        for component, targets in base.adapted.items():
+        for component, targets in _learning(base, config).items():
             model: Any = base.component(component)
             model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
             layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
         trained = {part: [layer.trained for layer in found.values()] for part, found in layers.items()}
         with ExitStack() as directly:
             if not config.erasure_weight:  # which reads the base weights at every step
-                for component in base.adapted:
+                for component in layers:
                     directly.enter_context(direct_training(base.component(component), ADAPTER))
             yield Injected(trained, layers)
     finally:
@@ -81,7 +90,7 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # of the Kaiming factor
-            for component, targets in base.adapted.items():
+            for component, targets in _learning(base, config).items():
                 model: Any = base.component(component)
                 model.add_adapter(lora_config(config.rank, targets, kind == "dora"), adapter_name=ADAPTER)
                 found[component] = {canonical(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}

@@ -1,5 +1,6 @@
 """What a training looks at, computed once: encoded pictures with their captions, and the base model's own answers."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.buckets import bucket_of
+from sbora_diffusion.diffusion.captions import names_a_side
+from sbora_diffusion.diffusion.concept import Picture
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.dataset import load_picture, to_tensor
 from sbora_diffusion.diffusion.families.noising import Noising
+from sbora_diffusion.diffusion.masks import load_mask, to_mask
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,27 +33,71 @@ class Batch:
         return Batch(*(torch.cat([getattr(self, key), getattr(other, key)]) for key in vars(self)))
 
 
+@dataclass(frozen=True, eq=False)
+class Shots:
+    """Encoded pictures of one shape."""
+
+    latents: Tensor  # (n, channels, height, width)
+    captions: list[str]
+    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: all of every picture counts
+
+
 @torch.no_grad()
-def encode(base: Base, concept: Concept, config: TrainConfig) -> tuple[Tensor, list[str]]:
-    """Latents of `config.crops` random crops of every picture, and each one's caption."""
+def encode(base: Base, pictures: Sequence[Picture], config: TrainConfig) -> list[Shots]:
+    """Latents of `config.crops` random crops of every picture, those of one shape together, with captions and masks."""
     generator = torch.Generator().manual_seed(config.seed)
-    latents, captions = [], []
-    for picture in concept.pictures:
-        image = load_picture(picture.path)
-        crops = [_crop(image, generator, config.smallest_crop) for _ in range(config.crops)]
-        pixels = torch.stack([to_tensor(crop, base.resolution) for crop in crops]).to(base.device)
-        latents += [base.to_latents(pixels)]
-        captions += [picture.caption] * config.crops
-    return torch.cat(latents), captions
+    wanted = config.masked_loss or config.attention_weight
+    masks = {picture: load_mask(picture.path) if wanted else None for picture in pictures}
+    if wanted and not any(masks.values()):
+        log.warning("no picture has a mask: all of every picture is learned (see docs/training.md)")
+    found: dict[tuple[int, int], list[Shots]] = {}
+    for picture in pictures:
+        image, mask, resolution = load_picture(picture.path), masks[picture], base.resolution
+        size = bucket_of(*image.size, resolution) if config.buckets else (resolution, resolution)
+        boxes = [_crop(image.size, generator, config.smallest_crop) for _ in range(config.crops)]
+        flips = _flips(picture.caption, generator, config)
+        pixels = torch.stack([to_tensor(_cut(image, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
+        latents, shape = base.to_latents(pixels.to(base.device)), None
+        if any(masks.values()):
+            shape = latents.new_ones(len(latents), 1, *latents.shape[-2:])
+            if mask is not None:
+                cut = [
+                    to_mask(_cut(mask, *where), size, (shape.shape[-2], shape.shape[-1]))
+                    for where in zip(boxes, flips, strict=True)
+                ]
+                shape = torch.stack(cut).to(latents)
+        found.setdefault(size, []).append(Shots(latents, [picture.caption] * config.crops, shape))
+    return [_joined(shots) for _, shots in sorted(found.items())]
 
 
-def _crop(image: Image.Image, generator: torch.Generator, smallest: float) -> Image.Image:
-    """A random crop of at least `smallest` of the picture's sides."""
+def _joined(shots: Sequence[Shots]) -> Shots:
+    masks = [each.masks for each in shots if each.masks is not None]
+    return Shots(
+        torch.cat([each.latents for each in shots]),
+        [caption for each in shots for caption in each.captions],
+        torch.cat(masks) if masks else None,
+    )
+
+
+def _flips(caption: str, generator: torch.Generator, config: TrainConfig) -> list[bool]:
+    """Which variants of a picture are mirrored."""
+    if not config.flip or names_a_side(caption):
+        return [False] * config.crops
+    return (torch.rand(config.crops, generator=generator) < config.flip).tolist()
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> Image.Image:
+    part = image.crop(box)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
+
+
+def _crop(size: tuple[int, int], generator: torch.Generator, smallest: float) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random crop of at least `smallest` of the picture's sides."""
     part, left, top = torch.rand(3, generator=generator).tolist()
     part = smallest + (1 - smallest) * part
-    width, height = round(image.width * part), round(image.height * part)
-    x, y = round((image.width - width) * left), round((image.height - height) * top)
-    return image.crop((x, y, x + width, y + height))
+    width, height = round(size[0] * part), round(size[1] * part)
+    x, y = round((size[0] - width) * left), round((size[1] - height) * top)
+    return x, y, x + width, y + height
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """A concept inside the base model while it is trained: its method's weights, a token, and nothing left behind."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,19 @@ def live_concept(concept: Concept, base: Base, interval: Interval | None, config
         if find_method(config.method).fixed_noun and config.token_vectors > 1:
             for embedding in tokens.values():
                 embedding.learned.register_hook(_without_last)
-        yield Live(base, weights, tokens)
+        with _checkpointed(base) if config.gradient_checkpointing else nullcontext():
+            yield Live(base, weights, tokens)
+
+
+@contextmanager
+def _checkpointed(base: Base) -> Iterator[None]:
+    """Meanwhile the denoiser computes its activations anew for the backward pass, instead of keeping them."""
+    denoiser: Any = base.denoiser
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
 
 
 def _tokens(

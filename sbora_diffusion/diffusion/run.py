@@ -1,57 +1,26 @@
-"""A training under way: what it learns from, its optimiser, one step after the other, and the state to resume it."""
+"""A training under way: its optimiser, one step after the other, and the state to resume it."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sbora_diffusion.diffusion.attention_loss import AttentionLoss
+from sbora_diffusion.diffusion.averages import Averages
 from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.erasure import Erasure
-from sbora_diffusion.diffusion.families.noising import Noising
-from sbora_diffusion.diffusion.latents import Batch, answers, draw_latents, encode
+from sbora_diffusion.diffusion.latents import Batch
 from sbora_diffusion.diffusion.live import Live
-from sbora_diffusion.diffusion.moments import recorded_inputs
+from sbora_diffusion.diffusion.optimizers import at_rest, make_optimizer
+from sbora_diffusion.diffusion.precision import Precision
 from sbora_diffusion.diffusion.quiet import Loudness
-from sbora_diffusion.english import say_plainly
-from sbora_diffusion.errors import SboraError
-
-PRIOR_SIZE = 192  # answers of the base model that are held
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """The encoded pictures with their captions, and the base model's answers that are to hold."""
-
-    latents: Tensor
-    captions: list[str]
-    prior: Batch
-    noising: Noising
-    moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts
-
-
-def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
-    """Encode the pictures and ask the untouched base model for the answers that training holds in place.
-
-    Half of them ("prior prediction") are to the concept's pictures under the captions of its class, so that the class
-    stays what it was; half to the base model's own pictures of the prior prompts, so that the adapter is quiet on
-    everything else, other concepts' pictures included.
-    """
-    latents, captions = encode(base, concept, config)
-    noising, generator = base.family.noising(base.pipeline), torch.Generator().manual_seed(config.seed)
-    said = [say_plainly(caption, concept.token, concept.class_noun) for caption in captions]
-    prior = answers(base, latents, base.tokenize(said), noising, PRIOR_SIZE // 2, generator)
-    if not config.prior_prompts:
-        return Data(latents, captions, prior, noising, {})
-    drawn, ids = draw_latents(base, config.prior_prompts, config), base.tokenize(config.prior_prompts)
-    with recorded_inputs(base) as moments:
-        others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
-    return Data(latents, captions, prior + others, noising, moments.means())
+from sbora_diffusion.diffusion.samples import Data, Sample, Samples
+from sbora_diffusion.diffusion.schedules import rate_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +38,14 @@ class Run:
     def __init__(self, live: Live, data: Data, config: TrainConfig, base: Base) -> None:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
         self.best: Scored | None = None
-        self._live, self._data, self._config, self._base = live, data, config, base
-        self._ids = base.tokenize(data.captions)
-        self._empty = base.tokenize([""])
+        self._live, self._config, self._base = live, config, base
+        self._samples = Samples(data, base, config)
+        self._held_out = self._samples.held_out()
         self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
         self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
+        has_masks = any(shots.masks is not None for shots in data.shots)
+        self._attention = AttentionLoss(base) if config.attention_weight and has_masks else None
+        self._precision = Precision(config.precision, base.device)
         groups: list[dict[str, Any]] = [
             {
                 "params": parameters,
@@ -82,8 +54,9 @@ class Run:
             for part, parameters in live.trained.items()
         ]
         groups.append({"params": live.embeddings, "lr": config.token_learning_rate})
-        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._optimizer = make_optimizer(groups, config, base.device)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate_factor(step, config))
+        self._averages = Averages(live.parameters(), config.ema) if config.ema else None
 
     @property
     def learning_rate(self) -> float:
@@ -91,59 +64,82 @@ class Run:
 
     def advance(self, step: int) -> tuple[float, float]:
         """One optimiser step; returns the loss on the concept and the seconds taken."""
-        began = time.perf_counter()
-        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
-        batch, prior = self._concept_batch(generator), self._prior_batch(generator)
-        both = [torch.cat(parts) for parts in zip(batch, prior, strict=True)]
-        with self._erasure.recording(len(prior[0])) if self._erasure else nullcontext():
-            error = (self._base.predict(both[0], both[1], both[2]) - both[3]).pow(2).flatten(1).mean(1)
-        own, held = error.split([len(batch[0]), len(prior[0])])
-        loss = own.mean() + self._config.prior_weight * held.sum() / max(1, len(held))
-        if self._loudness:
-            loss = loss + self._config.quiet_weight * self._loudness()
-        if self._erasure:
-            loss = loss + self._config.erasure_weight * self._erasure()
+        began, parts = time.perf_counter(), self._config.accumulation
         self._optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._live.parameters(), self._config.max_grad_norm)
-        value = own.mean().item()
-        if not torch.isfinite(loss):
-            raise SboraError(
-                f"the loss is {value} at step {step + 1}", "train with a lower rate: --set learning_rate=1e-3"
-            )
-        self._optimizer.step()
+        value = sum(self._learn_from_a_batch(step * parts + part) for part in range(parts)) / parts
+        self._precision.step(self._optimizer, self._named_parameters(), self._config.max_grad_norm, value, step)
         self._schedule.step()
         self.step = step + 1
+        if self._averages:
+            self._averages.update(self.step)
         seconds = time.perf_counter() - began
         self.mean_loss = value if step == 0 else 0.98 * self.mean_loss + 0.02 * value
-        self.samples_per_second = self._config.batch_size / seconds
+        self.samples_per_second = self._config.batch_size * parts / seconds
         return value, seconds
+
+    def _learn_from_a_batch(self, number: int) -> float:
+        """The gradients of the batch of this number; its loss on the concept."""
+        config, generator = self._config, torch.Generator().manual_seed(self._config.seed * 1_000_003 + number)
+        sample, prior = self._samples.of_concept(generator), self._samples.of_prior(generator)
+        of_class = self._samples.of_class(generator)
+        with self._attention.recording(sample) if self._attention else nullcontext():
+            own, held = self._errors(sample, prior)
+        loss = own + config.prior_weight * held
+        if of_class:
+            loss = loss + config.class_weight * _mean_error(self._predict(of_class), of_class, masked=False)
+        if self._loudness:
+            loss = loss + config.quiet_weight * self._loudness()
+        if self._erasure:
+            loss = loss + config.erasure_weight * self._erasure()
+        if self._attention:
+            loss = loss + config.attention_weight * self._attention()
+        self._precision.backward(loss / config.accumulation)
+        return own.item() if torch.isfinite(loss) else float("nan")
+
+    def _errors(self, sample: Sample, prior: Batch) -> tuple[Tensor, Tensor]:
+        """On the concept, and on what is to hold; in one pass through the model where they are of one shape."""
+        masked = bool(self._config.masked_loss)
+        if sample.noisy.shape[1:] != prior.noisy.shape[1:]:
+            own = _mean_error(self._predict(sample), sample, masked)
+            return own, _mean_error(self._predict(prior), prior, masked=False)
+        both = Batch(*(torch.cat([getattr(sample, key), getattr(prior, key)]) for key in vars(prior)))
+        with self._erasure.recording(len(prior.t)) if self._erasure else nullcontext():
+            answered = self._predict(both)
+        own, held = answered.split([len(sample.t), len(prior.t)])
+        return _mean_error(own, sample, masked), _mean_error(held, prior, masked=False)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        with self._precision.arithmetic():
+            answered = self._base.predict(batch.noisy, batch.t, batch.ids)
+        return answered.float()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The loss on the pictures that are held out, of what would be the result now."""
+        with self.at_rest():
+            losses = [_mean_error(self._predict(sample), sample, masked=False).item() for sample in self._held_out]
+        return sum(losses) / len(losses)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Meanwhile the parameters are what the result would be now: averaged, if they are to be."""
+        with at_rest(self._optimizer), self._averages.in_place() if self._averages else nullcontext():
+            yield
 
     def rate(self, scores: Mapping[str, float]) -> None:
         """Remember what is learned now if no step before scored as high; "overall" decides."""
         if self.best is None or scores["overall"] > self.best.scores["overall"]:
-            self.best = Scored(self.step, dict(scores), [p.detach().clone() for p in self._live.parameters()])
+            with self.at_rest():
+                kept = [parameter.detach().clone() for parameter in self._live.parameters()]
+            self.best = Scored(self.step, dict(scores), kept)
 
     def go_back_to(self, scored: Scored) -> None:
         """Take up what was learned up to an earlier step."""
         self._set_parameters(scored.parameters)
 
-    def _concept_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, ids and targets of random crops of the pictures."""
-        count, device = self._config.batch_size, self._base.device
-        rows = torch.randint(len(self._data.latents), (count,), generator=generator)
-        latents = self._data.latents[rows]
-        t = self._data.noising.timesteps(count, generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        dropped = torch.rand(count, 1, generator=generator) < self._config.caption_dropout
-        ids = torch.where(dropped.to(device), self._empty, self._ids[rows])
-        noising = self._data.noising
-        return noising.add(latents, noise, t), t, ids, noising.target(latents, noise, t)
-
-    def _prior_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        prior = self._data.prior
-        rows = torch.randint(len(prior.t), (self._config.prior_batch,), generator=generator)
-        return prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows]
+    def _named_parameters(self) -> dict[str, list[Tensor]]:
+        parts = {part: [*parameters] for part, parameters in self._live.trained.items()}
+        return parts | {"token": [*self._live.embeddings]}
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -153,6 +149,8 @@ class Run:
             "parameters": [parameter.detach() for parameter in self._live.parameters()],
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
+            "averages": self._averages and self._averages.values,
+            "precision": self._precision.state(),
             "best": self.best and vars(self.best),
         }
 
@@ -163,6 +161,9 @@ class Run:
         self._set_parameters(state["parameters"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        self._precision.load(state["precision"])
+        if self._averages:
+            self._averages.load(state["averages"])
 
     @torch.no_grad()
     def _set_parameters(self, values: Sequence[Tensor]) -> None:
@@ -170,7 +171,12 @@ class Run:
             parameter.copy_(value)
 
 
-def rate_factor(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a straight line down to `final_rate` at the last step."""
-    decayed = 1 - (1 - config.final_rate) * step / config.steps
-    return min(1.0, (step + 1) / max(1, config.warmup_steps)) * decayed
+def _mean_error(answered: Tensor, batch: Batch, masked: bool) -> Tensor:
+    """The mean squared error, a scalar: within the masks, by the samples' weights, where there are any; 0 of none."""
+    error, masks = (answered - batch.target).pow(2), getattr(batch, "masks", None)
+    if masked and masks is not None:
+        by_sample = (error * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) * error.shape[1]).clamp(min=1e-6)
+    else:
+        by_sample = error.flatten(1).mean(1)
+    weights = getattr(batch, "weights", None)
+    return (by_sample if weights is None else by_sample * weights).sum() / max(1, len(by_sample))

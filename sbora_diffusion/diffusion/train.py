@@ -1,6 +1,7 @@
 """Train one concept by any method: weights in the denoiser's and the text encoders' attention, and its token."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.layerwise import cross_attentions
 from sbora_diffusion.diffusion.live import Live, live_concept
 from sbora_diffusion.diffusion.preview import Preview
-from sbora_diffusion.diffusion.run import Run, prepare_data
+from sbora_diffusion.diffusion.run import Run
 from sbora_diffusion.diffusion.run_folder import RunFolder, describe_run, picture_digest, versions
+from sbora_diffusion.diffusion.samples import prepare_data
 from sbora_diffusion.methods import method_side
 
 
@@ -33,6 +35,7 @@ class StepLog:
     memory_bytes: int  # resident on the CPU, or allocated at most on the GPU
     preview: Path | None = None
     scores: Mapping[str, float] | None = None
+    validation: float | None = None  # the loss on held-out pictures
     adapter: Adapter | None = None
     before_after: Path | None = None
 
@@ -71,10 +74,7 @@ def train(
             for step in range(run.step, config.steps):
                 loss, seconds = run.advance(step)
                 done = step + 1
-                is_scored = config.eval_every and (done % config.eval_every == 0 or done == config.steps)
-                scores = score() if score and is_scored else None
-                if scores:
-                    run.rate(scores)
+                scores, validation = _judge(run, done, config, score)
                 if done % config.save_every == 0 and done < config.steps:
                     folder.save(description, run.state())
                 is_shown = config.preview_every and done % config.preview_every == 0 and done < config.steps
@@ -83,17 +83,19 @@ def train(
                     steps=config.steps,
                     loss=loss,
                     learning_rate=run.learning_rate,
-                    samples_per_second=config.batch_size / seconds,
+                    samples_per_second=config.batch_size * config.accumulation / seconds,
                     memory_bytes=memory_bytes(base.device),
-                    preview=preview.draw(done) if is_shown else None,
+                    preview=_shown(run, preview, done) if is_shown else None,
                     scores=scores,
+                    validation=validation,
                 )
             metrics = {"loss": run.mean_loss}
             if config.keep == "best" and run.best:
                 run.go_back_to(run.best)
                 metrics |= {"best_step": run.best.step, **run.best.scores}
-            before_after, metrics["class_drift"] = preview.draw_after()
-            adapter = _result(concept, base, interval, config, live, metrics)
+            with nullcontext() if config.keep == "best" and run.best else run.at_rest():
+                before_after, metrics["class_drift"] = preview.draw_after()
+                adapter = _result(concept, base, interval, config, live, metrics)
         yield StepLog(
             step=config.steps,
             steps=config.steps,
@@ -105,6 +107,31 @@ def train(
             before_after=before_after,
         )
         folder.finish()
+
+
+def _judge(
+    run: Run, done: int, config: TrainConfig, score: Callable[[], Mapping[str, float]] | None
+) -> tuple[Mapping[str, float] | None, float | None]:
+    """The pictures' scores and the validation loss after a step, if they are due; the run remembers its best."""
+    scores = validation = None
+    if score and _is_due(done, config.eval_every, config.steps):
+        with run.at_rest():
+            scores = score()
+        run.rate(scores)
+    if config.validation_pictures and _is_due(done, config.validation_every, config.steps):
+        validation = run.validate()
+        if not config.eval_every:
+            run.rate({"overall": -validation, "validation_loss": validation})
+    return scores, validation
+
+
+def _is_due(done: int, every: int, steps: int) -> bool:
+    return every > 0 and (done % every == 0 or done == steps)
+
+
+def _shown(run: Run, preview: Preview, done: int) -> Path:
+    with run.at_rest():
+        return preview.draw(done)
 
 
 def memory_bytes(device: torch.device) -> int:

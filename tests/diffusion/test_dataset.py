@@ -115,7 +115,7 @@ def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (33, 1001), (1000, 37)])
 def test_odd_sizes(tmp_path: Path, size: tuple[int, int]) -> None:
     quarters(size).save(tmp_path / "a.png")
-    assert to_tensor(load_picture(tmp_path / "a.png"), 64).shape == (3, 64, 64)
+    assert to_tensor(load_picture(tmp_path / "a.png"), (64, 64)).shape == (3, 64, 64)
 
 
 def test_too_small(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_to_tensor_cuts_the_middle_and_spans_minus_one_to_one() -> None:
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste((255, 255, 255), (100, 0, 200, 50))
     picture.paste((0, 0, 0), (100, 50, 200, 100))
-    pixels = to_tensor(picture, 10)
+    pixels = to_tensor(picture, (10, 10))
     assert (pixels.dtype, pixels.shape) == (torch.float32, (3, 10, 10))
     inner = pixels[:, :, 1:-1]  # the filter reaches a little beyond the cut, and rings a little
     torch.testing.assert_close(inner[:, :4], torch.ones(3, 4, 8), atol=0.03, rtol=0)
@@ -192,7 +192,7 @@ def test_to_tensor_cuts_the_middle_and_spans_minus_one_to_one() -> None:
 
 def test_to_tensor_keeps_the_pixels_of_a_picture_of_the_right_size() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    back = (to_tensor(Image.fromarray(pixels), 64) + 1) * 127.5
+    back = (to_tensor(Image.fromarray(pixels), (64, 64)) + 1) * 127.5
     np.testing.assert_allclose(back.permute(1, 2, 0).numpy(), pixels, atol=1e-4)
 
 
@@ -201,6 +201,6 @@ def test_real_photographs() -> None:
     photographs = sorted(PHOTOGRAPHS.glob("*/*.jpg"))
     assert photographs
     for path in photographs[::5]:
-        pixels = to_tensor(load_picture(path), 64)
+        pixels = to_tensor(load_picture(path), (64, 64))
         assert pixels.shape == (3, 64, 64)
         assert pixels.std() > 0.05, path

@@ -10,7 +10,8 @@ from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.live import live_concept
 from sbora_diffusion.diffusion.moments import recorded_inputs
 from sbora_diffusion.diffusion.quiet import Loudness
-from sbora_diffusion.diffusion.run import Run, prepare_data
+from sbora_diffusion.diffusion.run import Run
+from sbora_diffusion.diffusion.samples import prepare_data
 
 from .conftest import short_config
 

@@ -11,7 +11,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.run import rate_factor
+from sbora_diffusion.diffusion.schedules import rate_factor
 from sbora_diffusion.diffusion.tokens import class_embedding
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError

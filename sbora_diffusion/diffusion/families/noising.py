@@ -50,6 +50,17 @@ class Diffusion:
         """The noise, or v (Salimans & Ho 2022)."""
         return noise if self._kind == "epsilon" else self._scheduler.get_velocity(latents, noise, t)
 
+    def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
+        """(n,) weights of the squared errors at the timesteps t (Hang et al. 2023, equation 8, and its form for v).
+
+        With SNR = signal² / noise²: min(SNR, γ) / SNR where noise is predicted, min(SNR, γ) / (SNR + 1) for v.
+        """
+        kept = self._scheduler.alphas_cumprod.to(t.device)[t].double()
+        snr = kept / (1 - kept)
+        if self._kind == "epsilon":
+            return torch.where(snr <= gamma, torch.ones_like(snr), gamma / snr).float()
+        return (snr.clamp(max=gamma) / (snr + 1)).float()
+
 
 class FlowMatching:
     """A straight line from the picture (t = 0) to noise (t = 1000): rectified flow (Esser et al. 2024, section 2).

@@ -1,0 +1,62 @@
+"""The optimisers that a training can choose from, and what is shown of what they have learned."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sbora_diffusion.errors import SboraError
+
+if TYPE_CHECKING:
+    from sbora_diffusion.diffusion.config import TrainConfig
+
+PACKAGES = {"adamw-8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule-free": "schedulefree"}
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", device: torch.device) -> Any:
+    """The optimiser of the settings over parameter groups with "params" and "lr".
+
+    AdamW (Loshchilov & Hutter 2019), its 8-bit form (Dettmers et al. 2022), Prodigy (Mishchenko & Defazio 2024), which
+    finds its own rate, so that the groups' only say what is trained, or schedule-free AdamW (Defazio et al. 2024).
+
+    Raises:
+        SboraError: its package is not installed, or it does not work on this device.
+    """
+    name, decay = config.optimizer, config.weight_decay
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=decay)
+    try:
+        if name == "prodigy":
+            from prodigyopt import Prodigy
+
+            alike = [{"params": group["params"], "lr": 1.0} for group in groups if group["lr"]]
+            options: dict[str, Any] = {"weight_decay": decay, "safeguard_warmup": True, "use_bias_correction": True}
+            return Prodigy(alike, lr=1.0, **options)
+        if name == "schedule-free":
+            from schedulefree import AdamWScheduleFree
+
+            optimizer = AdamWScheduleFree(groups, weight_decay=decay)
+            optimizer.train()
+            return optimizer
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise SboraError(
+            f"optimizer={name} needs the package {PACKAGES[name]}", 'pip install "sbora-diffusion[optimizers]"'
+        ) from None
+    if device.type != "cuda":
+        raise SboraError("optimizer=adamw-8bit needs a GPU", "--set optimizer=adamw")
+    return AdamW8bit(groups, weight_decay=decay)
+
+
+@contextmanager
+def at_rest(optimizer: Any) -> Iterator[None]:
+    """Meanwhile the parameters are what the optimiser would hand out: schedule-free keeps others while it learns."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
