@@ -76,6 +76,7 @@ def _told(step: StepLog) -> dict[str, Any]:
     """What the run folder's log keeps of a step."""
     told: dict[str, Any] = {"step": step.step, "steps": step.steps, "loss": step.loss, "time": time.time()}
     told |= {"samples_per_second": step.samples_per_second, "scores": dict(step.scores) if step.scores else None}
+    told["validation"] = step.validation
     picture = step.before_after or step.preview
     return told | {"picture": picture.name if picture else None, "done": step.adapter is not None}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sbora_diffusion.diffusion.attention_maps import grid
 from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.layerwise import LayerwiseEmbedding
 from sbora_diffusion.diffusion.samples import Sample
 from sbora_diffusion.diffusion.tokens import TokenEmbedding
 from sbora_diffusion.errors import SboraError
@@ -64,7 +65,7 @@ class AttentionLoss:
         """(n, tokens): which positions of the first text encoder's prompt are the learned token's."""
         family, pipeline = self._base.family, self._base.pipeline
         vocabulary = self._base.component(family.present(pipeline)[0].component).get_input_embeddings()  # type: ignore
-        assert isinstance(vocabulary, TokenEmbedding)
+        assert isinstance(vocabulary, TokenEmbedding | LayerwiseEmbedding)
         return family.split(pipeline, ids)[0] >= vocabulary.base.num_embeddings
 
     def __call__(self) -> Tensor:

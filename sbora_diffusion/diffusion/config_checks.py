@@ -27,9 +27,9 @@ _CHOICES = {
 def check(config: "TrainConfig") -> None:
     """SboraError for the first setting that cannot be."""
     for key in _POSITIVE + _NATURAL:
-        value, least = getattr(config, key), "positive " * (key in _POSITIVE)
-        if not 0 <= value < float("inf") or (least and value == 0):
-            raise SboraError(f"got {key}={value}, expected a {least}number from 0 on")
+        value, is_positive = getattr(config, key), key in _POSITIVE
+        if not 0 <= value < float("inf") or (is_positive and value == 0):
+            raise SboraError(f"got {key}={value}, expected a number {'greater than 0' if is_positive else 'from 0 on'}")
     for key in _SHARES:
         if not 0 <= getattr(config, key) <= 1:
             raise SboraError(f"got {key}={getattr(config, key)}, expected a number from 0 to 1")

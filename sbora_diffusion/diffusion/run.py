@@ -86,7 +86,7 @@ class Run:
             own, held = self._errors(sample, prior)
         loss = own + config.prior_weight * held
         if of_class:
-            loss = loss + config.class_weight * _mean_error(self._predict(of_class), of_class, masked=False)
+            loss = loss + config.class_weight * mean_error(self._predict(of_class), of_class, masked=False)
         if self._loudness:
             loss = loss + config.quiet_weight * self._loudness()
         if self._erasure:
@@ -100,13 +100,13 @@ class Run:
         """On the concept, and on what is to hold; in one pass through the model where they are of one shape."""
         masked = bool(self._config.masked_loss)
         if sample.noisy.shape[1:] != prior.noisy.shape[1:]:
-            own = _mean_error(self._predict(sample), sample, masked)
-            return own, _mean_error(self._predict(prior), prior, masked=False)
+            own = mean_error(self._predict(sample), sample, masked)
+            return own, mean_error(self._predict(prior), prior, masked=False)
         both = Batch(*(torch.cat([getattr(sample, key), getattr(prior, key)]) for key in vars(prior)))
         with self._erasure.recording(len(prior.t)) if self._erasure else nullcontext():
             answered = self._predict(both)
         own, held = answered.split([len(sample.t), len(prior.t)])
-        return _mean_error(own, sample, masked), _mean_error(held, prior, masked=False)
+        return mean_error(own, sample, masked), mean_error(held, prior, masked=False)
 
     def _predict(self, batch: Batch) -> Tensor:
         with self._precision.arithmetic():
@@ -117,7 +117,7 @@ class Run:
     def validate(self) -> float:
         """The loss on the pictures that are held out, of what would be the result now."""
         with self.at_rest():
-            losses = [_mean_error(self._predict(sample), sample, masked=False).item() for sample in self._held_out]
+            losses = [mean_error(self._predict(sample), sample, masked=False).item() for sample in self._held_out]
         return sum(losses) / len(losses)
 
     @contextmanager
@@ -137,7 +137,7 @@ class Run:
         """Take up what was learned up to an earlier step."""
         self._set_parameters(scored.parameters)
 
-    def _named_parameters(self) -> dict[str, list[Tensor]]:
+    def _named_parameters(self) -> Mapping[str, Sequence[Tensor]]:
         parts = {part: [*parameters] for part, parameters in self._live.trained.items()}
         return parts | {"token": [*self._live.embeddings]}
 
@@ -171,7 +171,7 @@ class Run:
             parameter.copy_(value)
 
 
-def _mean_error(answered: Tensor, batch: Batch, masked: bool) -> Tensor:
+def mean_error(answered: Tensor, batch: Batch, masked: bool) -> Tensor:
     """The mean squared error, a scalar: within the masks, by the samples' weights, where there are any; 0 of none."""
     error, masks = (answered - batch.target).pow(2), getattr(batch, "masks", None)
     if masked and masks is not None:

@@ -1,6 +1,5 @@
 """What each setting of a training does, and that a training with any of them is resumed bit for bit."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from sbora_diffusion.diffusion.latents import encode
 from sbora_diffusion.diffusion.live import live_concept
 from sbora_diffusion.diffusion.masks import load_mask
 from sbora_diffusion.diffusion.optimizers import PACKAGES
-from sbora_diffusion.diffusion.run import Run
-from sbora_diffusion.diffusion.samples import prepare_data
+from sbora_diffusion.diffusion.run import Run, mean_error
+from sbora_diffusion.diffusion.samples import Sample, prepare_data
 from sbora_diffusion.diffusion.schedules import rate_factor
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
@@ -92,8 +91,7 @@ def test_it_matters_and_is_resumed_bit_for_bit(
     resumed = list(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
     assert resumed[0].step == 3
     assert_same(result(resumed), result(straight))
-    assert base.component("unet").attn_processors.keys()  # nothing is left of what looked on
-    assert "_Watched" not in str(base.component("unet").attn_processors)
+    assert "_Watched" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on
 
 
 def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Run, list[Tensor]]:
@@ -183,32 +181,30 @@ def test_averages_change_places_and_come_back() -> None:
     assert torch.equal(parameter.detach(), torch.full((2,), 3.0))
 
 
-def test_a_mask_hides_what_is_black(base: Base, concept: Concept, tmp_path: Path) -> None:
-    """What differs behind the mask only makes no difference to the loss; without the mask it does."""
-    losses = {}
-    for switch in ("1", "0"):
-        for colour in ("red", "blue"):
-            pictures = []
-            for picture in concept.pictures:
-                with Image.open(picture.path) as image:
-                    changed = image.convert("RGB")
-                changed.paste(colour, (0, 0, 40, 20))
-                path = tmp_path / f"{colour}-{picture.path.name}"
-                changed.save(path)
-                mask = Image.new("L", changed.size, 255)
-                mask.paste(0, (0, 0, 40, 40))
-                mask.save(path.with_suffix(".mask.png"))
-                pictures.append(Picture(path=path, caption=picture.caption))
-            shown = dataclasses.replace(concept, pictures=tuple(pictures))
-            config = short_config(masked_loss=switch, crops="1", smallest_crop="1", prior_batch="0", quiet_weight="0")
-            data = prepare_data(shown, base, config)
-            masks = data.shots[0].masks
-            assert (masks is None) == (switch == "0")
-            with live_concept(shown, base, INTERVAL, config) as live:
-                sample = Run(live, data, config, base)._samples.of_concept(torch.Generator().manual_seed(0))
-            weights = 1 if masks is None else sample.masks
-            losses[switch, colour] = (sample.target.pow(2) * weights).sum().item()
-    assert losses["1", "red"] == pytest.approx(losses["1", "blue"], rel=1e-6)
+def test_masks_are_cut_as_their_pictures_are(base: Base, concept: Concept) -> None:
+    for picture in concept.pictures:  # 40 x 60: the square that the model sees begins 10 pixels from the top
+        mask = Image.new("L", (40, 60), 255)
+        mask.paste(0, (0, 0, 40, 30))
+        mask.save(picture.path.with_suffix(".mask.png"))
+    [shots] = encode(base, concept.pictures, short_config(masked_loss="1", crops="1", smallest_crop="1"))
+    assert shots.masks is not None
+    assert shots.masks.shape == (2, 1, *shots.latents.shape[-2:])
+    half = shots.masks.shape[-2] // 2
+    assert shots.masks[:, :, : half - 1].max() == 0
+    assert shots.masks[:, :, half + 1 :].min() == 1
+
+
+def test_an_error_behind_the_mask_is_none() -> None:
+    target, masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
+    masks[..., :2] = 1
+    answered = torch.zeros_like(target)
+    answered[..., 2:] = 5
+    weights = torch.tensor([1.0, 3.0])
+    sample = Sample(target, torch.zeros(2), torch.zeros(2, 4), target, weights, masks)
+    assert mean_error(answered, sample, masked=True) == 0
+    assert mean_error(answered, sample, masked=False) == 25 / 2 * (1 + 3) / 2
+    answered[..., :2] = 2
+    assert mean_error(answered, sample, masked=True) == 4 * (1 + 3) / 2
 
 
 def test_where_a_mask_comes_from(tmp_path: Path) -> None:
@@ -290,6 +286,13 @@ def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
                 run.advance(step)
             values.append(run._attention().item())  # type: ignore[misc]
     assert values[1] < values[0]
+
+
+def test_attention_of_tokens_with_an_embedding_a_layer(base: Base, tall: Concept, tmp_path: Path) -> None:
+    config = short_config("mix-of-show", rank="4")
+    assert config.attention_weight > 0
+    logs = list(train(tall, base, None, config, tmp_path / "run"))
+    assert result(logs).spec.method == "mix-of-show"
 
 
 def test_text_encoder_at_rate_zero_is_left_alone(base: Base, concept: Concept, tmp_path: Path) -> None:
