@@ -38,7 +38,7 @@ from sbora_diffusion.diffusion.generate import applied
 RANK = 8
 STARTS = {
     "python": ["-c", ""],
-    "sbora-diffusion --help": ["-m", "sbora_diffusion.cli", "--help"],
+    "sbora-diffusion --help": ["-m", "sbora_diffusion", "--help"],
     "import torch": ["-c", "import torch"],
     "import peft": ["-c", "import peft"],
     "import the adapter core": ["-c", "import sbora_diffusion.adapter.layer"],

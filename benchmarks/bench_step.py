@@ -31,7 +31,8 @@ from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.live import live_concept
-from sbora_diffusion.diffusion.run import Run, prepare_data
+from sbora_diffusion.diffusion.run import Run
+from sbora_diffusion.diffusion.samples import prepare_data
 
 RANKS = (8, 32)
 EMOJI64 = {  # way -> method, quiet_weight

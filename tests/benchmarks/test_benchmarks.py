@@ -15,6 +15,7 @@ import bench_models as models
 import bench_startup
 import bench_step
 import bench_switch
+import bench_train
 import pytest
 import torch
 import typer
@@ -57,6 +58,20 @@ def test_each_runs_and_says_on_what(name: str, tmp_path: Path) -> None:
     assert result["settings"]["tiny"] is True
     assert all(row.get("ms", 1) > 0 for row in result["rows"])
     assert name == "gather" or {"base", "peft"} & {row["way"] for row in result["rows"]}
+
+
+def test_the_whole_training_is_told_part_by_part(tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(
+        bench_train.app, ["--tiny", "--out", str(tmp_path / "out.json")], catch_exceptions=False
+    )
+    assert outcome.exit_code == 0
+    told = {row["part"]: row["s"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert told.keys() == {*(part for part, *_ in bench_train.PARTS), "everything else", "the whole"}
+    assert all(seconds >= 0 for seconds in told.values())
+    assert (
+        min(told["import packages"], told["steps"], told["→ forward"], told["draw previews, and before and after"]) > 0
+    )
+    assert told["→ forward"] + told["→ backward"] <= told["steps"] < told["the whole"]
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -1,0 +1,5 @@
+"""`python -m sbora_diffusion` is `sbora-diffusion`."""
+
+from sbora_diffusion.cli import main
+
+main()
