@@ -62,7 +62,9 @@ def commands(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 @app.command()
 def train(
-    concept: Annotated[str, typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of pictures.")],
+    concept: Annotated[
+        list[str], typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of pictures; repeatable.")
+    ],
     base: Base = "emoji64",
     method: Annotated[
         str, typer.Option(metavar="NAME", help="Such as sbora-fa, sbora-fb, lora: docs/methods.md.")
@@ -75,16 +77,31 @@ def train(
     force: Force = False,
     settings: Settings = [],  # noqa: B006
 ) -> None:
-    """Learn a concept: writes adapters/NAME.safetensors."""
-    from sbora_diffusion.cli_train import train_concept
+    """Learn a concept: writes adapters/NAME.safetensors.
+
+    Several are learned in a process each, with columns reserved for all at the start; the same command goes on where it
+    was stopped. --set jobs=2 runs two at a time, --set cluster=1 runs them on a Ray cluster.
+    """
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
     overrides = parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
     library = Library(ADAPTERS)
-    for path in train_concept(
-        concept, base, method, interval, overrides, library=library, runs=RUNS, resume=resume, force=force
-    ):
+    if len(concept) > 1:
+        from sbora_diffusion.cli_fan_out import fan_out
+
+        if interval:
+            raise typer.BadParameter("several concepts cannot have one interval", param_hint="--interval")
+        own = {key: overrides.pop(key) for key in ("jobs", "cluster") if key in overrides}
+        how = convert({"jobs": "1", "cluster": "0"} | own, {"jobs": int, "cluster": int})
+        paths = fan_out(concept, base, method, overrides, library=library, runs=RUNS, force=force, **how)
+    else:
+        from sbora_diffusion.cli_train import train_concept
+
+        paths = train_concept(
+            concept[0], base, method, interval, overrides, library=library, runs=RUNS, resume=resume, force=force
+        )
+    for path in paths:
         typer.echo(path)
 
 

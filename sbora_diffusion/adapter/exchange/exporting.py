@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sbora_diffusion.adapter.exchange.embeddings import Embedding, embedding_file
-from sbora_diffusion.adapter.exchange.lora import Lora, to_loras
+from sbora_diffusion.adapter.exchange.lora import Lora, common_rank, to_loras
 from sbora_diffusion.adapter.exchange.lora_file import diffusers_file, kohya_file
 from sbora_diffusion.adapter.exchange.names import is_sdxl
 from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.adapter.exchange.provenance import provenance
 from sbora_diffusion.adapter.exchange.safefile import to_bytes
 from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.errors import SboraError
@@ -37,7 +38,7 @@ def export(
     Args:
         layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
         to: one of `FORMATS`.
-        resolution, date: for kohya's metadata: pixels of a picture's side; today, ISO 8601.
+        resolution, date: for the metadata: pixels of a picture's side; today, ISO 8601.
 
     Returns:
         What was written: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory's
@@ -50,14 +51,14 @@ def export(
     if to not in FORMATS:
         raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
     loras = to_loras(adapter, layer_shapes)
+    about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
     if to == "peft":
-        files = dict(_peft(adapter, loras, layer_shapes))
+        files = dict(_peft(adapter.spec.base_id, loras, layer_shapes, about))
     elif to == "kohya":
-        sdxl = is_sdxl(layer_shapes)
-        written = kohya_file(loras, adapter.spec, sdxl=sdxl, resolution=resolution, date=date)
-        files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(*written)}
+        tensors = kohya_file(loras, sdxl=is_sdxl(layer_shapes))
+        files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(tensors, about)}
     else:
-        files = {LORA_NAME: to_bytes(*diffusers_file(loras, adapter.spec))}
+        files = {LORA_NAME: to_bytes(*diffusers_file(loras, about))}
     files |= _embeddings(adapter, kohya=to == "kohya")
     existing = [folder / name for name in files if (folder / name).exists()]
     if existing and not force:
@@ -67,12 +68,14 @@ def export(
     return [folder / name for name in files]
 
 
-def _peft(adapter: Adapter, loras: Mapping[str, Lora], layers: Collection[str]) -> Iterator[tuple[str, bytes]]:
+def _peft(
+    base_id: str, loras: Mapping[str, Lora], layers: Collection[str], about: Mapping[str, str]
+) -> Iterator[tuple[str, bytes]]:
     for component in sorted({key.partition(".")[0] for key in loras}):
         own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
-        config, tensors, metadata = peft_component(own, adapter.spec, layers)
+        config, tensors = peft_component(own, base_id, layers)
         yield f"{component}/{CONFIG}", config.encode()
-        yield f"{component}/{WEIGHTS}", to_bytes(tensors, metadata)
+        yield f"{component}/{WEIGHTS}", to_bytes(tensors, {**about, "format": "pt"})
 
 
 def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:

@@ -9,9 +9,10 @@ from torch import Tensor
 from sbora_diffusion.adapter.exchange.embeddings import BUNDLED, Embedding, bundled_embeddings, read_embedding
 from sbora_diffusion.adapter.exchange.exporting import EMBEDDINGS, LORA_NAME
 from sbora_diffusion.adapter.exchange.lora import Lora, from_loras, owned_intervals
-from sbora_diffusion.adapter.exchange.lora_file import SPEC, read_loras
+from sbora_diffusion.adapter.exchange.lora_file import read_loras
 from sbora_diffusion.adapter.exchange.names import resolve
 from sbora_diffusion.adapter.exchange.peft_folder import is_peft_folder, read_peft
+from sbora_diffusion.adapter.exchange.provenance import SPEC
 from sbora_diffusion.adapter.exchange.safefile import read_tensors
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.spec import Spec

@@ -10,10 +10,8 @@ from torch import Tensor
 from sbora_diffusion.adapter.exchange.lora import Lora, check_lora, common_rank
 from sbora_diffusion.adapter.exchange.names import diffusers_name, kohya_name
 from sbora_diffusion.adapter.exchange.peft_config import config_of, scale_of
-from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
-SPEC = "sbora.spec"  # the metadata in which our specification travels
 _CONFIG = "lora_adapter_metadata"  # diffusers' metadata: the fields of PEFT's LoraConfig, by "<component>.<field>"
 
 _PARTS = {
@@ -29,11 +27,12 @@ _PARTS = {
 }
 
 
-def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
+def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a diffusers LoRA file.
 
     Args:
         loras: of scale one and one rank, by "<component>.<canonical layer>".
+        metadata: see provenance.py.
     """
     tensors, config = {}, {}
     for key, lora in loras.items():
@@ -43,19 +42,15 @@ def diffusers_file(loras: Mapping[str, Lora], spec: Spec) -> tuple[dict[str, Ten
     for component in sorted({key.partition(".")[0] for key in loras}):
         layers = [key.partition(".")[2] for key in loras if key.startswith(f"{component}.")]
         config |= {f"{component}.{field}": value for field, value in config_of(layers, common_rank(loras)).items()}
-    return tensors, {"format": "pt", _CONFIG: json.dumps(config, sort_keys=True), SPEC: spec.to_json()}
+    return tensors, {**metadata, "format": "pt", _CONFIG: json.dumps(config, sort_keys=True)}
 
 
-def kohya_file(
-    loras: Mapping[str, Lora], spec: Spec, *, sdxl: bool, resolution: int, date: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a kohya LoRA file; alpha = rank says that the scale is one.
+def kohya_file(loras: Mapping[str, Lora], *, sdxl: bool) -> dict[str, Tensor]:
+    """Tensors of a kohya LoRA file; alpha = rank says that the scale is one.
 
     Args:
         loras: of scale one and one rank, by "<component>.<canonical layer>".
         sdxl: whether the U-Net's blocks have the original implementation's names.
-        resolution: pixels of a picture's side, for those who read the metadata.
-        date: of today, ISO 8601, for the same.
     """
     tensors, rank = {}, common_rank(loras)
     for key, lora in loras.items():
@@ -63,28 +58,7 @@ def kohya_file(
         tensors[f"{name}.lora_down.weight"] = lora.down
         tensors[f"{name}.lora_up.weight"] = lora.up
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))
-    width = max((lora.down.shape[1] for key, lora in loras.items() if key.endswith("attn2.to_k")), default=768)
-    version, architecture = _model(sdxl, width, resolution)
-    tokens = list(spec.tokens)
-    metadata = {
-        "ss_base_model_version": version,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
-        "ss_sd_model_name": spec.base_id,
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_steps": str(spec.recipe.get("steps", "")),
-        "ss_tag_frequency": json.dumps({spec.name: dict.fromkeys(tokens, 1)}),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.title": spec.name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.date": date,
-        "modelspec.trigger_phrase": ", ".join(tokens),
-        "modelspec.merged_from": ", ".join(spec.parents),
-        SPEC: spec.to_json(),
-    }
-    return tensors, {key: value for key, value in metadata.items() if value}
+    return tensors
 
 
 def read_loras(
@@ -156,12 +130,3 @@ def _number(name: str, alpha: Tensor) -> float:
     if alpha.numel() != 1 or alpha.is_complex():
         raise SboraError(f"alpha of layer {name} has {alpha.numel()} numbers of {alpha.dtype}, expected one")
     return float(alpha)
-
-
-def _model(sdxl: bool, width: int, resolution: int) -> tuple[str, str]:
-    """The base model in kohya's words and in modelspec's, from the width of its text embeddings."""
-    if sdxl:
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if width == 1024:
-        return "sd_v2", "stable-diffusion-v2-768-v" if resolution >= 768 else "stable-diffusion-v2-512"
-    return "sd_v1", "stable-diffusion-v1"

@@ -9,22 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from sbora_diffusion.adapter.exchange.lora import Lora, common_rank
-from sbora_diffusion.adapter.exchange.lora_file import SPEC, read_loras
+from sbora_diffusion.adapter.exchange.lora_file import read_loras
 from sbora_diffusion.adapter.exchange.names import peft_name
 from sbora_diffusion.adapter.exchange.peft_config import config_of, scale_of
 from sbora_diffusion.adapter.exchange.safefile import read_tensors
 from sbora_diffusion.adapter.file import COMPONENTS
-from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def peft_component(
-    loras: Mapping[str, Lora], spec: Spec, layers: Collection[str]
-) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    """Configuration (JSON), tensors and metadata of one component's directory.
+def peft_component(loras: Mapping[str, Lora], base_id: str, layers: Collection[str]) -> tuple[str, dict[str, Tensor]]:
+    """Configuration (JSON) and tensors of one component's directory.
 
     Args:
         loras: of scale one, one rank and one component, by "<component>.<canonical layer>".
@@ -35,7 +32,7 @@ def peft_component(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if is_language_model else None,
-        "base_model_name_or_path": spec.base_id,
+        "base_model_name_or_path": base_id,
         **config_of(names.values(), common_rank(loras)),
         "init_lora_weights": True,
         "inference_mode": True,
@@ -50,7 +47,7 @@ def peft_component(
     for key, lora in loras.items():
         tensors[f"{_PREFIX}{names[key]}.lora_A.weight"] = lora.down
         tensors[f"{_PREFIX}{names[key]}.lora_B.weight"] = lora.up
-    return json.dumps(config, indent=2, sort_keys=True), tensors, {"format": "pt", SPEC: spec.to_json()}
+    return json.dumps(config, indent=2, sort_keys=True), tensors
 
 
 def is_peft_folder(folder: Path) -> bool:

@@ -16,8 +16,10 @@ from torch import Tensor
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.exchange.exporting import FORMATS, export
 from sbora_diffusion.adapter.exchange.importing import read_foreign, to_adapter
+from sbora_diffusion.adapter.exchange.provenance import base_model
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge
+from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
 
 from .samples import SDXL_SHAPES, SHAPES, assert_same, random_adapter
@@ -99,6 +101,8 @@ def test_a_kohya_file(tmp_path: Path) -> None:
         "ss_network_dim": "3",
         "ss_network_alpha": "3",
         "ss_sd_model_name": "tiny",
+        "ss_sd_model_hash": "f00d",
+        "ss_output_name": "my dog/1",
         "ss_resolution": "(512, 512)",
         "ss_steps": "7",
         "ss_tag_frequency": '{"my dog/1": {"<dog>": 1}}',
@@ -108,27 +112,47 @@ def test_a_kohya_file(tmp_path: Path) -> None:
         "modelspec.resolution": "512x512",
         "modelspec.date": "2026-01-02T03:04:05+00:00",
         "modelspec.trigger_phrase": "<dog>",
+        "modelspec.tags": "hound",
     }
     pair = contents(tmp_path / "embeddings/dog.safetensors")[1]
     assert {key: tuple(tensor.shape) for key, tensor in pair.items()} == {"clip_l": (1, 8), "clip_g": (1, 14)}
 
 
+CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+JOINT = "transformer.transformer_blocks.0.attn.to_q"
+
+
 @pytest.mark.parametrize(
-    ("width", "resolution", "version", "architecture"),
+    ("shapes", "resolution", "version", "architecture"),
     [
-        (768, 512, "sd_v1", "stable-diffusion-v1"),
-        (1024, 512, "sd_v2", "stable-diffusion-v2-512"),
-        (1024, 768, "sd_v2", "stable-diffusion-v2-768-v"),
+        ({CROSS: (8, 768)}, 512, "sd_v1", "stable-diffusion-v1"),
+        ({CROSS: (8, 1024)}, 512, "sd_v2", "stable-diffusion-v2-512"),
+        ({CROSS: (8, 1024)}, 768, "sd_v2", "stable-diffusion-v2-768-v"),
+        (SDXL_SHAPES, 1024, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        ({JOINT: (8, 8), "text_encoder_2.encoder.layers.0.q_proj": (8, 8)}, 1024, "sd3", "stable-diffusion-3"),
+        ({JOINT: (8, 8), "text_encoder.encoder.layers.0.q_proj": (8, 8)}, 1024, "flux1", "flux-1-dev"),
     ],
 )
-def test_what_kohya_files_say_of_the_base(
-    tmp_path: Path, width: int, resolution: int, version: str, architecture: str
+def test_what_files_say_of_the_base(
+    shapes: dict[str, tuple[int, int]], resolution: int, version: str, architecture: str
 ) -> None:
-    shapes = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (8, width)}
-    export(random_adapter(shapes), shapes, "kohya", tmp_path, resolution=resolution, date="")
-    metadata, _ = contents(tmp_path / "dog.safetensors")
-    assert metadata["ss_base_model_version"] == version
-    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert base_model(shapes, resolution) == (version, architecture)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_says_where_it_is_from(tmp_path: Path, to: str) -> None:
+    recipe = {"steps": 7, "learning_rate": 1e-3, "text_encoder_learning_rate": 1e-4, "seed": 3, "pictures": "abcd"}
+    merged = random_adapter(recipe=recipe, parents=("rex", "tom"), tokens={"<rex>": "dog", "<tom>": "dog"})
+    write(merged, tmp_path, to)
+    file = {"diffusers": "pytorch_lora_weights", "kohya": "dog", "peft": "unet/adapter_model"}[to]
+    metadata, _ = contents(tmp_path / f"{file}.safetensors")
+    assert metadata["modelspec.trigger_phrase"] == "<rex>, <tom>"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"dog": {"<rex>": 1, "<tom>": 1}}
+    assert (metadata["modelspec.tags"], metadata["modelspec.merged_from"]) == ("dog", "rex, tom")
+    rates = [metadata[key] for key in ("ss_unet_lr", "ss_text_encoder_lr", "ss_seed", "ss_steps")]
+    assert rates == ["0.001", "0.0001", "3", "7"]
+    spec = Spec.from_json(metadata["sbora.spec"])
+    assert (spec.base_fingerprint, spec.recipe["pictures"]) == ("f00d", "abcd")
 
 
 def test_a_peft_folder(tmp_path: Path) -> None:
