@@ -71,8 +71,7 @@ def _written(unet: Any, count: int) -> Any:
     model = copy.deepcopy(unet)
     weights = WrittenWeights(model)
     for number in range(count):
-        own = {name: factor for name, factor in random_factors(model, "fa", number).items() if name.endswith(TARGETS)}
-        weights.write(f"concept_{number}", own, "fa")
+        weights.write(f"concept_{number}", random_factors(model, "fa", number), "fa")
     return model
 
 

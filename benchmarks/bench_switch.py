@@ -101,10 +101,10 @@ def _written(model: nn.Module, side: Side) -> Callable[[], None]:
 
 
 def random_factors(model: nn.Module, side: Side, number: int) -> dict[str, Factor]:
-    """An adapter for every layer, at the interval with this number."""
+    """An adapter for every attention layer, at the interval with this number."""
     factors = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and name.endswith(TARGETS):
             dim = layer.in_features if side == "fa" else layer.out_features
             size = (layer.out_features, RANK) if side == "fa" else (RANK, layer.in_features)
             index = indices(name, dim, Interval(RANK * number, RANK), 0)

@@ -36,8 +36,8 @@ def direct_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
     dtype, as a merge would do; the trained factor is not. At the end, also after an exception, the base weights are
     what they were, bit for bit.
 
-    Layers whose weight is quantised, sharded, offloaded, not frozen or used in several places are left to the fused
-    kernel.
+    Layers whose weight is quantised, sharded, offloaded, not frozen, used in several places or trained directly already
+    are left as they are.
 
     Returns:
         The names of the modules that are trained directly.
@@ -70,7 +70,9 @@ def _place(parameter: Tensor) -> int:
 
 
 def _is_writable(module: Any, adapter: str, shared: set[int]) -> bool:
-    if not isinstance(module.lora_variant.get(adapter), SboraVariant) or module.merged or module.fan_in_fan_out:
+    if not isinstance(module.lora_variant.get(adapter), SboraVariant) or module.direct is not None:
+        return False
+    if module.merged or module.fan_in_fan_out:
         return False
     base = module.get_base_layer()
     if not has_known_frozen_weight(base) or type(base.weight) is not nn.Parameter or is_quantised(base.weight):

@@ -105,6 +105,29 @@ def test_the_weights_come_back_after_an_exception(side: Side, dtype: torch.dtype
     assert torch.equal(case.base.weight, case.original)
 
 
+def test_a_second_direct_training_leaves_the_first_alone() -> None:
+    case = Case("fa")
+    x = torch.randn(4, 12, dtype=torch.float64)
+    with direct_training(case.model, "default"):
+        case.model(x)
+        with direct_training(case.model, "default") as names:
+            assert names == []
+            assert_close(case.model(x), case.dense(x), rtol=1e-12, atol=1e-12)
+        assert_close(case.model(x), case.dense(x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(case.base.weight, case.original)
+
+
+def test_dropout_is_not_written() -> None:
+    case = Case("fa")
+    case.layer.module.lora_dropout["default"] = nn.Dropout(0.5)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    with direct_training(case.model, "default"):
+        case.model.eval()(x)
+        assert not torch.equal(case.base.weight, case.original)
+        case.model.train()(x)
+        assert torch.equal(case.base.weight, case.original)
+
+
 @each_side
 def test_a_half_factor_does_not_round_a_float_weight(side: Side) -> None:
     case = Case(side, bias=False, dtype=torch.float32)
