@@ -27,6 +27,16 @@ Ways take turns, round by round, and each number is the median of its rounds; a 
 same run. On a CPU the clock is the process's own CPU time, on one thread: the machine had other work, which still
 disturbs caches, so differences of a few percent between single cells mean nothing.
 """
+STACK, EMOJI64 = {"model": "SD1.5's attention layers"}, {"model": "emoji64, `train`"}
+DIRECT, TWELVE = ("fa direct", "fb direct"), {"concepts": 12}
+TARGETS = (  # what, benchmark, which rows, of which ways, the ratio, its limit
+    ("a training step of SD1.5's attention layers, of PEFT's", "step", STACK, DIRECT, "of peft", 0.75),
+    ("the same, of the frozen layers' forward and backward", "step", STACK, DIRECT, "of base", 1.10),
+    ("a whole training step of emoji64, of PEFT's", "step", EMOJI64, DIRECT, "of peft", 0.90),
+    ("switching a live concept, of PEFT's unmerge and merge", "switch", {}, ("fa, set_adapter",), "of peft", 0.05),
+    ("switching a written concept, the same", "switch", {}, ("fa, written", "fb, written"), "of peft", 0.05),
+    ("a step of drawing with 12 written, of the base's", "generation", TWELVE, ("fa, written",), "of base", 1.0),
+)
 
 app = new_app()
 
@@ -42,7 +52,27 @@ def main(out: Annotated[Path, typer.Option("--out", metavar="FILE")] = DOCUMENT)
 def document(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: one section a result."""
     ordered = sorted(results, key=lambda result: ORDER.index(result["benchmark"]))
-    return "\n".join([INTRODUCTION, *(section(result) for result in ordered)])
+    return "\n".join([INTRODUCTION, targets(ordered), *(section(result) for result in ordered)])
+
+
+def targets(results: Sequence[Mapping[str, Any]]) -> str:
+    """What this project asks of itself, and what was measured, on every device at hand."""
+    lines: list[Row] = []
+    for what, name, which, ways, ratio, limit in TARGETS:
+        for result in results:
+            if result["benchmark"] != name:
+                continue
+            rows = [row for row in result["rows"] if row["way"] in ways and which.items() <= row.items()]
+            if rows:
+                measured = ", ".join(f"{row[ratio]:.3f} ({_short(row)})" for row in rows)
+                device, target = result["machine"]["device"], f"{what}: ≤ {limit:.2f}"
+                lines.append({"device": device, "target": target, "measured": measured})
+    return f"## Targets\n{table(lines)}\n" if lines else ""
+
+
+def _short(row: Row) -> str:
+    """Which of several rows it is: the way, and the rank or the model."""
+    return f"{row['way']}, {row['model']}" if "concepts" in row else f"{row['way']}, r = {row['rank']}"
 
 
 def section(result: Mapping[str, Any]) -> str:

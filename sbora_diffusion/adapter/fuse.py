@@ -125,7 +125,7 @@ def objective(
 
 
 def response(delta: Tensor, moments: Tensor) -> Tensor:
-    """E‖ΔW x‖² = tr(ΔW E[x xᵀ] ΔWᵀ)."""
+    """E‖ΔW x‖² = tr(ΔW E[x xᵀ] ΔWᵀ); of a batch of layers, their sum."""
     return ((delta @ moments) * delta).sum()
 
 

@@ -12,10 +12,14 @@ from sbora_diffusion.diffusion.base import Base
 
 
 @dataclass(frozen=True, eq=False)
-class _Term:
-    layer: SboraLayer
-    moments: Tensor  # (r, r) of the layer's own columns for fa, (in, in) for fb
-    base_response: float  # E‖W x‖²
+class _Group:
+    """Layers of one shape, whose responses are one batched product."""
+
+    layers: list[SboraLayer]
+    moments: Tensor  # (n, r, r) of the layers' own columns for fa, (n, in, in) for fb, each divided by E‖W x‖²
+
+    def __call__(self) -> Tensor:
+        return response(torch.stack([layer.delta() for layer in self.layers]), self.moments)
 
 
 class Loudness:
@@ -28,16 +32,19 @@ class Loudness:
     def __init__(
         self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]], moments: Mapping[str, Tensor]
     ) -> None:
-        self._terms: list[_Term] = []
+        by_shape: dict[tuple[object, ...], list[tuple[SboraLayer, Tensor]]] = {}
         for component, by_name in layers.items():
             for name, layer in by_name.items():
                 weight = base.layers[f"{component}.{name}"].weight.detach().float()
                 seen = moments[f"{component}.{name}"].to(weight)
                 own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
-                self._terms.append(_Term(layer, own, response(weight, seen).item()))
+                shape = (*layer.trained.shape, *own.shape)
+                by_shape.setdefault(shape, []).append((layer, own / response(weight, seen)))
+        self._groups = [
+            _Group([layer for layer, _ in group], torch.stack([m for _, m in group])) for group in by_shape.values()
+        ]
+        self._count = sum(len(group.layers) for group in self._groups)
 
     def __call__(self) -> Tensor:
         """A scalar that the adapter's factors learn from."""
-        return torch.stack(
-            [response(term.layer.delta(), term.moments) / term.base_response for term in self._terms]
-        ).mean()
+        return torch.stack([group() for group in self._groups]).sum() / self._count

@@ -21,6 +21,19 @@ def test_ways_stand_side_by_side() -> None:
     ]
 
 
+def test_targets_stand_beside_what_was_measured() -> None:
+    rows = [
+        {"layers": 128, "rank": 8, "way": "peft", "ms": 100.0, "of peft": 1.0},
+        {"layers": 128, "rank": 8, "way": "fa, set_adapter", "ms": 1.0, "of peft": 0.01},
+    ]
+    results = [{"benchmark": "switch", "machine": {"device": "a CPU"}, "rows": rows}]
+    line = table.targets(results).splitlines()[-1]
+    assert line == (
+        "| a CPU | switching a live concept, of PEFT's unmerge and merge: ≤ 0.05 | 0.010 (fa, set_adapter, r = 8) |"
+    )
+    assert table.targets([]) == ""
+
+
 def test_every_benchmark_explains_itself() -> None:
     for number, name in enumerate(table.ORDER):
         title, text = table.explanation(name)
