@@ -67,8 +67,9 @@ def measure(
 
 
 def _written(unet: Any, count: int) -> Any:
-    """A copy, its weights too, with the concepts in its attention layers."""
-    model = copy.deepcopy(unet)
+    """A copy with the concepts in its attention layers, and no weights of its own but theirs."""
+    shared = (p for name, p in unet.named_parameters() if not name.removesuffix(".weight").endswith(TARGETS))
+    model = copy.deepcopy(unet, memo={id(parameter): parameter for parameter in shared})
     weights = WrittenWeights(model)
     for number in range(count):
         weights.write(f"concept_{number}", random_factors(model, "fa", number), "fa")

@@ -37,7 +37,7 @@ def test_targets_stand_beside_what_was_measured() -> None:
 def test_every_benchmark_explains_itself() -> None:
     for number, name in enumerate(table.ORDER):
         title, text = table.explanation(name)
-        assert title.startswith(f"({'abcdefh'[number]}) ")
+        assert title.startswith(f"({'abcdefgh'[number]}) ")
         assert title.endswith(".")
         assert len(text) > 40
 
