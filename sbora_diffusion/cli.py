@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sbora_diffusion import __version__
+from sbora_diffusion import __version__, cli_llm
 from sbora_diffusion.console import (
     convert,
     hide_loading_bars,
@@ -41,6 +41,8 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+
+app.add_typer(cli_llm.app, name="llm")
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Base = Annotated[

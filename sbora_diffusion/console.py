@@ -66,9 +66,15 @@ def set_up_logging() -> None:
 def hide_loading_bars() -> None:
     """Of other libraries: a model takes seconds to load, and each draws several."""
     import diffusers.utils.logging
-    import transformers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
+    hide_bars_of_transformers()
+
+
+def hide_bars_of_transformers() -> None:
+    """The same where diffusers, which takes seconds to import, is not needed."""
+    import transformers.utils.logging
+
     transformers.utils.logging.disable_progress_bar()
 
 

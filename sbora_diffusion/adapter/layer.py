@@ -68,7 +68,7 @@ def attach(model: nn.Module, adapter: str, side: Side, interval: Interval, seed:
         dim = module.in_features if side == "fa" else module.out_features
         assert dim is not None
         positions[name] = indices(name, dim, interval, seed)
-    _keep_linear4bit_unpacked(model)
+    keep_linear4bit_unpacked(model)
     layers = {name: _attach_layer(name, found[name], adapter, side, index) for name, index in positions.items()}
     _warn_of_missing_hooks(layers)
     return layers
@@ -84,7 +84,7 @@ def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
     Returns:
         The layers found, by canonical name.
     """
-    _keep_linear4bit_unpacked(model)
+    keep_linear4bit_unpacked(model)
     layers = {}
     for name, module in _lora_layers(model, adapter):
         if not isinstance(module, _NOT_LINEAR):
@@ -221,7 +221,7 @@ def _downgrade(module: LoraLayer, adapter: str) -> None:
         del module.frozen_peft_weight_names[adapter]
 
 
-def _keep_linear4bit_unpacked(model: Any) -> None:
+def keep_linear4bit_unpacked(model: Any) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and then has no gradient.
 
     Taking the state dict of a layer that was already repacked is how bitsandbytes unpacks it.

@@ -1,8 +1,9 @@
 """A language model, frozen, with or without nf4, and the adapter that a method puts into it."""
 
 import hashlib
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,18 +11,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sbora_diffusion.adapter.basis import Interval, canonical
-from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.adapter.kernel import is_quantised
+from sbora_diffusion.adapter.layer import attach, keep_linear4bit_unpacked
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
 from sbora_diffusion.llm.config import METHODS, LlmConfig
+from sbora_diffusion.methods import method_side
 
-Quantization = Literal["none", "nf4"]
+QUANTISATIONS = ("none", "nf4")
 
 _SAMPLED = 1024  # entries of each linear weight that enter the fingerprint
 
 
-def load_base(base: str, dtype: torch.dtype = torch.float32, quantize: str = "none") -> tuple[Any, Any]:
+def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str = "none") -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder (also one with a single GGUF file) or the hub.
+
+    Args:
+        dtype: of the weights; "auto" is that of the files.
 
     Returns:
         The frozen model, in evaluation mode, on a GPU where one is; the tokenizer, padding on the left.
@@ -42,8 +48,10 @@ def load_base(base: str, dtype: torch.dtype = torch.float32, quantize: str = "no
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if quantize == "none" and torch.cuda.is_available():
-        model = model.cuda()
-    keep_unpacked(model)
+        model = model.cuda(gpu_of_process())
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    keep_linear4bit_unpacked(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -76,17 +84,17 @@ def inject(model: Any, method: str, config: LlmConfig) -> Any:
     except ValueError as error:
         raise SboraError(f"the targets {', '.join(config.targets)} do not fit the model ({error})") from None
     if method.startswith("sbora-"):
-        side = "fa" if method == "sbora-fa" else "fb"
-        attach(peft_model, "default", side, Interval(config.start, config.rank), config.basis_seed)
+        attach(peft_model, "default", method_side(method), Interval(config.start, config.rank), config.basis_seed)
     return peft_model
 
 
-def count_parameters(base: str, method: str, config: LlmConfig) -> int:
-    """How many parameters a method would train, from the base model's configuration alone."""
+def count_parameters(base: str, method: str, config: LlmConfig) -> tuple[int, int]:
+    """How many parameters a method would train and the base model has, from its configuration alone."""
     model = meta_base(base)
+    total = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"):
         adapted = inject(model, method, config)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad), total
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -105,11 +113,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def keep_unpacked(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16: they would have no gradient then."""
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+def is_quantised_model(model: nn.Module) -> bool:
+    """Whether any linear weight is packed: then nothing can be merged into it."""
+    return any(isinstance(module, nn.Linear) and is_quantised(module.weight) for module in model.modules())
+
+
+def gpu_of_process() -> int:
+    """The GPU that belongs to this process of torchrun's; the first one without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights of a GGUF file are ordinary ones from here on: transformers refuses to save them otherwise."""
+    model.hf_quantizer = None
+    del model.config.quantization_config
 
 
 def _source(base: str) -> dict[str, Any]:
@@ -118,11 +135,11 @@ def _source(base: str) -> dict[str, Any]:
     return {"gguf_file": ggufs[0].name} if len(ggufs) == 1 else {}
 
 
-def _quantisation(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
+def _quantisation(quantize: str, dtype: torch.dtype | str) -> dict[str, Any]:
     if quantize == "none":
         return {}
     if quantize != "nf4":
-        raise SboraError(f"got quantisation {quantize!r}, choose from none, nf4")
+        raise SboraError(f"got quantisation {quantize!r}, choose from {', '.join(QUANTISATIONS)}")
     try:
         import bitsandbytes  # noqa: F401  # transformers says less clearly that it is missing
     except ImportError:
@@ -131,6 +148,6 @@ def _quantisation(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else dtype,
     )
-    return {"quantization_config": nf4, "device_map": {"": 0} if torch.cuda.is_available() else "cpu"}
+    return {"quantization_config": nf4, "device_map": {"": gpu_of_process()} if torch.cuda.is_available() else "cpu"}

@@ -11,7 +11,7 @@ from sbora_diffusion.llm.template import TEMPLATES
 
 Method = Literal["lora", "dora", "sbora-fa", "sbora-fb"]
 METHODS: tuple[Method, ...] = get_args(Method)
-RECIPES = ("commonsense", "arithmetic", "qsbora")
+RECIPES: tuple[str, ...] = ("commonsense", "arithmetic", "qsbora", "small")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "template": TEMPLATES,
     "dtype": ("float32", "bfloat16", "float16"),

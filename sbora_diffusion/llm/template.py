@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from sbora_diffusion.errors import SboraError
 
-Template = Literal["adapters", "alpaca", "chat"]
+Template = Literal["adapters", "alpaca", "chat", "plain"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 
 _INDENT = " " * 16
@@ -21,7 +21,7 @@ def training_prompt(template: str, instruction: str, context: str = "") -> str:
 
     Args:
         template: "adapters" is LLM-Adapters' finetune.py, with its two blanks after "request." (one if there is an
-            input) and its 16 blanks on empty lines; "alpaca" is QLoRA's qlora.py.
+            input) and its 16 blanks on empty lines; "alpaca" is QLoRA's qlora.py; "plain" is the record's text alone.
         context: the record's "input".
     """
     if template == "adapters":
@@ -32,7 +32,9 @@ def training_prompt(template: str, instruction: str, context: str = "") -> str:
     if template == "alpaca":
         head, middle = (_TASK_WITH_INPUT, f"### Input:\n{context}\n\n") if context else (_TASK, "")
         return f"{head}\n\n### Instruction:\n{instruction}\n\n{middle}### Response: "
-    raise SboraError(f"got template {template!r}, expected adapters or alpaca")
+    if template == "plain":
+        return f"{instruction}\n{context}" if context else instruction
+    raise SboraError(f"got template {template!r}, expected adapters, alpaca or plain")
 
 
 def evaluation_prompt(instruction: str) -> str:

@@ -2,59 +2,63 @@
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from sbora_diffusion.adapter.direct import direct_training
+from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import fingerprint, inject, load_base
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import Example, load_records, tokenise
+from sbora_diffusion.llm.run_folder import LOSSES, Run, Trained, claim, finish
 
 log = logging.getLogger(__name__)
 
-RUN = "run.json"  # in a run folder: everything that decided the training
 MULTIPLE = 8  # sequences are padded to a multiple of so many tokens
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What is trained on what: with `LlmConfig` everything that decides the result."""
-
-    base: str
-    data: Path
-    method: str
-    quantize: str
+Watch = Callable[[int, int, float], None]  # step, steps, loss
 
 
-def train(run: Run, config: LlmConfig, folder: Path, resume: bool = False) -> Path:
-    """Fine-tune, and write a PEFT directory that plain PEFT loads too.
+def train(
+    run: Run, config: LlmConfig, folder: Path, resume: bool = False, watch: Watch | None = None
+) -> Trained | None:
+    """Fine-tune, and write a PEFT directory that plain PEFT loads and, of SBoRA, a concept file.
 
     Args:
-        folder: holds run.json, the checkpoints and, at the end, the adapter.
+        folder: holds run.json, the checkpoints and, at the end, what was learned.
+        watch: is told each step's loss.
 
     Returns:
-        The adapter's folder.
+        What was written; None in all processes but the first.
 
     Raises:
-        SboraError: the folder holds another training, or one and `resume` is false; what `load_base`, `load_records`
-            and `tokenise` raise.
+        SboraError: the folder holds another training, or one and `resume` is false; a loss that is not finite; what
+            `load_base`, `load_records` and `tokenise` raise.
     """
-    checkpoint = _claim(run, config, folder, resume)
     records = load_records(run.data)
-    model, tokenizer = load_base(run.base, _weights_dtype(run, config), run.quantize)
+    checkpoint = claim(run, config, folder, resume)
+    model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
     examples = tokenise(records, tokenizer, config)
     log.info("%d of %d records have something to learn", len(examples), len(records))
     identity = fingerprint(model)
     if run.quantize != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
-    elif config.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
+    if config.gradient_checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = False
     adapted = inject(model, run.method, config)
@@ -65,9 +69,16 @@ def train(run: Run, config: LlmConfig, folder: Path, resume: bool = False) -> Pa
         train_dataset=training,  # type: ignore[arg-type]  # a list has all that a map-style data set needs
         eval_dataset=validation or None,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
+        callbacks=[_Watcher(watch)],
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    return _finish(trainer, run, config, folder, identity, result.metrics)
+    trainer.remove_callback(PrinterCallback)  # stdout is for data
+    with _in_the_weights(adapted, run, config):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        write_atomically(folder / LOSSES, json.dumps(losses).encode())
+        return finish(adapted, run, config, folder, identity, result.metrics)
+    return None
 
 
 def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
@@ -107,7 +118,42 @@ def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
     )
 
 
-def _weights_dtype(run: Run, config: LlmConfig) -> torch.dtype:
+class _Watcher(TrainerCallback):
+    """Tells each step's loss, and ends a training that has diverged."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = watch
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not abs(loss) < float("inf"):
+            raise SboraError(
+                f"the loss is {loss} at step {state.global_step}", "lower the rate: --set learning_rate=1e-4"
+            )
+        if self._watch and state.is_world_process_zero:
+            self._watch(state.global_step, state.max_steps, loss)
+
+
+@contextmanager
+def _in_the_weights(model: Any, run: Run, config: LlmConfig) -> Iterator[None]:
+    """SBoRA without dropout trains inside the base weights, where these are as precise as the adapter."""
+    if run.method.startswith("sbora") and run.quantize == "none" and config.dtype == "float32" and not config.dropout:
+        with direct_training(model, "default"):
+            yield
+    else:
+        yield
+
+
+def _weights_dtype(config: LlmConfig) -> torch.dtype:
     """The frozen weights are kept in the arithmetic's type where it is not fp16 on a CPU, which computes in fp32."""
     if config.dtype == "float16" and not torch.cuda.is_available():
         log.warning("float16 needs a GPU: computing in float32")
@@ -122,38 +168,3 @@ def _split(examples: Sequence[Example], config: LlmConfig) -> tuple[list[Example
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
     shuffled = [examples[position] for position in order]
     return shuffled[config.validation :], shuffled[: config.validation]
-
-
-def _claim(run: Run, config: LlmConfig, folder: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from, or None; writes or compares the description of the training."""
-    described = {"base": run.base, "data": str(run.data), "method": run.method, "quantize": run.quantize}
-    described |= {"config": config.to_dict()}
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if (folder / RUN).exists():
-        before = json.loads((folder / RUN).read_text())
-        changed = [key for key in described if before.get(key) != described[key]]
-        if last and not resume:
-            raise SboraError(f"a training lies in {folder}", "add --resume to go on with it, or choose another --out")
-        if resume and changed:
-            raise SboraError(f"the training in {folder} differs in {', '.join(changed)}", "repeat its settings")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RUN}.partial-{torch.randint(2**31, ()).item()}"
-    partial.write_text(json.dumps(described, indent=2))
-    partial.replace(folder / RUN)
-    return last if resume else None
-
-
-def _finish(
-    trainer: Trainer, run: Run, config: LlmConfig, folder: Path, identity: str, metrics: dict[str, float]
-) -> Path:
-    out = folder / "adapter"
-    trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        model: Any = trainer.model
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        told = {"base": run.base, "fingerprint": identity, "method": run.method, "quantize": run.quantize}
-        told |= {"parameters": trained, "metrics": metrics, "config": config.to_dict()}
-        (out / "sbora.json").write_text(json.dumps(told, indent=2))
-        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        (folder / "losses.json").write_text(json.dumps(losses))
-    return out

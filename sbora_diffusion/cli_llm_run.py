@@ -1,0 +1,136 @@
+"""What the llm commands do: progress on stderr, what was written or measured handed back."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sbora_diffusion import __version__
+from sbora_diffusion.adapter.certificate import certify
+from sbora_diffusion.adapter.file import write_atomically
+from sbora_diffusion.adapter.merge import merge, merged_name
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
+from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
+from sbora_diffusion.llm.base import load_base
+from sbora_diffusion.llm.chat import NONE, Chat
+from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.llm.evaluate import Harness
+from sbora_diffusion.llm.export import export
+from sbora_diffusion.llm.run_folder import Run
+from sbora_diffusion.llm.train import train
+
+log = logging.getLogger(__name__)
+
+
+def fine_tune(run: Run, config: LlmConfig, folder: Path, *, resume: bool) -> list[Path]:
+    """Train; the paths of what was written, none in the other processes of several."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("training", total=None)
+
+        def watch(step: int, steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=steps, description=f"loss {loss:.3f}")
+
+        trained = train(run, config, folder, resume, watch)
+    if trained is None:
+        return []
+    log.info("next: sbora-diffusion llm chat --base %s --adapter %s", run.base, folder)
+    return [trained.adapter, *([trained.concept] if trained.concept else [])]
+
+
+def measure(
+    base: str,
+    tasks: str,
+    adapters: Sequence[str],
+    data: Path | None,
+    quantize: str,
+    limit: int | None,
+    out: Path | None,
+    options: Mapping[str, str],
+    *,
+    force: bool,
+) -> str:
+    """The table of the adapters, or of the base model if there are none; all numbers go to `out`."""
+    if out and out.exists() and not force:
+        raise SboraError(f"{out} exists", "Choose another --out, or overwrite it with --force.")
+    batch_size, dtype = _evaluation_options(options)
+    harness = Harness([task.strip() for task in tasks.split(",") if task.strip()], data)
+    abouts = {source: read_about(source) for source in adapters}  # a wrong one is told before minutes of work
+    model, tokenizer = load_base(base, dtype, quantize)
+    measured = []
+    for source in adapters or [""]:
+        adapted = load_adapter(model, source, "default").eval() if source else model
+        scores = harness.run(adapted, tokenizer, batch_size, limit)
+        measured.append(Measured(source=source, about=abouts.get(source, {}), scores=scores))
+        model = adapted.unload() if source else model
+    if out:
+        told = {"command": ["sbora-diffusion", *sys.argv[1:]], "base": base, "quantize": quantize, "limit": limit}
+        told |= {"versions": {"sbora-diffusion": __version__, "torch": torch.__version__}}
+        told |= {"dtype": str(dtype), "models": [to_json(one) for one in measured]}
+        write_atomically(out, json.dumps(told, indent=1).encode())
+    return accuracy_table(measured)
+
+
+def merge_files(files: Sequence[str], weights: Sequence[float], out: Path | None, *, force: bool) -> Path:
+    """Add SBoRA adapters up; the concept file."""
+    adapters = [read_concept(file) for file in files]
+    merged = merge(adapters, weights, "sum")
+    path = out or Path(f"{merged_name(adapters)}.safetensors")
+    merged.save(path, force)
+    log.info(certify(adapters, None).describe())
+    log.info("next: sbora-diffusion llm export %s --to peft --out DIR", path)
+    return path
+
+
+def export_adapter(adapter: str, to: str, out: Path, base: str, *, dequantize: bool) -> Path:
+    """The folder that was written."""
+    return export(adapter, to, out, base, dequantize)
+
+
+def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, temperature: float) -> None:
+    """Read lines from stdin, write answers to stdout, until the input ends."""
+    names = {Path(source).resolve().stem: source for source in adapters}
+    if len(names) < len(adapters) or NONE in names:
+        raise SboraError(f"got adapters of the names {', '.join(names)}", f"each needs its own, and none {NONE!r}")
+    model, tokenizer = load_base(base, "auto", quantize)
+    for name, source in names.items():
+        model = load_adapter(model, source, name).eval()
+    chat = Chat(model, tokenizer, names, max_tokens, temperature)
+    screen = Console(stderr=True, highlight=False)
+    screen.print(f"with {chat.active}; /help says what else")
+    while (line := _read_line(screen)) is not None and line != "/quit":
+        if line.startswith("/"):
+            screen.print(_told(chat, line))
+            continue
+        for piece in chat.say(line) if line else ():
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def _told(chat: Chat, line: str) -> str:
+    try:
+        return chat.command(line)
+    except SboraError as defect:
+        return f"error: {defect}"
+
+
+def _read_line(screen: Console) -> str | None:
+    """None at the end of the input."""
+    screen.print("> ", end="")
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _evaluation_options(options: Mapping[str, str]) -> tuple[int, torch.dtype]:
+    unknown = options.keys() - {"batch_size", "dtype"}
+    size, dtype = options.get("batch_size", "8"), options.get("dtype", "float32")
+    if unknown or not size.isdecimal() or int(size) < 1 or dtype not in ("float32", "bfloat16", "float16"):
+        raise SboraError(f"got --set {dict(options)}", "batch_size is a number, dtype float32, bfloat16 or float16")
+    return int(size), getattr(torch, dtype)

@@ -1,0 +1,126 @@
+"""Adapters of language models on disk: run folders, PEFT directories and concept files, into live models and out."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from sbora_diffusion.adapter.basis import canonical
+from sbora_diffusion.adapter.exchange.lora import to_loras
+from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.adapter.exchange.safefile import to_bytes
+from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.layer import detect
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.base import fingerprint
+from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, COMPONENT, RUN
+
+log = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, int]]  # "model.<layer>" -> (out, in)
+
+
+def layer_shapes(model: nn.Module) -> Shapes:
+    """The linear layers that adapters may write; on the meta device too, but not of a quantised model's packed weights."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        f"{COMPONENT}.{canonical(name)}": (module.out_features, module.in_features) for name, module in linear.items()
+    }
+
+
+def find_folder(source: str) -> Path | None:
+    """The PEFT directory that a user means, if it is one or a run folder; None for a concept file.
+
+    Raises:
+        SboraError: neither of them.
+    """
+    path = Path(source)
+    if path.is_file():
+        return None
+    for folder in (path, path / ADAPTER):
+        if (folder / CONFIG).is_file():
+            return folder
+    if (path / RUN).is_file():
+        raise SboraError(f"the training in {source} is not done", "go on with it: sbora-diffusion llm train … --resume")
+    raise SboraError(f"{source} is no run folder, PEFT directory or concept file")
+
+
+def read_concept(source: str) -> Adapter:
+    """The SBoRA adapter of a concept file or run folder.
+
+    Raises:
+        SboraError: another method's run, a PEFT directory without its concept file.
+    """
+    folder = find_folder(source)
+    if folder is None:
+        return Adapter.load(source)
+    files = sorted(Path(source).glob("*.safetensors")) if folder.name == ADAPTER and folder != Path(source) else []
+    if len(files) != 1:
+        raise SboraError(f"{source} has no concept file beside its adapter", "only runs of sbora-fa and sbora-fb do")
+    return Adapter.load(files[0])
+
+
+def read_about(source: str) -> dict[str, Any]:
+    """What we wrote about an adapter when it was trained: method, quantize, fingerprint, config, parameters, …; else {}."""
+    folder = find_folder(source)
+    if folder is None:
+        spec = Adapter.load(source).spec
+        told = {"method": spec.method_name, "base": spec.base_id, "fingerprint": spec.base_fingerprint}
+        return told | {"quantize": spec.recipe.get("quantize", "none"), "config": spec.recipe}
+    try:
+        return json.loads((folder / ABOUT).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SboraError(f"cannot read {folder / ABOUT} ({error})") from None
+
+
+def load_adapter(model: Any, source: str, name: str) -> Any:
+    """Put an adapter into a base model, or beside others into a PEFT model; it is the active one then.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        SboraError: an adapter that does not fit the model.
+    """
+    _warn_of_another_base(model, source)
+    folder = find_folder(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder is None:
+            folder = Path(scratch)
+            write_peft(Adapter.load(source), layer_shapes(model), folder)
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SboraError(f"{source} does not fit the base model: {reason}") from None
+    detect(model, name)  # the fast forward, where a factor is one-hot
+    return model
+
+
+def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
+    """An adapter as the PEFT directory of a plain LoRA: vLLM, SGLang and llama.cpp's converter read it.
+
+    The scale is folded in: alpha is the rank, which is the same in every layer.
+    """
+    config, tensors, metadata = peft_component(to_loras(adapter, shapes), adapter.spec)
+    write_atomically(folder / CONFIG, config.encode())
+    write_atomically(folder / WEIGHTS, to_bytes(tensors, metadata))
+    return folder
+
+
+def _warn_of_another_base(model: Any, source: str) -> None:
+    about = read_about(source)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if about.get("fingerprint", identity := fingerprint(base)) != identity:
+        quantised = f" in {about['quantize']}" if about.get("quantize", "none") != "none" else ""
+        log.warning("%s was trained on other weights: %s%s", source, about.get("base"), quantised)

@@ -1,0 +1,122 @@
+"""Accuracy by lm-evaluation-harness: the published tasks in tasks/, and its own by name."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sbora_diffusion.errors import SboraError
+
+TASKS = Path(str(files("sbora_diffusion.llm") / "tasks"))
+_METRICS = ("acc", "exact_match", "em", "f1")  # the first that a task has is its score
+_NOISY = ("lm_eval", "datasets", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """What a model scored on one task."""
+
+    metric: str
+    correct: list[float]  # a number a question; the task's score is their mean
+    failed: list[float]  # 1 where no answer was found; empty where the task does not say
+
+    @property
+    def score(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def failure_rate(self) -> float | None:
+        return sum(self.failed) / len(self.failed) if self.failed else None
+
+
+class Harness:
+    """The tasks that were asked for, loaded once, for any number of models.
+
+    Args:
+        tasks: names of tasks or groups; a group of ours is expanded, a foreign one becomes one column.
+        data: a folder in LLM-Adapters' layout, `data/TASK/test.json`.
+
+    Raises:
+        SboraError: no lm-evaluation-harness, an unknown task.
+    """
+
+    def __init__(self, tasks: Sequence[str], data: Path | None) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise SboraError("llm eval needs lm-evaluation-harness", 'pip install "sbora-diffusion[llm]"') from None
+        own = {path.stem for path in TASKS.glob("*.yaml")}
+        self._manager = TaskManager(  # with all of the harness's own tasks it takes half a minute
+            include_path=str(TASKS),
+            include_defaults=not own.issuperset(tasks),
+            metadata={"data_dir": str(data or "")},  # type: ignore[arg-type]  # handed to each task
+        )
+        unknown = [task for task in tasks if task not in self._manager.all_tasks]
+        if unknown:
+            raise SboraError(
+                f"unknown tasks {', '.join(unknown)}", f"ours: {', '.join(sorted(own))}; or one of the harness"
+            )
+        self.tasks = [leaf for task in dict.fromkeys(tasks) for leaf in (_members(task) if task in own else [task])]
+
+    def run(self, model: Any, tokenizer: Any, batch_size: int, limit: int | None) -> dict[str, TaskScores]:
+        """Scores by task.
+
+        Args:
+            model: causal, with or without PEFT around it.
+            limit: only so many questions of each task.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        with _quietly():
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
+                tasks=list(self.tasks),
+                task_manager=self._manager,
+                limit=limit,
+                bootstrap_iters=0,
+            )
+        assert found is not None, "only other ranks get None"
+        return {task: _scores(found, task) for task in self.tasks}
+
+
+def _members(task: str) -> list[str]:
+    """The tasks of a group of ours, or the task itself; no dataset is needed to know it."""
+    text = (TASKS / f"{task}.yaml").read_text()
+    return re.findall(r"^  - (\w+)$", text, re.MULTILINE) if text.find("group: ") >= 0 else [task]
+
+
+def _scores(found: Any, task: str) -> TaskScores:
+    """A task's or a foreign group's numbers, question by question; of several filters the first."""
+    leaves = found.get("group_subtasks", {}).get(task) or [task]
+    samples = [sample for leaf in leaves for sample in _first_filter(found["samples"].get(leaf, []))]
+    metric = next((name for name in _METRICS if samples and name in samples[0]), None)
+    if metric is None:
+        raise SboraError(f"the task {task} has none of the metrics {', '.join(_METRICS)}")
+    return TaskScores(
+        metric=metric,
+        correct=[float(sample[metric]) for sample in samples],
+        failed=[float(sample["failed"]) for sample in samples if "failed" in sample],
+    )
+
+
+def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The harness warns of much that is meant so."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,57 @@
+"""Export: an adapter as a plain LoRA, or merged into a copy of its base model."""
+
+import shutil
+from pathlib import Path
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.adapters import find_folder, layer_shapes, load_adapter, read_about, read_concept, write_peft
+from sbora_diffusion.llm.base import load_base, meta_base
+
+FORMATS = ("peft", "model")
+
+
+def export(source: str, to: str, folder: Path, base: str = "", dequantize: bool = False) -> Path:
+    """Write what other programs load.
+
+    Args:
+        base: "" is what the adapter was trained for.
+        dequantize: merge an adapter that was trained on nf4 into its dequantised base; never done unasked.
+
+    Raises:
+        SboraError: an unknown format, a folder that exists, a merge into 4 bits, an adapter that does not fit.
+    """
+    if to not in FORMATS:
+        raise SboraError(f"got --to {to}, expected {' or '.join(FORMATS)}")
+    if folder.exists():
+        raise SboraError(f"{folder} exists", "choose another --out")
+    about = read_about(source)
+    base = base or about.get("base", "")
+    if not base:
+        raise SboraError(f"{source} does not say what base model it is for", "name it with --base")
+    return _merged(source, base, about, folder, dequantize) if to == "model" else _peft(source, base, about, folder)
+
+
+def _peft(source: str, base: str, about: dict, folder: Path) -> Path:
+    if about.get("method", "").startswith("sbora"):
+        return write_peft(read_concept(source), layer_shapes(meta_base(base)), folder)
+    if about.get("method") == "dora":
+        raise SboraError("vLLM, SGLang and llama.cpp load no DoRA", "merge it into its base: --to model")
+    origin = find_folder(source)
+    assert origin is not None, "a concept file is SBoRA's"
+    return Path(shutil.copytree(origin, folder))
+
+
+def _merged(source: str, base: str, about: dict, folder: Path, dequantize: bool) -> Path:
+    quantize = about.get("quantize", "none")
+    if quantize != "none" and not dequantize:
+        raise SboraError(
+            f"{source} was trained on {quantize}: a merge would requantise weights that the adapter does not own",
+            "keep it live (--quantize nf4), or merge it into a dequantised copy with --dequantize",
+        )
+    model, tokenizer = load_base(base, "auto", quantize)
+    if quantize != "none":
+        model = model.dequantize()
+    merged = load_adapter(model, source, "default").merge_and_unload()
+    merged.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder

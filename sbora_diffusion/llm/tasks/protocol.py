@@ -1,0 +1,106 @@
+"""What the task files beside it call: local data, prompts, and how an answer counts."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.extraction import judge
+from sbora_diffusion.llm.template import evaluation_prompt
+
+LETTERS = "ABCD"
+SHOTS = 5
+
+
+def load(data_dir: str = "", folder: str = "", rule: str = "", **_: Any) -> dict[str, Dataset]:
+    """LLM-Adapters' layout: data_dir/folder/test.json, a list of records with instruction and answer."""
+    path = Path(data_dir) / folder / "test.json"
+    if not data_dir or not path.is_file():
+        raise SboraError(f"the task needs {folder}/test.json", "name LLM-Adapters' dataset folder with --data DIR")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{"instruction": r["instruction"], "answer": str(r["answer"]), "rule": rule or folder} for r in records]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SboraError(f"{path} is no list of records with instruction and answer ({error!r})") from None
+    return {"test": Dataset.from_list(rows)}
+
+
+def prompt(doc: dict[str, Any]) -> str:
+    """LLM-Adapters' evaluation prompt."""
+    return evaluation_prompt(doc["instruction"])
+
+
+def count(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the answer is right, and whether there was none."""
+    correct, failed = judge(doc["rule"], results[0], doc["answer"])
+    return {"acc": float(correct), "failed": float(failed)}
+
+
+def load_mmlu(data_dir: str = "", **_: Any) -> dict[str, Dataset]:
+    """MMLU's validation questions, each with five shots of its subject and the weight that makes a mean a macro mean.
+
+    From data_dir/mmlu in the authors' layout (dev/SUBJECT_dev.csv, val/SUBJECT_val.csv), or else from the hub.
+    """
+    local = Path(data_dir) / "mmlu"
+    shots, questions = _read_local(local) if data_dir and local.is_dir() else _read_hub()
+    sizes = Counter(question["subject"] for question in questions)
+    rows = [
+        {
+            "text": mmlu_prompt(question, [shot for shot in shots if shot["subject"] == question["subject"]]),
+            "gold": question["answer"],
+            "weight": len(questions) / (len(sizes) * sizes[question["subject"]]),
+        }
+        for question in questions
+    ]
+    return {"validation": Dataset.from_list(rows)}
+
+
+def mmlu_prompt(question: dict[str, Any], shots: list[dict[str, Any]]) -> str:
+    """QLoRA's text, up to the letter that is asked for."""
+    subject = question["subject"].replace("_", " ")
+    asked = "\n\n".join([*(_asked(shot, LETTERS[shot["answer"]]) for shot in shots[:SHOTS]), _asked(question, "")])
+    return f"The following are multiple choice questions (with answers) about {subject}.\n\n{asked}"
+
+
+def count_mmlu(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Whether the likeliest letter is right, times the question's weight."""
+    scores = [score for score, _ in results]
+    return {"acc": doc["weight"] * (scores.index(max(scores)) == doc["gold"])}
+
+
+def _asked(question: dict[str, Any], letter: str) -> str:
+    choices = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, question["choices"], strict=True))
+    return f"{question['question']}\n{choices}\nAnswer:{' ' * bool(letter)}{letter}"
+
+
+def _read_local(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return _read_split(folder, "dev"), _read_split(folder, "val")
+
+
+def _read_split(folder: Path, split: str) -> list[dict[str, Any]]:
+    questions = []
+    for path in sorted((folder / split).glob(f"*_{split}.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                if len(row) != 6 or row[5] not in LETTERS:
+                    raise SboraError(f"{path}, row {number}: expected a question, four choices and a letter")
+                answer = LETTERS.index(row[5])
+                subject = path.stem.removesuffix(f"_{split}")
+                questions.append({"subject": subject, "question": row[0], "choices": row[1:5], "answer": answer})
+    if not questions:
+        raise SboraError(f"no {folder / split}/SUBJECT_{split}.csv")
+    return questions
+
+
+def _read_hub() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    try:
+        splits = load_dataset("cais/mmlu", "all")
+    except (OSError, ValueError) as error:
+        raise SboraError(
+            f"cannot load cais/mmlu ({error})", "put the csv files into DIR/mmlu, and name --data DIR"
+        ) from None
+    return [dict(row) for row in splits["dev"]], [dict(row) for row in splits["validation"]]  # type: ignore[index]
