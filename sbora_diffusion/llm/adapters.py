@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, int]]  # "model.<layer>" -> (out, in)
 
 
 def layer_shapes(model: nn.Module) -> Shapes:
-    """The linear layers that adapters may write; on the meta device too, but not of a quantised model's packed weights."""
+    """(out, in) of the linear layers that adapters may write; of a quantised or weightless model too."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {
         f"{COMPONENT}.{canonical(name)}": (module.out_features, module.in_features) for name, module in linear.items()
@@ -65,7 +65,7 @@ def read_concept(source: str) -> Adapter:
 
 
 def read_about(source: str) -> dict[str, Any]:
-    """What we wrote about an adapter when it was trained: method, quantize, fingerprint, config, parameters, …; else {}."""
+    """What we wrote when it was trained: method, base, quantize, fingerprint, config, …; {} of a foreign one."""
     folder = find_folder(source)
     if folder is None:
         spec = Adapter.load(source).spec

@@ -45,7 +45,7 @@ def first_letter(text: str) -> str | None:
 
 
 def stated_letter(text: str) -> str | None:
-    """The letter that is said to be the answer ("the answer is (B)"; the last one), or that is all the first line is."""
+    """The letter that is said to be the answer ("the answer is (B)", the last one), or is all of the first line."""
     stated = [match[1] for match in _STATED.finditer(text) if match[1].isupper()]
     if stated:
         return stated[-1]
