@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.hub import why
 
 TASKS = Path(str(files("sbora_diffusion.llm") / "tasks"))
 _METRICS = ("acc", "exact_match", "em", "f1")  # the first that a task has is its score
+_PREFIXES = ("adapters_", "qlora_")  # of tasks of ours
 _NOISY = ("lm_eval", "datasets", "evaluate")
 
 
@@ -50,17 +52,15 @@ class Harness:
         except ImportError:
             raise SboraError("llm eval needs lm-evaluation-harness", 'pip install "sbora-diffusion[llm]"') from None
         own = {path.stem for path in TASKS.glob("*.yaml")}
+        foreign = [task for task in tasks if task not in own]
+        _check_known(foreign, [task for task in foreign if not task.startswith(_PREFIXES)], own)
         self._manager = TaskManager(  # with all of the harness's own tasks it takes half a minute
             include_path=str(TASKS),
-            include_defaults=not own.issuperset(tasks),
+            include_defaults=bool(foreign),
             metadata={"data_dir": str(data or "")},  # type: ignore[arg-type]  # handed to each task
         )
-        unknown = [task for task in tasks if task not in self._manager.all_tasks]
-        if unknown:
-            raise SboraError(
-                f"unknown tasks {', '.join(unknown)}", f"ours: {', '.join(sorted(own))}; or one of the harness"
-            )
-        self.tasks = [leaf for task in dict.fromkeys(tasks) for leaf in (_members(task) if task in own else [task])]
+        _check_known(foreign, self._manager.all_tasks, own)
+        self.tasks = list(dict.fromkeys(leaf for task in tasks for leaf in (_members(task) if task in own else [task])))
 
     def run(self, model: Any, tokenizer: Any, batch_size: int, limit: int | None) -> dict[str, TaskScores]:
         """Scores by task.
@@ -68,20 +68,32 @@ class Harness:
         Args:
             model: causal, with or without PEFT around it.
             limit: only so many questions of each task.
+
+        Raises:
+            SboraError: data that cannot be loaded.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with _quietly():
-            found = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
-                tasks=list(self.tasks),
-                task_manager=self._manager,
-                limit=limit,
-                bootstrap_iters=0,
-            )
+        wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+        names: Any = self.tasks
+        try:
+            with _quietly():
+                found = lm_eval.simple_evaluate(
+                    wrapped, tasks=names, task_manager=self._manager, limit=limit, bootstrap_iters=0
+                )
+        except OSError as error:  # no network, no such data set
+            raise SboraError(f"cannot load the tasks' data: {why(error)}") from None
         assert found is not None, "only other ranks get None"
         return {task: _scores(found, task) for task in self.tasks}
+
+
+def _check_known(tasks: Iterable[str], known: Iterable[str], ours: Iterable[str]) -> None:
+    unknown = sorted({*tasks} - {*known})
+    if unknown:
+        raise SboraError(
+            f"unknown tasks {', '.join(unknown)}", f"ours: {', '.join(sorted(ours))}; or the harness's own"
+        )
 
 
 def _members(task: str) -> list[str]:

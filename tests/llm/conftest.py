@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .tiny import save_base, save_data
+from .tiny import save_base, save_data, save_tasks
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_data(tmp_path_factory.mktemp("data") / "sums.json")
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tasks(tmp_path_factory.mktemp("tasks"))

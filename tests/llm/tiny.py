@@ -49,3 +49,35 @@ def save_data(path: Path, number: int = 16) -> Path:
     records = [{"instruction": f"What is {n} + 1?", "input": "", "output": f"It is {n + 1}."} for n in range(number)]
     path.write_text(json.dumps(records))
     return path
+
+
+ANSWERS = {
+    "boolq": "true",
+    "piqa": "solution1",
+    "social_i_qa": "answer1",
+    "hellaswag": "ending1",
+    "winogrande": "option1",
+    "ARC-Easy": "answer1",
+    "ARC-Challenge": "answer1",
+    "openbookqa": "answer1",
+    "MultiArith": "3.0",
+    "gsm8k": "3",
+    "AddSub": "3",
+    "AQuA": "A",
+    "SingleEq": "3",
+    "SVAMP": "3",
+}
+
+
+def save_tasks(folder: Path) -> Path:
+    """LLM-Adapters' layout, two questions a task; and MMLU's, two subjects."""
+    for task, answer in ANSWERS.items():
+        records = [{"instruction": f"{task} {n}?", "input": "", "output": "", "answer": answer} for n in range(2)]
+        (folder / task).mkdir(parents=True)
+        (folder / task / "test.json").write_text(json.dumps(records))
+    for split, sizes in {"dev": (5, 5), "val": (1, 3)}.items():
+        (folder / "mmlu" / split).mkdir(parents=True)
+        for subject, size in zip(("world_history", "anatomy"), sizes, strict=True):
+            rows = [f"{subject} {n}?,w,x,y,z,B" for n in range(size)]
+            (folder / "mmlu" / split / f"{subject}_{split}.csv").write_text("\n".join(rows) + "\n")
+    return folder

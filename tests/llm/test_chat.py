@@ -1,0 +1,62 @@
+"""A conversation: streamed, with its history, and with adapters that are switched at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.adapters import load_adapter
+from sbora_diffusion.llm.base import load_base
+from sbora_diffusion.llm.chat import HELP, Chat
+from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.llm.run_folder import Run
+from sbora_diffusion.llm.train import train
+
+
+def answers(chat: Chat, *names: str) -> list[str]:
+    """What is answered to the same message with each adapter."""
+    said = []
+    for name in names:
+        chat.command("/new")
+        chat.switch(name)
+        said.append("".join(chat.say("What is 3 + 1?")))
+    return said
+
+
+def test_switching_gives_what_each_adapter_gives_alone(base: str, data: Path, tmp_path: Path) -> None:
+    for name, method, start in (("first", "sbora-fa", "0"), ("second", "lora", "0")):
+        settings = {"rank": "4", "steps": "8", "learning_rate": "0.05", "start": start}
+        run = Run(base=base, data=data, method=method, quantize="none")
+        train(run, LlmConfig.from_recipe("small", settings), tmp_path / name)
+    alone = []
+    for names in ([], ["first"], ["second"]):
+        model, tokenizer = load_base(base)
+        for name in names:
+            model = load_adapter(model, str(tmp_path / name), name).eval()
+        alone += answers(Chat(model, tokenizer, names, 12, 0.0), names[0] if names else "none")
+    model, tokenizer = load_base(base)
+    for name in ("first", "second"):
+        model = load_adapter(model, str(tmp_path / name), name).eval()
+    together = answers(Chat(model, tokenizer, ["first", "second"], 12, 0.0), "none", "first", "second")
+    assert together == alone
+    assert len(set(alone)) == 3
+
+
+def test_it_streams_and_remembers(base: str) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = load_base(base)
+    chat = Chat(model, tokenizer, [], 8, 0.5)
+    pieces = list(chat.say("hi"))
+    assert len(pieces) > 1
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1]["content"] == "".join(pieces)
+
+
+def test_commands(base: str) -> None:
+    chat = Chat(*load_base(base), [], 8, 0.0)
+    assert chat.command("/adapters") == "none"
+    assert chat.command("/adapter none") == "now: none"
+    assert chat.command("/nonsense") == HELP
+    with pytest.raises(SboraError, match="no adapter 'x', there are none"):
+        chat.command("/adapter x")

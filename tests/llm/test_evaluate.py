@@ -1,0 +1,99 @@
+"""The published tasks in lm-evaluation-harness: what is asked, how it is generated, how it counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.base import load_base
+from sbora_diffusion.llm.evaluate import TASKS, Harness, TaskScores
+from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, mmlu_prompt
+
+from .tiny import ANSWERS
+
+GAP = " " * 16
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+    f"{GAP}### Instruction:\n{GAP}{{}}\n\n{GAP}### Response:\n{GAP}"
+)
+COMMONSENSE = list(ANSWERS)[:8]
+ARITHMETIC = list(ANSWERS)[8:]
+
+
+def name_of(task: str) -> str:
+    return f"adapters_{task.lower().replace('-', '_')}"
+
+
+def loaded(name: str, data: Path) -> Any:
+    metadata: Any = {"data_dir": str(data)}
+    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata).load(name)["tasks"][name]
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_a_task_asks_and_counts_as_published(task: str, tasks: Path) -> None:
+    found = loaded(name_of(task), tasks)
+    [doc, _] = found.test_docs()
+    assert found.doc_to_text(doc) == PROMPT.format(f"{task} 0?")
+    limit = 32 if task in COMMONSENSE else 256
+    options = {"until": [], "do_sample": False, "num_beams": 4, "max_gen_toks": limit}
+    assert found.config.generation_kwargs == options
+    assert found.process_results(doc, [f"The answer is {ANSWERS[task]}."]) == {"acc": 1.0, "failed": 0.0}
+    assert found.process_results(doc, ["?"]) == {"acc": 0.0, "failed": 1.0}
+
+
+def test_clean_aqua_wants_a_stated_letter(tasks: Path) -> None:
+    [doc, _] = loaded("adapters_clean_aqua", tasks).test_docs()
+    assert count(doc, ["An apple"]) == {"acc": 0.0, "failed": 1.0}
+    assert count(doc, ["The answer is A"]) == {"acc": 1.0, "failed": 0.0}
+
+
+def test_groups_are_the_published_tables(tasks: Path) -> None:
+    assert Harness(["adapters_commonsense"], tasks).tasks == [name_of(task) for task in COMMONSENSE]
+    assert Harness(["adapters_arithmetic"], tasks).tasks == [name_of(task) for task in ARITHMETIC]
+    clean = Harness(["adapters_clean_arithmetic", "adapters_svamp"], tasks).tasks
+    assert clean == ["adapters_gsm8k", "adapters_clean_aqua", "adapters_svamp"]
+
+
+def test_mmlu_prompt_is_qlora_s() -> None:
+    question = {"subject": "world_history", "question": "Who?", "choices": ["w", "x", "y", "z"], "answer": 1}
+    asked = "Who?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    head = "The following are multiple choice questions (with answers) about world history.\n\n"
+    assert mmlu_prompt(question, [question]) == f"{head}{asked} B\n\n{asked}"
+    assert mmlu_prompt(question, [question] * 7).count("Answer: B") == 5
+
+
+def test_mmlu_s_mean_is_a_macro_mean(tasks: Path) -> None:
+    docs = loaded("qlora_mmlu", tasks).test_docs()
+    right, wrong = [(0.0, False), (1.0, False), (0.0, False), (0.0, False)], [(1.0, False)] + [(0.0, False)] * 3
+    verdicts = [count_mmlu(doc, right if "world history" in doc["text"] else wrong)["acc"] for doc in docs]
+    assert len(verdicts) == 4
+    assert sum(verdicts) / 4 == pytest.approx(0.5)  # one subject of two, one question of four
+
+
+def test_runs_on_a_model(base: str, tasks: Path) -> None:
+    model, tokenizer = load_base(base)
+    scores = Harness(["adapters_boolq", "adapters_svamp", "qlora_mmlu"], tasks).run(model, tokenizer, 2, limit=1)
+    assert list(scores) == ["adapters_boolq", "adapters_svamp", "qlora_mmlu"]
+    assert scores["adapters_boolq"].failed == [1.0]  # noise holds no "true"
+    assert scores["adapters_boolq"].score == 0.0
+    assert scores["qlora_mmlu"].failure_rate is None
+
+
+def test_scores() -> None:
+    assert TaskScores(metric="acc", correct=[1.0, 0.0, 0.0, 0.0], failed=[0.0, 1.0, 0.0, 0.0]).failure_rate == 0.25
+
+
+def test_defects(tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match=r"needs boolq/test\.json"):
+        load(data_dir=str(tmp_path), folder="boolq")
+    with pytest.raises(SboraError, match=r"needs boolq/test\.json"):
+        load(folder="boolq")
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps([{"instruction": "a"}]))
+    with pytest.raises(SboraError, match="no list of records with instruction and answer"):
+        load(data_dir=str(tmp_path), folder="boolq")
+    with pytest.raises(SboraError, match="unknown tasks adapters_nothing"):
+        Harness(["adapters_nothing"], tasks)
