@@ -168,7 +168,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.cell:
-        made = make_cell(*options.cell, options)
+        method, quantize = options.cell
+        made = make_cell(method, quantize, options)
         write_atomically(options.cell_path(options.cell), json.dumps(made).encode())
         return
     prepare(options)

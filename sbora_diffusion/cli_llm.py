@@ -26,8 +26,8 @@ Adapters = Annotated[
 def train(
     base: Base,
     data: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON, JSONL or Parquet: instruction, output; or messages.")
-    ],
+        Path | None, typer.Option(metavar="FILE", help="JSON, JSONL or Parquet: instruction, output; or messages.")
+    ] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="sbora-fa, sbora-fb, lora or dora.")] = "sbora-fa",
     recipe: Annotated[
         str, typer.Option(metavar="NAME", help="commonsense, arithmetic, qsbora (published) or small.")
@@ -48,6 +48,8 @@ def train(
         trained, total = count_parameters(base, method, config)
         typer.echo(f"{method}\t{trained:,} trained\t{total:,} in the base model\t{trained / total:.3%}")
         return
+    if data is None:
+        raise typer.BadParameter("is needed, such as records.json", param_hint="--data")
     from sbora_diffusion.cli_llm_run import fine_tune
     from sbora_diffusion.llm.run_folder import Run
 

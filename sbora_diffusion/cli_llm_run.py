@@ -99,9 +99,10 @@ def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, tem
     if len(names) < len(adapters) or NONE in names:
         raise SboraError(f"got adapters of the names {', '.join(names)}", f"each needs its own, and none {NONE!r}")
     model, tokenizer = load_base(base, "auto", quantize)
+    inside = {name: f"chat-{number}" for number, name in enumerate(names)}  # PEFT allows not every name
     for name, source in names.items():
-        model = load_adapter(model, source, name).eval()
-    chat = Chat(model, tokenizer, names, max_tokens, temperature)
+        model = load_adapter(model, source, inside[name]).eval()
+    chat = Chat(model, tokenizer, inside, max_tokens, temperature)
     screen = Console(stderr=True, highlight=False)
     screen.print(f"with {chat.active}; /help says what else")
     while (line := _read_line(screen)) is not None and line != "/quit":

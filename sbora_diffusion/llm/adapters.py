@@ -9,14 +9,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from sbora_diffusion.adapter.basis import canonical
 from sbora_diffusion.adapter.exchange.lora import to_loras
 from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
 from sbora_diffusion.adapter.exchange.safefile import to_bytes
 from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.layer import detect
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.base import fingerprint
+from sbora_diffusion.llm.base import fingerprint, linear_layers
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, COMPONENT, RUN
 
 log = logging.getLogger(__name__)
@@ -26,10 +25,8 @@ Shapes = dict[str, tuple[int, int]]  # "model.<layer>" -> (out, in)
 
 def layer_shapes(model: nn.Module) -> Shapes:
     """(out, in) of the linear layers that adapters may write; of a quantised or weightless model too."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {
-        f"{COMPONENT}.{canonical(name)}": (module.out_features, module.in_features) for name, module in linear.items()
-    }
+    layers = linear_layers(model).items()
+    return {f"{COMPONENT}.{name}": (module.out_features, module.in_features) for name, module in layers}
 
 
 def find_folder(source: str) -> Path | None:
@@ -121,6 +118,6 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
 def _warn_of_another_base(model: Any, source: str) -> None:
     about = read_about(source)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if about.get("fingerprint", identity := fingerprint(base)) != identity:
+    if about.get("fingerprint") not in (None, fingerprint(base)):
         quantised = f" in {about['quantize']}" if about.get("quantize", "none") != "none" else ""
         log.warning("%s was trained on other weights: %s%s", source, about.get("base"), quantised)

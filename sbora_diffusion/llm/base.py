@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sbora_diffusion.adapter.basis import Interval, canonical
-from sbora_diffusion.adapter.kernel import is_quantised
 from sbora_diffusion.adapter.layer import attach, keep_linear4bit_unpacked
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
@@ -20,6 +20,7 @@ from sbora_diffusion.methods import method_side
 
 QUANTISATIONS = ("none", "nf4")
 
+_LORA = re.compile(r"\blora_[AB]\.")  # PEFT's own linear layers
 _SAMPLED = 1024  # entries of each linear weight that enter the fingerprint
 
 
@@ -39,7 +40,7 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
     with cache_if_offline():
         try:
             tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
         except (OSError, ValueError) as error:
             gated = "gated" in str(error).lower()
             hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
@@ -48,7 +49,7 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if quantize == "none" and torch.cuda.is_available():
-        model = model.cuda(gpu_of_process())
+        model = model.to(torch.device("cuda", gpu_of_process()))
     if "gguf_file" in options:
         _forget_gguf(model)
     keep_linear4bit_unpacked(model)
@@ -103,19 +104,22 @@ def fingerprint(model: nn.Module) -> str:
     Layers that are quantised count with their packed bytes: another quantisation is another base.
     """
     digest = hashlib.sha256()
-    for name, module in sorted(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            entries = module.weight.detach().flatten()
-            sample = entries[:: max(1, len(entries) // _SAMPLED)].cpu()
-            sample = sample.half() if sample.is_floating_point() else sample
-            digest.update(f"{canonical(name)} {module.out_features} {module.in_features}".encode())
-            digest.update(sample.numpy().tobytes())
+    for name, module in sorted(linear_layers(model).items()):
+        entries = module.weight.detach().flatten()
+        sample = entries[:: max(1, len(entries) // _SAMPLED)].cpu()
+        sample = sample.half() if sample.is_floating_point() else sample
+        digest.update(f"{name} {module.out_features} {module.in_features}".encode())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def is_quantised_model(model: nn.Module) -> bool:
-    """Whether any linear weight is packed: then nothing can be merged into it."""
-    return any(isinstance(module, nn.Linear) and is_quantised(module.weight) for module in model.modules())
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The base model's linear layers by canonical name, with or without adapters around them."""
+    return {
+        canonical(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _LORA.search(name)
+    }
 
 
 def gpu_of_process() -> int:

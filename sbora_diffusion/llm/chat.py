@@ -1,7 +1,7 @@
 """A conversation with a language model, answer by answer, with adapters switched in between."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,19 +24,19 @@ class Chat:
 
     Args:
         model: causal; a PEFT model if there are adapters.
-        adapters: the names of those.
+        adapters: what users call these -> their names in the model.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, adapters: Iterable[str], max_tokens: int, temperature: float
+        self, model: Any, tokenizer: Any, adapters: Mapping[str, str], max_tokens: int, temperature: float
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self.adapters = tuple(adapters)
+        self.adapters = dict(adapters)
         self._options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
         self._options |= {"temperature": temperature} if temperature > 0 else {}
         self.messages: list[dict[str, str]] = []
-        self.active = self.adapters[-1] if self.adapters else NONE
-        self.switch(self.active)
+        self.active = NONE
+        self.switch(next(reversed(self.adapters), NONE))
 
     def switch(self, name: str) -> None:
         """Make an adapter the active one; what was said stays."""
@@ -44,7 +44,7 @@ class Chat:
             raise SboraError(f"no adapter {name!r}, there are {', '.join((*self.adapters, NONE))}")
         self.active = name
         if name != NONE:
-            self._model.set_adapter(name)
+            self._model.set_adapter(self.adapters[name])
 
     def say(self, text: str) -> Iterator[str]:
         """The answer, piece by piece as it is made."""

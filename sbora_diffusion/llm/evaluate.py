@@ -51,6 +51,8 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise SboraError("llm eval needs lm-evaluation-harness", 'pip install "sbora-diffusion[llm]"') from None
+        if not tasks:
+            raise SboraError("no task was named", "such as --tasks adapters_commonsense")
         own = {path.stem for path in TASKS.glob("*.yaml")}
         foreign = [task for task in tasks if task not in own]
         _check_known(foreign, [task for task in foreign if not task.startswith(_PREFIXES)], own)
@@ -75,16 +77,16 @@ class Harness:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        names: Any = self.tasks
+        harness: Any = HFLM  # its decorators hide the signatures from type checkers
+        simple_evaluate: Any = lm_eval.simple_evaluate
         try:
             with _quietly():
-                found = lm_eval.simple_evaluate(
-                    wrapped, tasks=names, task_manager=self._manager, limit=limit, bootstrap_iters=0
+                wrapped = harness(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+                found = simple_evaluate(
+                    wrapped, tasks=self.tasks, task_manager=self._manager, limit=limit, bootstrap_iters=0
                 )
         except OSError as error:  # no network, no such data set
             raise SboraError(f"cannot load the tasks' data: {why(error)}") from None
-        assert found is not None, "only other ranks get None"
         return {task: _scores(found, task) for task in self.tasks}
 
 

@@ -34,11 +34,15 @@ def test_switching_gives_what_each_adapter_gives_alone(base: str, data: Path, tm
         model, tokenizer = load_base(base)
         for name in names:
             model = load_adapter(model, str(tmp_path / name), name).eval()
-        alone += answers(Chat(model, tokenizer, names, 12, 0.0), names[0] if names else "none")
+        alone += answers(
+            Chat(model, tokenizer, dict(zip(names, names, strict=True)), 12, 0.0), names[0] if names else "none"
+        )
     model, tokenizer = load_base(base)
     for name in ("first", "second"):
         model = load_adapter(model, str(tmp_path / name), name).eval()
-    together = answers(Chat(model, tokenizer, ["first", "second"], 12, 0.0), "none", "first", "second")
+    together = answers(
+        Chat(model, tokenizer, {"first": "first", "second": "second"}, 12, 0.0), "none", "first", "second"
+    )
     assert together == alone
     assert len(set(alone)) == 3
 
@@ -46,7 +50,7 @@ def test_switching_gives_what_each_adapter_gives_alone(base: str, data: Path, tm
 def test_it_streams_and_remembers(base: str) -> None:
     torch.manual_seed(0)
     model, tokenizer = load_base(base)
-    chat = Chat(model, tokenizer, [], 8, 0.5)
+    chat = Chat(model, tokenizer, {}, 8, 0.5)
     pieces = list(chat.say("hi"))
     assert len(pieces) > 1
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
@@ -54,7 +58,7 @@ def test_it_streams_and_remembers(base: str) -> None:
 
 
 def test_commands(base: str) -> None:
-    chat = Chat(*load_base(base), [], 8, 0.0)
+    chat = Chat(*load_base(base), {}, 8, 0.0)
     assert chat.command("/adapters") == "none"
     assert chat.command("/adapter none") == "now: none"
     assert chat.command("/nonsense") == HELP

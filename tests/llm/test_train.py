@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -52,15 +53,15 @@ def test_learns_and_plain_peft_loads_it(method: str, quantize: str, base: str, d
                 assert factor.sum() == 4
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bit_for_bit(method: str, base: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "dropout"), [*((method, "0.05") for method in METHODS), ("sbora-fa", "0.0")])
+def test_resume_is_bit_for_bit(method: str, dropout: str, base: str, data: Path, tmp_path: Path) -> None:
     run = Run(base=base, data=data, method=method, quantize="none")
-    whole = train(run, small(), tmp_path / "whole").adapter
-    train(run, small(), tmp_path / "parts")
+    whole = train(run, small(dropout=dropout), tmp_path / "whole").adapter
+    train(run, small(dropout=dropout), tmp_path / "parts")
     interrupted = tmp_path / "parts"
     for path in (interrupted / "checkpoint-4", interrupted / "adapter"):
         path.rename(tmp_path / path.name)
-    again = train(run, small(), interrupted, resume=True).adapter
+    again = train(run, small(dropout=dropout), interrupted, resume=True).adapter
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -104,7 +105,12 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
     for recipe in RECIPES:
         got = training_arguments(LlmConfig.from_recipe(recipe, {"dtype": "float32"}), tmp_path)
         schedule = got.num_train_epochs, got.max_steps, got.learning_rate, got.per_device_train_batch_size
-        rest = got.gradient_accumulation_steps, got.warmup_steps, str(got.lr_scheduler_type.value), got.max_grad_norm
+        rest = (
+            got.gradient_accumulation_steps,
+            got.warmup_steps,
+            str(getattr(got.lr_scheduler_type, "value", got.lr_scheduler_type)),
+            got.max_grad_norm,
+        )
         assert (*schedule, *rest, got.train_sampling_strategy) == published[recipe]
 
 
@@ -125,3 +131,69 @@ def test_bad_settings(setting: dict[str, str], message: str) -> None:
 def test_missing_model(data: Path, tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="cannot load"):
         train(Run(base="/no/such", data=data, method="lora", quantize="none"), small(), tmp_path)
+
+
+def test_no_bitsandbytes(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SboraError, match="nf4 needs bitsandbytes"):
+        load_base(base, quantize="nf4")
+
+
+def test_gated_model(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr("sbora_diffusion.llm.base.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("sbora_diffusion.hub.can_be_reached", lambda: True)
+    with pytest.raises(SboraError, match="gated repo") as told:
+        load_base(base)
+    assert "Accept its licence" in str(told.value.hint)
+
+
+def test_4_bit_layers_are_never_repacked(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU with AVX512-BF16, where bitsandbytes asks for it in every layer."""
+    made = Linear4bit.__init__
+
+    def ask_for_it(self: Linear4bit, *args: object, **kwargs: object) -> None:
+        made(self, *args, **kwargs)  # type: ignore[arg-type]
+        self.support_avx512bf16_for_cpu = True
+
+    monkeypatch.setattr(Linear4bit, "__init__", ask_for_it)
+    model, _ = load_base(base, quantize="nf4")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_checkpointed_activations_give_the_same_training(quantize: str, base: str, data: Path, tmp_path: Path) -> None:
+    run = Run(base=base, data=data, method="sbora-fa", quantize=quantize)
+    settings = {"dropout": "0.0", "steps": "2"}
+    expected = train(run, small(**settings), tmp_path / "plain").adapter
+    got = train(run, small(**settings, gradient_checkpointing="true"), tmp_path / "checkpointed").adapter
+    for name, weight in load_file(expected / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(got / "adapter_model.safetensors")[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_learns(base: str, data: Path, tmp_path: Path) -> None:
+    run = Run(base=base, data=data, method="sbora-fb", quantize="none")
+    train(run, small(dtype="bfloat16", steps="8"), tmp_path)
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "losses.json").read_text())]
+    assert losses[-1] < losses[0]
+
+
+def test_a_training_that_diverges_is_stopped(base: str, data: Path, tmp_path: Path) -> None:
+    run = Run(base=base, data=data, method="lora", quantize="none")
+    with pytest.raises(SboraError, match="the loss is nan at step"):
+        train(run, small(learning_rate="1e30", max_grad_norm="1e30"), tmp_path)
+
+
+def test_paged_optimiser_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlmConfig.from_recipe("qsbora", {"dtype": "float32"})
+    assert training_arguments(config, tmp_path).optim == "adamw_torch"
+    seen = {}
+    monkeypatch.setattr("sbora_diffusion.llm.train.TrainingArguments", lambda **given: seen.update(given))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    training_arguments(config, tmp_path)
+    assert seen["optim"] == "paged_adamw_32bit"
+    assert not seen["use_cpu"]

@@ -1,0 +1,127 @@
+"""The llm commands end to end on a tiny model, and what they say to nonsense."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.cli import app
+
+from .llm.tiny import save_base, save_data, save_tasks
+
+QUICK = [word for setting in ("rank=4", "steps=2", "save_every=1") for word in ("--set", setting)]
+
+
+def run(*words: str | int | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["llm", *map(str, words)], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def work(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, tasks and three trainings: one, two (its seed is another one) and lora."""
+    folder = tmp_path_factory.mktemp("work")
+    save_data(folder / "sums.json")
+    save_tasks(folder / "tasks")
+    for name, *words in (("one", "--set", "start=0"), ("two", "--set", "seed=1"), ("lora", "--method", "lora")):
+        command = ["train", "--base", base, "--data", folder / "sums.json", "--out", folder / name, *QUICK, *words]
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        written = [folder / name / "adapter"] + ([folder / name / f"{name}.safetensors"] if name != "lora" else [])
+        assert result.stdout.split() == [str(path) for path in written]
+    return folder
+
+
+def test_train_again_goes_on_or_is_refused(base: Path, work: Path) -> None:
+    command = ["train", "--base", base, "--data", work / "sums.json", "--out", work / "one", *QUICK]
+    refused = run(*command)
+    assert refused.exit_code == 1
+    assert "a training lies in" in refused.stderr
+    assert "--resume" in refused.stderr
+    assert run(*command, "--resume", "--set", "start=0").exit_code == 0
+
+
+def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
+    command = ["eval", "--base", base, "--tasks", "adapters_boolq,qlora_mmlu", "--data", work / "tasks", "--limit", 1]
+    command += ["--adapter", work / "one", "--adapter", work / "two", "--adapter", work / "lora"]
+    result = run(*command, "--out", work / "scores.json", "--set", "batch_size=2")
+    assert result.exit_code == 0, result.output
+    head, _, sbora, lora = result.stdout.strip().split("\n")
+    assert head == "| model | parameters | seeds | boolq | qlora_mmlu | mean | no answer found |"
+    assert sbora.startswith("| SBoRA-FA r=4 | 2,304 | 2 |")
+    assert lora.startswith("| LoRA r=4 | 4,352 | 1 |")
+    told = json.loads((work / "scores.json").read_text())
+    assert [model["label"] for model in told["models"]] == ["SBoRA-FA r=4", "SBoRA-FA r=4", "LoRA r=4"]
+    assert told["models"][0]["tasks"]["adapters_boolq"]["failure_rate"] == 1.0
+    again = run(*command, "--out", work / "scores.json")
+    assert "--force" in again.stderr
+
+
+def test_eval_of_the_base_model_alone(base: Path, work: Path) -> None:
+    result = run("eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1)
+    assert "| base |  | 1 | 0.0% [0.0%, 0.0%] | 0.0% | 100.0% |" in result.stdout
+
+
+def test_merge_and_export(base: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = run("train", "--base", base, "--data", work / "sums.json", "--out", work / "b", *QUICK, "--set", "start=4")
+    assert other.exit_code == 0, other.output
+    merged = run("merge", work / "one", work / "b", "--out", work / "both.safetensors")
+    assert merged.exit_code == 0, merged.output
+    assert merged.stdout.strip() == str(work / "both.safetensors")
+    assert "written by at most one" in caplog.text
+    assert [str(i) for i in Adapter.load(work / "both.safetensors").spec.intervals] == ["0:4", "4:8"]
+    for kind in ("peft", "model"):
+        result = run("export", work / "both.safetensors", "--to", kind, "--out", work / kind)
+        assert result.exit_code == 0, result.output
+    assert (work / "peft" / "adapter_config.json").is_file()
+    assert (work / "model" / "model.safetensors").is_file()
+    assert "has no concept file" in run("merge", work / "lora", work / "one").stderr
+
+
+def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = "hello\n/adapter lora\n/adapter nobody\n/adapters\n/quit\n"
+    command = ["chat", "--base", base, "--adapter", work / "one", "--adapter", work / "lora", "--max-tokens", 4]
+    result = run(*command, stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert "now: lora" in result.stderr
+    assert "error: no adapter 'nobody', there are one, lora, none" in result.stderr
+    assert result.stdout.strip()
+    assert "other weights" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["train", "--base", "BASE"], 2, "--data"),
+        (["train", "--base", "BASE", "--data", "/no.json"], 1, "is not a file"),
+        (["train", "--base", "/no/such", "--data", "DATA"], 1, "cannot load /no/such"),
+        (["train", "--base", "BASE", "--data", "DATA", "--method", "poem"], 1, "unknown method 'poem'"),
+        (["train", "--base", "BASE", "--data", "DATA", "--recipe", "cake"], 1, "unknown recipe 'cake'"),
+        (["train", "--base", "BASE", "--data", "DATA", "--quantize", "q2"], 1, "choose from none, nf4"),
+        (["train", "--base", "BASE", "--data", "DATA", "--set", "cutoff=3"], 1, "longer than cutoff=3"),
+        (["train", "--base", "BASE", "--data", "DATA", "--set", "targets=nose"], 1, "the targets nose do not fit"),
+        (["train", "--base", "BASE", "--data", "DATA", "--set", "start=31"], 1, "does not fit layer"),
+        (["eval", "--base", "BASE", "--tasks", "adapters_x"], 1, "unknown tasks adapters_x"),
+        (["eval", "--base", "BASE", "--tasks", "adapters_boolq"], 1, "with --data DIR"),
+        (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "batch_size is a number"),
+        (["eval", "--base", "BASE", "--tasks", ","], 1, "no task"),
+        (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "no run folder"),
+        (["merge", "/no/such"], 1, "no run folder"),
+        (["chat", "--base", "/no/such"], 1, "cannot load /no/such"),
+    ],
+)
+def test_nonsense_is_told_in_a_line(
+    words: list[str], status: int, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = {"BASE": str(base), "DATA": str(save_data(tmp_path / "sums.json"))}
+    result = run(*(known.get(word, word) for word in words))
+    assert result.exit_code == status, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
