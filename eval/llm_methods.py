@@ -125,7 +125,7 @@ def prepare(options: argparse.Namespace) -> None:
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy and its change against the same base, with 95 % intervals over the questions."""
     before = {cell["quantize"]: cell for cell in cells if cell["method"] == "base"}
-    lines = ["| method | parameters | accuracy | change | nats a character | seconds a step | peak memory |"]
+    lines = ["| method | parameters | accuracy | change | nats a character | CPU seconds a step | peak memory |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for cell in cells:
         name = NAMES[cell["method"]] if cell["quantize"] == "none" else f"Q{NAMES[cell['method']]} (nf4)"
