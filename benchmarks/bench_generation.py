@@ -1,6 +1,6 @@
 """(e) A denoising step with 1, 4 and 12 concepts of rank 8: live, written into the weights, and as PEFT's LoRAs.
 
-    python benchmarks/bench_generation.py [--device cpu] [--rounds 9] [--tiny] [--out FILE]
+    python benchmarks/bench_generation.py [--device cpu] [--rounds 9] [--no-unet] [--tiny] [--out FILE]
 
 One call of the U-Net without gradients, batch of two as for guidance: emoji64's own U-Net, and one of SD1.5's shape
 with random weights, on a CPU with a latent of 32 × 32 instead of 64 × 64.
@@ -9,9 +9,10 @@ with random weights, on a CPU with a latent of 32 × 32 instead of 64 × 64.
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from bench_common import (
     Device,
     Out,
@@ -35,14 +36,21 @@ app = new_app()
 
 
 @app.command()
-def main(device: Device = "cpu", rounds: Rounds = 9, tiny: Tiny = False, out: Out = None) -> None:
+def main(
+    device: Device = "cpu",
+    rounds: Rounds = 9,
+    unet: Annotated[bool, typer.Option("--unet/--no-unet", help="Also SD1.5's U-Net: minutes on a CPU.")] = True,
+    tiny: Tiny = False,
+    out: Out = None,
+) -> None:
     """Measure, and save the numbers."""
     target = prepare(device)
     counts = (2,) if tiny else (1, 4, 12)
     rows = measure(load_base("emoji64").pipeline.unet, "emoji64", 16, 24, counts, rounds, target)
     size = 8 if tiny else 32 if target.type == "cpu" else 64
     name = f"SD1.5's U-Net, latent {size}×{size}"
-    rows += measure(sd15_unet(tiny), name, size, 77, counts, max(1, rounds // 2), target)
+    if unet:
+        rows += measure(sd15_unet(tiny), name, size, 77, counts, max(1, rounds // 2), target)
     save("generation", target, rows, out, rounds=rounds, tiny=tiny)
 
 

@@ -1,6 +1,6 @@
 """(c) What a training step keeps: the activations saved for the backward pass, and the peak of the process's memory.
 
-    python benchmarks/bench_memory.py [--device cpu] [--tiny] [--out FILE]
+    python benchmarks/bench_memory.py [--device cpu] [--no-peaks] [--tiny] [--out FILE]
 
 Saved activations of a U-Net of SD1.5's shape at its full latent of 64 × 64, counted on the meta device, where nothing
 is computed: every storage that autograd saves, once, but for the parameters. The peak is of two training steps in a
@@ -12,9 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from bench_common import Device, Out, Row, Tiny, new_app, prepare, save
 from bench_models import TARGETS, WAYS, adapted, sd15_unet, unet_inputs
 from torch import Tensor
@@ -26,15 +27,25 @@ app = new_app()
 
 
 @app.command()
-def main(device: Device = "cpu", tiny: Tiny = False, out: Out = None) -> None:
+def main(
+    device: Device = "cpu",
+    peaks: Annotated[bool, typer.Option("--peaks/--no-peaks", help="Also the peaks: minutes on a CPU.")] = True,
+    tiny: Tiny = False,
+    out: Out = None,
+) -> None:
     """Measure, and save the numbers."""
     target = prepare(device)
     ranks = (PEAK_RANK,) if tiny else RANKS
     saved = {(rank, way): saved_activations(way, rank, tiny) for rank in ranks for way in WAYS}
+    highest = peaks_of_all(device, tiny) if peaks else {}
+    save("memory", target, [_row(rank, way, saved, highest) for rank, way in saved], out, tiny=tiny)
+
+
+def peaks_of_all(device: str, tiny: bool) -> dict[str, int]:
+    """Each way's in a fresh process; of toys, where it says nothing, in this one."""
+    measure = partial(peak_memory, rank=PEAK_RANK, device=device, tiny=tiny)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
-        run = map if tiny else fresh.map
-        peaks = dict(zip(WAYS, run(partial(peak_memory, rank=PEAK_RANK, device=device, tiny=tiny), WAYS), strict=True))
-    save("memory", target, [_row(rank, way, saved, peaks) for rank, way in saved], out, tiny=tiny)
+        return dict(zip(WAYS, (map if tiny else fresh.map)(measure, WAYS), strict=True))
 
 
 def saved_activations(way: str, rank: int, tiny: bool) -> int:
@@ -77,7 +88,7 @@ def peak_memory(way: str, rank: int, device: str, tiny: bool) -> int:
 def _row(rank: int, way: str, saved: dict[tuple[int, str], int], peaks: dict[str, int]) -> Row:
     row: Row = {"rank": rank, "way": way, "saved MiB": round(saved[rank, way] / MIB, 1)}
     row["saved over base MiB"] = round((saved[rank, way] - saved[rank, "base"]) / MIB, 1)
-    if rank == PEAK_RANK:
+    if rank == PEAK_RANK and peaks:
         row |= {"peak MiB": round(peaks[way] / MIB), "peak over base MiB": round((peaks[way] - peaks["base"]) / MIB)}
     return row
 
