@@ -11,6 +11,7 @@ from torch import nn
 
 from sbora_diffusion.adapter.exchange.lora import to_loras
 from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.adapter.exchange.provenance import SPEC
 from sbora_diffusion.adapter.exchange.safefile import to_bytes
 from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.layer import detect
@@ -109,7 +110,8 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
 
     The scale is folded in: alpha is the rank, which is the same in every layer.
     """
-    config, tensors, metadata = peft_component(to_loras(adapter, shapes), adapter.spec)
+    config, tensors = peft_component(to_loras(adapter, shapes), adapter.spec.base_id, shapes)
+    metadata = {"format": "pt", SPEC: adapter.spec.to_json()}
     write_atomically(folder / CONFIG, config.encode())
     write_atomically(folder / WEIGHTS, to_bytes(tensors, metadata))
     return folder
