@@ -15,6 +15,15 @@ from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
+from sbora_diffusion.diffusion.memory import (
+    GIGABYTE,
+    Activations,
+    activations,
+    advice,
+    available,
+    estimate,
+    is_out_of_memory,
+)
 from sbora_diffusion.diffusion.run_folder import RunFolder, append_log
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
@@ -52,6 +61,8 @@ def train_concept(
         interval = library.reserve(space, config.rank, concept.name, interval)
     elif interval:
         raise SboraError(f"got --interval {interval}, but {method} owns no columns")
+    kept = activations(base)
+    _tell_memory(base, config, kept)
     written: list[Path] = []
     score = _scorer(base, concept, config) if config.eval_every else None
     try:
@@ -66,10 +77,22 @@ def train_concept(
                     written = [path, step.before_after]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(run)) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = estimate(base, config, kept)
+        raise SboraError(f"out of memory: this training needs {needed}", advice(base, config, kept)) from error
     finally:
         library.release(concept.name)
     log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
     return written
+
+
+def _tell_memory(base: Base, config: TrainConfig, kept: Activations) -> None:
+    needed, there = estimate(base, config, kept), available(base.device)
+    log.info("memory: %s; %.1f GB are there", needed, there / GIGABYTE)
+    if needed.total > there:
+        log.warning("that may be too much: %s", advice(base, config, kept))
 
 
 def _told(step: StepLog) -> dict[str, Any]:

@@ -107,3 +107,12 @@ def test_on_a_local_ray_cluster(here: Path, base: Path) -> None:
     first = (here / "adapters/dog.safetensors").read_bytes()
     assert train(base, "--concept", "dog", "--concept", "cat", "--set", "cluster=1").exit_code == 0
     assert (here / "adapters/dog.safetensors").read_bytes() == first
+
+
+def test_out_of_memory_ends_in_advice(here: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done = train(base, "--concept", "dog", "--set", "batch_size=1000000000000")
+    assert done.exit_code == 1
+    assert "memory: about" in caplog.text
+    assert "error: out of memory: this training needs about" in done.stderr
+    assert "hint: --set batch_size=1 (saves" in done.stderr
+    assert Library(here / "adapters").ledgers() == []
