@@ -17,6 +17,7 @@ from sbora_diffusion.diffusion.families.known import ALIASES, family_named
 from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
+from sbora_diffusion.interrupts import interrupts_held
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def load_pipeline(name: str) -> Any:
         SboraError: as `find_family`.
     """
     family = find_family(name)
-    with _told(name):
+    with interrupts_held(), _told(name):
         pipeline = _load(name, family)
     pipeline.set_progress_bar_config(disable=True)
     for module in family.modules(pipeline):

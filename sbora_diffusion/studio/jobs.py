@@ -35,6 +35,7 @@ class Job:
     pid: int | None = None
     started: float = 0.0  # when the process did, in seconds since the epoch: its number may be given out again
     message: str = ""  # why it failed
+    is_to_stop: bool = False  # it was asked to
 
 
 class Jobs:
@@ -89,6 +90,7 @@ class Jobs:
             if job is None or job.state not in ("waiting", "running"):
                 raise SboraError(f"{name} is not running")
             if job.pid is not None and _is_alive(job):
+                self._change(job, replace(job, is_to_stop=True))
                 os.kill(job.pid, signal.SIGINT)
             elif job.pid is None:
                 self._change(job, replace(job, state="stopped"))
@@ -137,9 +139,11 @@ class Jobs:
         status = self._process.returncode if known and self._process else None
         said = self.log_of(job.name).read_text(encoding="utf-8", errors="replace")
         told_error = re.search(r"^error: ", said, re.MULTILINE)
-        if status == 0 or (status in (None, *STOPPED) and re.search(r"^next: ", said, re.MULTILINE)):
+        if status == 0 or (
+            (job.is_to_stop or status in (None, *STOPPED)) and re.search(r"^next: ", said, re.MULTILINE)
+        ):
             return replace(job, state="done")  # also when Ctrl-C came after the last word
-        if status in STOPPED or (status is None and not told_error):
+        if job.is_to_stop or status in STOPPED or (status is None and not told_error):  # libraries may die of Ctrl-C
             return replace(job, state="stopped")
         return replace(job, state="failed", message=_last_words(said) or f"It ended with status {status}.")
 

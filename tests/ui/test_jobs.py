@@ -1,5 +1,8 @@
 """The queue of long jobs: real processes, one at a time, kept on disk."""
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +22,10 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     queue = Jobs(tmp_path / "runs")
     yield queue
     queue.close()
+    for job in queue.all():  # whatever the test came to
+        if job.pid and job.state == "running":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGKILL)
 
 
 def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 120) -> Job:
