@@ -131,7 +131,7 @@ def normalised(pictures: Tensor) -> Tensor:
 
 def embed(model: CLIPModel, pictures: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows (n, 192) of pictures and of texts."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with loop.arithmetic():
         images = model.visual_projection(model.vision_model(normalised(pictures)).pooler_output)
         texts = model.text_projection(model.text_model(ids).pooler_output)
     return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sbora_diffusion.emoji64.art import default_data_dir
 
@@ -21,6 +24,21 @@ def cosine(step: int, steps: int, warmup: int, hold: float = 0.0, floor: float =
         return (step + 1) / warmup
     done = max(0.0, (step / steps - hold) / (1 - hold))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class _Float32(TorchFunctionMode):
+    """Numbers stay float32 where code says `.bfloat16()`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (Tensor.float if func is Tensor.bfloat16 else func)(*args, **(kwargs or {}))
+
+
+def arithmetic() -> AbstractContextManager[Any]:
+    """bfloat16 where the CPU multiplies it itself; elsewhere float32, which is many times faster than emulating it."""
+    known = torch.cpu.get_capabilities()
+    if any(known.get(key) for key in ("avx512_bf16", "amx_bf16")):
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return _Float32()
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

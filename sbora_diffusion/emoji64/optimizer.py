@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sbora_diffusion.emoji64.loop import arithmetic
+
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 AT_THE_ENDS = ("embeddings", "conv_in", "conv_out")
@@ -38,7 +40,8 @@ class MuonAdamW:
         """Use the gradients and drop them."""
         for parameter, view in self._views:
             view.grad = parameter.grad.flatten(1) if parameter.grad is not None else None
-        self._muon.step()
+        with arithmetic():  # its iteration says bfloat16
+            self._muon.step()
         self._adamw.step()
         for parameter, view in self._views:
             parameter.grad = view.grad = None

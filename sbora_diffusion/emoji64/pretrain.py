@@ -40,6 +40,7 @@ POOL = 8_000  # latents kept; each is shown a handful of times before it is repl
 FRESH = 64  # latents replaced at once
 REUSE = 12  # how often a latent is shown on average
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights, whose memory is 1000 steps
+PROBES = 96  # pictures that the noun gap is measured on
 SAMPLING_STEPS = 20
 EMPTY = 0.1  # captions dropped for classifier-free guidance
 
@@ -64,7 +65,7 @@ class Latents:
     def refresh(self) -> None:
         """Replace the oldest FRESH latents."""
         pictures, plans = self.composer.batch(FRESH)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with loop.arithmetic():
             latents = self._vae.encode(pictures).latent_dist.sample()
         self._items.extend(zip(latents.half(), self.tokens([plan.caption for plan in plans]), strict=True))
 
@@ -102,7 +103,7 @@ class Diffusion:
     def loss(self, networks: nn.ModuleDict, latents: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error on v (Salimans & Ho 2022, eq. 10), in bf16 with fp32 weights."""
         signal, amount = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with loop.arithmetic():
             states = networks["text_encoder"](ids).last_hidden_state
             predicted = networks["unet"](signal * latents + amount * noise, t, states).sample
         return (predicted.float() - (signal * noise - amount * latents)).pow(2).mean()
@@ -111,13 +112,14 @@ class Diffusion:
 @torch.no_grad()
 def noun_gap(networks: nn.ModuleDict, latents: Latents, diffusion: Diffusion, seed: int) -> tuple[float, str]:
     """How much the loss at t = 850 rises when the noun is exchanged, and a line about several t."""
-    truth, right, swapped = latents.probe(96, seed)
+    truth, right, swapped = latents.probe(PROBES, seed)
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
     empty = latents.tokens([""]).expand_as(right)
     gaps, words = [], []
     for t in (850, 700, 500):
         losses = [
-            diffusion.loss(networks, truth, ids, torch.full((96,), t), noise).item() for ids in (right, swapped, empty)
+            diffusion.loss(networks, truth, ids, torch.full((PROBES,), t), noise).item()
+            for ids in (right, swapped, empty)
         ]
         gaps.append(losses[1] - losses[0])
         words.append("t{} right {:.3f} swapped {:.3f} empty {:.3f}".format(t, *losses))
@@ -137,7 +139,7 @@ def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
     ]
     pipeline = model.assemble(data, networks["unet"], networks["text_encoder"])
     generator = torch.Generator().manual_seed(0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with loop.arithmetic():
         pictures = pipeline(
             prompts, num_inference_steps=SAMPLING_STEPS, guidance_scale=3.0, generator=generator, output_type="pt"
         )

@@ -22,7 +22,8 @@ def call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: obje
 def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, name, value in (
         (vae, "POOL", 600),
-        (pretrain, "POOL", 256),
+        (pretrain, "POOL", 128),
+        (pretrain, "PROBES", 8),
         (pretrain, "SAMPLING_STEPS", 1),
     ):
         monkeypatch.setattr(module, name, value)
