@@ -209,7 +209,7 @@ def test_inspect_what_cannot_be_merged(adapters: Path, caplog: pytest.LogCapture
 
 def test_ledger(adapters: Path) -> None:
     drawn = run("ledger", "--rank", "4").stdout
-    assert "columns (fa)" in drawn
+    assert "columns (fa)" in " ".join(drawn.split())  # a long path breaks the line
     assert "16 of 32 owned, 16 free: room for 4 more of rank 4, of 8" in drawn
     assert "8:16" in drawn
     assert abs(drawn.count("█") - drawn.count("▓")) <= 1

@@ -54,7 +54,15 @@ def regions_tab(workshop: Workshop) -> tuple[gr.Markdown, gr.Dropdown]:
             )
             note = gr.Markdown("Each concept acts in its own box only.", elem_id="regions-note", elem_classes="note")
 
-    gr.on([canvas.input, canvas.change], _fields, canvas, prompts, queue=False, show_progress="hidden")
+    gr.on(  # one at a time, the last one always: two at once may come back in the other order
+        [canvas.input, canvas.change],
+        _fields,
+        canvas,
+        prompts,
+        queue=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
     halves.click(lambda: [box(0, 0, 0, 50, 100), box(1, 50, 0, 50, 100)], None, canvas, queue=False)
     clear.click(list, None, canvas, queue=False)
     dice.click(lambda: random.randrange(MAX_SEED), None, seed, queue=False)

@@ -169,7 +169,7 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     page.locator("#status [data-state=stopped]").wait_for()
     assert (here / "runs/stripes/checkpoint.pt").exists()
     page.locator("#resume").click()
-    page.locator("#status [data-state=done]").wait_for()
+    page.locator("#status [data-state=done]").wait_for(timeout=240_000)
     page.locator("#preview img").wait_for()
     page.locator("#loss canvas, #loss svg").first.wait_for()
     assert read_spec(here / "adapters/stripes.safetensors").tokens == {"<stripes>": "tiger"}
