@@ -117,7 +117,8 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="N", help="Of the first picture; the next has the next.")] = 0,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="How many pictures.")] = 1,
     region: Annotated[
-        list[str], typer.Option(metavar="L,T,R,B:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.')
+        list[str],
+        typer.Option(metavar="L,T,R,B[,NAME…]:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.'),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
 ) -> None:

@@ -14,7 +14,8 @@ from sbora_diffusion.studio.generate_tab import generate_tab, renewed
 from sbora_diffusion.studio.jobs import Jobs
 from sbora_diffusion.studio.measure_tab import measurable, measure_tab
 from sbora_diffusion.studio.merge_tab import merge_tab, mergeable
-from sbora_diffusion.studio.regions_tab import regions_tab, sayable
+from sbora_diffusion.studio.regions_fields import renewed_regions
+from sbora_diffusion.studio.regions_tab import regions_tab
 from sbora_diffusion.studio.style import CSS, theme
 from sbora_diffusion.studio.train_tab import teachable, train_tab
 from sbora_diffusion.studio.workshop import Folders, Workshop
@@ -33,7 +34,7 @@ def build_ui(workshop: Workshop, jobs: Jobs) -> gr.Blocks:
             with gr.Tab("Generate", id="generate") as first:
                 concepts, base = generate_tab(workshop)
             with gr.Tab("Regions", id="regions") as boxes:
-                said, regions_base = regions_tab(workshop)
+                regional = regions_tab(workshop)
             with gr.Tab("Train", id="train") as second:
                 source, train_base = train_tab(workshop, jobs)
             with gr.Tab("Merge", id="merge") as third:
@@ -42,7 +43,7 @@ def build_ui(workshop: Workshop, jobs: Jobs) -> gr.Blocks:
                 measured = measure_tab(workshop, jobs)
         renewals = (
             (first, partial(renewed, workshop), [base, concepts], [concepts, base]),
-            (boxes, partial(sayable, workshop), regions_base, [said, regions_base]),
+            (boxes, partial(renewed_regions, workshop), regional[1:], regional),
             (second, partial(teachable, workshop), None, [source, train_base]),
             (third, partial(mergeable, workshop), picked, [picked, ledger]),
             (fourth, partial(measurable, workshop), measured[0], list(measured)),

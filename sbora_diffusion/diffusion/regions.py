@@ -17,7 +17,10 @@ from sbora_diffusion.diffusion.generate import check_tokens
 from sbora_diffusion.errors import SboraError
 
 FEATHER = 0.1  # of the picture's side
-FORM = 'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", with fractions of the picture from 0 to 1'
+FORM = (
+    'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", with fractions of the picture from 0 to 1; '
+    'concepts that the prompt does not name stand before the colon: "0,0,.5,1,ink: a house"'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +48,23 @@ class Region:
         if not self.prompt.strip():
             raise SboraError("a region has no prompt", hint="Say what is to be there.")
 
+    @property
+    def text(self) -> str:
+        """What `parse_region` makes a region of this box, these concepts and this prompt of."""
+        return f"{','.join([*(f'{x:g}' for x in self.box), *self.adapters])}: {self.prompt}"
+
 
 def parse_region(text: str) -> Region:
-    """ "0,0,.5,1: a <dog>" is the left half with that prompt."""
-    numbers, colon, prompt = text.partition(":")
+    """ "0,0,.5,1: a <dog>" is the left half with that prompt; "0,0,.5,1,ink: a house" has the concept ink there."""
+    place, colon, prompt = text.partition(":")
+    numbers, names = place.split(",")[:4], [name.strip() for name in place.split(",")[4:]]
     try:
-        left, top, right, bottom = (float(part) for part in numbers.split(","))
+        left, top, right, bottom = (float(part) for part in numbers)
     except ValueError:
         raise SboraError(f"got the region {text!r}, {FORM}") from None
-    if not colon:
+    if not colon or not all(names):
         raise SboraError(f"got the region {text!r}, {FORM}")
-    return Region(box=(left, top, right, bottom), prompt=prompt.strip())
+    return Region(box=(left, top, right, bottom), prompt=prompt.strip(), adapters=tuple(names))
 
 
 def region_weights(regions: Sequence[Region], size: tuple[int, int]) -> list[Tensor]:

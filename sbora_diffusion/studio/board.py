@@ -65,7 +65,7 @@ def board() -> gr.HTML:
     return gr.HTML([], html_template=HTML, css_template=STYLE, js_on_load=SCRIPT, elem_id="board")
 
 
-def box(number: int, left: int, top: int, width: int, height: int) -> dict[str, Any]:
+def box(number: int, left: float, top: float, width: float, height: float) -> dict[str, Any]:
     """A box of the board's value, counted from 0, in percent."""
     place = {"left": left, "top": top, "width": width, "height": height}
     return {**place, "number": number + 1, "colour": COLOURS[number]}

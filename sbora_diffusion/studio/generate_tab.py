@@ -12,6 +12,7 @@ import gradio as gr
 
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
 from sbora_diffusion.studio.messages import told
+from sbora_diffusion.studio.strengths import strength_slider
 from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
 
 MAX_SEED = 2**31 - 1
@@ -124,21 +125,7 @@ def _sliders(
             for token in specs[name].tokens:
                 chip = gr.Button(token, size="sm", min_width=70, scale=0, elem_classes="token")
                 chip.click(None, prompt, prompt, js=INSERT % json.dumps(token))
-            slider = gr.Slider(
-                0,
-                1.5,
-                factors.get(name, 1.0),
-                step=0.05,
-                label=f"Strength of {name}",
-                min_width=140,
-                interactive=True,
-            )
-            slider.change(
-                lambda value, all_factors, name=name: {**all_factors, name: value},
-                [slider, strengths],
-                strengths,
-                queue=False,
-            )
+            strength_slider(name, factors, strengths)
 
 
 def _draw(
@@ -179,7 +166,7 @@ def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     bases = workshop.bases()
     base = made.base if made.base in bases else DEFAULT_BASE
     if made.regions:
-        gr.Warning("This picture was made in Regions: its boxes are left out.")
+        gr.Warning("This picture was made in Regions: drop it there to have its boxes.")
     known = list(workshop.concepts(base))
     missing = [name for name in made.concepts if name not in known]
     if missing:

@@ -94,6 +94,12 @@ def write_concept(root: Path, name: str, noun: str, pictures: Sequence[tuple[Pat
     return load_concept(name, (root,))
 
 
+def caption_lines(captions: str, count: int, before: str, token: str) -> list[str]:
+    """A line for each of `count` pictures: what was written stays, under the new token; what is missing is made."""
+    lines = [line.replace(before, token) for line in captions.splitlines()[:count]]
+    return lines + [f"a {token}"] * (count - len(lines))
+
+
 def check_name(name: str) -> None:
     """SboraError unless it can name a file and a token."""
     if not NAME.fullmatch(name):

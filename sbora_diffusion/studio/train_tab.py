@@ -1,6 +1,7 @@
 """The Train tab: pictures in, a queue of trainings, each with its loss, previews and the time it still takes."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.methods import METHODS
 from sbora_diffusion.studio.jobs import Jobs
-from sbora_diffusion.studio.lessons import write_concept
+from sbora_diffusion.studio.lessons import caption_lines, write_concept
 from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.train_view import NOTHING, watcher
 from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
 
 OWN = "my own pictures"
+NAMELESS = "<name>"  # in captions, while there is no name
 PERIOD = 1.0  # seconds between looks at the run folder
 
 
@@ -91,9 +93,9 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     timer = gr.Timer(PERIOD)
     seen = gr.State(("", "", -1, ""))
 
-    files.change(_captions, [files, name, captions], captions, queue=False)
-    name.blur(_captions, [files, name, captions], captions, queue=False)
-    source.input(told(_show_source), source, [own, shown, name, noun], queue=False)
+    said = gr.State(NAMELESS)
+    gr.on([files.change, name.blur], _captions, [files, name, captions, said], [captions, said], queue=False)
+    source.input(told(partial(_show_source, workshop)), source, [own, shown, name, noun], queue=False)
     fields = [source, files, name, noun, captions, base, method, steps, rank]
     start.click(told(lambda *values: _start(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
     stop.click(told(jobs.stop), chosen, None)
@@ -113,19 +115,17 @@ def _roots(workshop: Workshop) -> Sequence[Path]:
     return (workshop.folders.concepts, *default_roots()[1:])
 
 
-def _captions(files: Sequence[str] | None, name: str, captions: str) -> str:
-    """A line for each picture: what was written stays, what is missing is made from the name."""
-    lines = captions.splitlines()[: len(files or [])]
-    token = f"<{name.strip()}>" if name.strip() else "<name>"
-    lines = [line.replace("<name>", token) for line in lines]
-    return "\n".join(lines + [f"a {token}"] * (len(files or []) - len(lines)))
+def _captions(files: Sequence[str] | None, name: str, captions: str, said: str) -> tuple[str, str]:
+    """Captions for these pictures under this name, and the token that they say."""
+    token = f"<{name.strip()}>" if name.strip() else NAMELESS
+    return "\n".join(caption_lines(captions, len(files or []), said, token)), token
 
 
-def _show_source(source: str) -> tuple[Any, ...]:
-    """Fields for own pictures, or the pictures of a concept that ships."""
+def _show_source(workshop: Workshop, source: str) -> tuple[Any, ...]:
+    """Fields for own pictures, or the pictures of a concept that is there."""
     if source == OWN:
         return gr.update(visible=True), gr.update(visible=False), "", ""
-    concept = load_concept(source, default_roots())
+    concept = load_concept(source, _roots(workshop))
     pictures = [(load_picture(picture.path), picture.caption) for picture in concept.pictures]
     return gr.update(visible=False), gr.update(value=pictures, visible=True), "", ""
 

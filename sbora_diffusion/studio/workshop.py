@@ -95,30 +95,42 @@ class Workshop:
             yield list(paths)
 
     def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
-        """The same with regions: the concepts are those that the prompts name, each live in its own place."""
+        """The same with regions: live concepts, those that a prompt names or a region has, each in its own place.
+
+        Args:
+            settings: its strengths are used where a concept has one; it is written with those of all that act.
+            regions: with the library's names of concepts.
+        """
         self._check_base(settings.base)
-        said = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in TOKEN.findall(text)}
-        specs = self.concepts(settings.base)
-        single = {token: name for name, spec in specs.items() if not spec.parents for token in spec.tokens}
-        missing = sorted(said - single.keys())
-        if missing:
-            known = ", ".join(single) or "none"
-            raise SboraError(f"nobody has taught {settings.base} the token {missing[0]} (known: {known})", "Train it.")
-        adapters = [self.load(name) for name in sorted({single[token] for token in said})]
+        names = self._acting(settings, regions)
+        adapters = {name: self.load(name) for name in names}
+        strengths = {name: settings.concepts.get(name, 1.0) for name in names}
+        settings = replace(settings, concepts=strengths, regions=tuple(region.text for region in regions))
+        live = [replace(r, adapters=tuple(adapters[name].spec.name for name in r.adapters)) for r in regions]
         paths: list[Path] = []
         for seed in range(settings.seed, settings.seed + count):
             with self.model(settings.base, {}) as base:
                 picture = generate_regions(
                     base,
                     settings.prompt,
-                    regions,
-                    adapters,
+                    live,
+                    list(adapters.values()),
                     seeds=[seed],
+                    strengths=list(strengths.values()),
                     steps=settings.steps,
                     guidance=settings.guidance,
+                    negative_prompt=settings.negative_prompt,
                 )[0]
             paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
             yield list(paths)
+
+    def tokens(self, base: str) -> dict[str, str]:
+        """Which concept brings a token; merges, whose concepts cannot be told apart, are left out."""
+        return {token: name for name, spec in self.singles(base).items() for token in spec.tokens}
+
+    def singles(self, base: str) -> dict[str, Spec]:
+        """The concepts that are no merges, by name."""
+        return {name: spec for name, spec in self.concepts(base).items() if not spec.parents}
 
     def warm_up(self) -> None:
         """Load the default base model and draw once, so that the first click does not pay for it."""
@@ -140,6 +152,15 @@ class Workshop:
     def _check_base(self, name: str) -> None:
         if name not in self.bases():
             raise SboraError(f"got the base model {name!r}, expected one of {', '.join(self.bases())}")
+
+    def _acting(self, settings: Settings, regions: Sequence[Region]) -> list[str]:
+        """The concepts that act somewhere: named by a token, or given to a region."""
+        owners = self.tokens(settings.base)
+        said = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in TOKEN.findall(text)}
+        if missing := sorted(said - owners.keys()):
+            known = ", ".join(owners) or "none"
+            raise SboraError(f"nobody has taught {settings.base} the token {missing[0]} (known: {known})", "Train it.")
+        return sorted({owners[token] for token in said}.union(*(region.adapters for region in regions)))
 
     def _check_tokens(self, settings: Settings) -> None:
         """Says which concept to switch on for a token that nobody brings."""

@@ -46,6 +46,13 @@ def test_a_region_as_text(text: str, box: tuple[float, ...], prompt: str) -> Non
     assert parse_region(text) == Region(box=box, prompt=prompt)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("names", [(), ("ink",), ("ink", "soft light")])
+def test_a_region_tells_itself(names: tuple[str, ...]) -> None:
+    region = Region(box=(0.05, 0.1, 0.45, 1.0), prompt="a <dog>: asleep", adapters=names)
+    assert region.text == f"{','.join(['0.05,0.1,0.45,1', *names])}: a <dog>: asleep"
+    assert parse_region(region.text) == region
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -53,6 +60,7 @@ def test_a_region_as_text(text: str, box: tuple[float, ...], prompt: str) -> Non
         ("0,0,half,1: a dog", "expected left,top,right,bottom: prompt"),
         ("0,0,.5,1", "expected left,top,right,bottom: prompt"),
         ("0,0,.5,1: ", "has no prompt"),
+        ("0,0,.5,1,: a dog", "expected left,top,right,bottom: prompt"),
         (".5,0,.5,1: a dog", r"got the box 0.5,0,0.5,1, expected left < right"),
         ("0,.6,1,.4: a dog", r"expected left < right and top < bottom"),
         ("0,0,64,64: a dog", r"got the box 0,0,64,64"),

@@ -16,6 +16,7 @@ import pytest
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.studio.workshop import Folders, Workshop
 
 from ..adapter.random_adapters import adapter
 from ..tiny_pipeline import save_tiny_pipeline
@@ -75,6 +76,17 @@ def emoji_concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, name in enumerate(("dog", "cat")):
         random_concept(base, name, 4 * place).save(folder / f"{name}.safetensors")
     return folder
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, tiny_folder: Path) -> Workshop:
+    """With the concepts dog and cat."""
+    base = load_base(str(tiny_folder))
+    (tmp_path / "adapters").mkdir()
+    for place, name in enumerate(("dog", "cat")):
+        random_concept(base, name, 4 * place).save(tmp_path / "adapters" / f"{name}.safetensors")
+    folders = Folders(adapters=tmp_path / "adapters", outputs=tmp_path / "outputs")
+    return Workshop(folders, (str(tiny_folder),))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sbora_diffusion.diffusion.run_folder import append_log
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.studio.lessons import Progress, progress, smoothed, write_concept
+from sbora_diffusion.studio.lessons import Progress, caption_lines, progress, smoothed, write_concept
 
 
 @pytest.fixture
@@ -25,6 +25,12 @@ def test_a_folder_is_made(tmp_path: Path, pictures: list[tuple[Path, str]]) -> N
     assert concept.pictures[0].path.read_bytes() == (tmp_path / "0.PNG").read_bytes()
     with pytest.raises(SboraError, match="there is a concept mug-1 already"):
         write_concept(tmp_path / "concepts", "mug-1", "mug", pictures)
+
+
+def test_captions_follow_pictures_and_name() -> None:
+    assert caption_lines("", 2, "<name>", "<mug>") == ["a <mug>", "a <mug>"]
+    assert caption_lines("a <name> here\na mug", 3, "<name>", "<mug>") == ["a <mug> here", "a mug", "a <mug>"]
+    assert caption_lines("a <mug> here\na <mug>", 1, "<mug>", "<cup>") == ["a <cup> here"]
 
 
 @pytest.mark.parametrize("name", ["", "Mug", "../mug", "a/b", "mug.", "<mug>", "-mug", "m" * 41, "a b"])

@@ -137,12 +137,37 @@ def test_regions(page: "Page", here: Path) -> None:
     page.locator("#generate-regions").click()
     page.get_by_text("1 of 1").wait_for()
     page.locator("#regions-gallery img").first.wait_for()
-    made = read_settings(next((here / "outputs").glob("*.png")))
-    assert made.regions == ("0.05,0.1,0.45,0.9: a <dog>", "0.55,0.1,0.95,0.9: a <cat>")
+    (file,) = (here / "outputs").glob("*.png")
+    assert read_settings(file).regions == ("0.05,0.1,0.45,0.9: a <dog>", "0.55,0.1,0.95,0.9: a <cat>")
+
     page.locator("#clear").click()
     page.get_by_text("Drag to draw a box").wait_for()
-    page.locator("#halves").press("Enter")  # no pointer needed
+    page.locator("#regions-more button").first.click()
+    page.locator("#regions-dropped input[type=file]").set_input_files(file)
     page.locator("#board .box").nth(1).wait_for()
+    page.wait_for_function("document.querySelector('#region-2 textarea, #region-2 input').value === 'a <cat>'")
+    page.locator("#generate-regions").click()
+    while len(files := sorted((here / "outputs").glob("*.png"))) < 2:
+        page.wait_for_timeout(100)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_concepts_of_boxes_without_a_pointer(page: "Page", here: Path) -> None:
+    """Chips write the tokens, strengths are each concept's own, and what a prompt says switches chips on."""
+    tab(page, "Regions")
+    page.locator("#halves").press("Enter")
+    page.locator("#concepts-1").get_by_label("dog", exact=True).press("Space")
+    page.wait_for_function("document.querySelector('#region-1 textarea, #region-1 input').value === 'a <dog>'")
+    field(page, "region-2").fill("a <cat> in a hat")
+    field(page, "region-2").press("Tab")
+    page.wait_for_function("document.querySelectorAll('#concepts-2 input:checked').length === 1")
+    page.get_by_label("number input for Strength of cat").fill("0.5")
+    page.get_by_label("number input for Strength of cat").press("Tab")
+    page.locator("#generate-regions").press("Enter")
+    page.get_by_text("1 of 1").wait_for()
+    made = read_settings(next((here / "outputs").glob("*.png")))
+    assert made.regions == ("0,0,0.5,1: a <dog>", "0.5,0,1,1: a <cat> in a hat")
+    assert made.concepts == {"dog": 1.0, "cat": 0.5}
 
 
 def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) -> None:

@@ -9,21 +9,11 @@ from PIL import Image
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
+from sbora_diffusion.diffusion.regions import Region, generate_regions, parse_region
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.studio.workshop import Folders, Workshop
+from sbora_diffusion.studio.workshop import Workshop
 
 from .conftest import random_concept
-
-
-@pytest.fixture
-def workshop(tmp_path: Path, tiny_folder: Path) -> Workshop:
-    """With the concepts dog and cat."""
-    base = load_base(str(tiny_folder))
-    (tmp_path / "adapters").mkdir()
-    for place, name in enumerate(("dog", "cat")):
-        random_concept(base, name, 4 * place).save(tmp_path / "adapters" / f"{name}.safetensors")
-    folders = Folders(adapters=tmp_path / "adapters", outputs=tmp_path / "outputs")
-    return Workshop(folders, (str(tiny_folder),))
 
 
 def weights(base: Base) -> dict[str, torch.Tensor]:
@@ -63,6 +53,34 @@ def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder:
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             assert file.tobytes() == picture.tobytes()
+
+
+def test_regions_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
+    """Each box with its own concepts, named or only given to it, at their strengths; all of it is in the file."""
+    boxes = [
+        Region(box=(0, 0, 0.5, 1), prompt="a <dog>"),
+        Region(box=(0.5, 0, 1, 1), prompt="a cat", adapters=("cat",)),
+    ]
+    wanted = settings(workshop, prompt="on the beach", negative_prompt="blue", concepts={"dog": 0.5})
+    *_, paths = workshop.draw_regions(wanted, boxes, 2)
+    made = [read_settings(path) for path in paths]
+    assert [one.seed for one in made] == [3, 4]
+    assert made[0].concepts == {"cat": 1.0, "dog": 0.5}
+    assert [parse_region(text) for text in made[0].regions] == boxes
+    base, adapters = load_base(str(tiny_folder)), [workshop.load("cat"), workshop.load("dog")]
+    for path, seed in zip(paths, (3, 4), strict=True):
+        options = {"steps": 2, "negative_prompt": "blue", "strengths": [1.0, 0.5]}
+        expected = generate_regions(base, "on the beach", boxes, adapters, seeds=[seed], **options)[0]
+        with Image.open(path) as file:
+            assert file.tobytes() == expected.tobytes()
+
+
+def test_regions_name_what_is_there(workshop: Workshop) -> None:
+    with pytest.raises(SboraError, match=r"nobody has taught .* the token <owl> \(known: <cat>, <dog>\)"):
+        list(workshop.draw_regions(settings(workshop), [Region(box=(0, 0, 1, 1), prompt="an <owl>")], 1))
+    boxes = [Region(box=(0, 0, 1, 1), prompt="an owl", adapters=("owl",))]
+    with pytest.raises(SboraError, match="there is no concept 'owl' any more"):
+        list(workshop.draw_regions(settings(workshop), boxes, 1))
 
 
 def test_the_first_picture_comes_alone(workshop: Workshop) -> None:
