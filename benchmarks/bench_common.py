@@ -1,6 +1,7 @@
 """How every benchmark takes its time, and what it writes down: in turns, medians, ratios, one JSON file each."""
 
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -86,14 +87,20 @@ def compared(times: Mapping[str, Sequence[float]], **about: Any) -> list[Row]:
     return rows
 
 
-def save(name: str, device: torch.device, rows: Sequence[Row], out: Path | None, **settings: Any) -> None:
-    """Write results/NAME-DEVICE.json, or `out`."""
+def save(
+    name: str, device: torch.device, rows: Sequence[Row], out: Path | None, *, wall: bool = False, **settings: Any
+) -> None:
+    """Write results/NAME-DEVICE.json, or `out`.
+
+    Args:
+        wall: other processes did the work, on all cores, and the clock was the wall's.
+    """
     path = out or RESULTS / f"{name}-{device.type}.json"
     arguments = [part for part in sys.argv[1:] if part]
     result = {
         "benchmark": name,
         "command": shlex.join(["python", f"benchmarks/bench_{name}.py", *arguments]),
-        "machine": machine(device),
+        "machine": machine(device) | ({"threads": os.cpu_count(), "clock": "wall"} if wall else {}),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "settings": settings,
         "rows": list(rows),
