@@ -146,7 +146,7 @@ def page(browser: "BrowserContext", address: str) -> "Iterator[Page]":
     errors: list[str] = []
     page = browser.new_page()
     page.set_viewport_size({"width": DESKTOP[0], "height": DESKTOP[1]})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)  # of a busy machine
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     outside: list[str] = []

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from .conftest import needed
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_it_runs(tmp_path: Path) -> None:
     needed("Chromium (apt-get install chromium)", any(map(shutil.which, bench_studio.CHROMIUM)))
     out = tmp_path / "studio.json"
