@@ -14,6 +14,7 @@ from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
+from sbora_diffusion.diffusion.processes import num_launched
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
 from sbora_diffusion.methods import find_method, method_side
@@ -43,6 +44,10 @@ def fan_out(
     Raises:
         SboraError: two concepts of one name, a bad setting or folder (nothing is started then), trainings that failed.
     """
+    if num_launched() > 1:
+        raise SboraError(
+            "several processes were started for one training, but several concepts given", "give one --concept"
+        )
     if jobs < 1:
         raise SboraError(f"got jobs={jobs}, expected at least 1")
     config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)

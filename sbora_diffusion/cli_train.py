@@ -5,7 +5,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sbora_diffusion.diffusion.memory import (
     estimate,
     is_out_of_memory,
 )
+from sbora_diffusion.diffusion.processes import joined, num_launched
 from sbora_diffusion.diffusion.run_folder import RunFolder, append_log
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
@@ -46,46 +48,88 @@ def train_concept(
     resume: bool,
     force: bool,
 ) -> list[Path]:
-    """Train a concept; the paths of what was written: the concept file and the picture of before and after."""
+    """Train a concept; the paths of what was written: the concept file and the picture of before and after.
+
+    Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
+    """
+    with joined() as processes:
+        if not processes.is_first:
+            logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
+        concept, config, wanted = processes.from_first(
+            lambda: _read(name_or_folder, base_name, method, pinned, overrides, library, force)
+        )
+        path, run = library.path(concept.name), runs / concept.name
+        base = load_base(base_name)
+        interval = processes.from_first(
+            lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
+        )
+        kept = activations(base)
+        _tell_memory(base, config, kept)
+        score = _scorer(base, concept, config) if config.eval_every else None
+        try:
+            if force and not resume and processes.is_first:
+                RunFolder(run).finish()
+            steps = train(concept, base, interval, config, run, resume, score)
+            if processes.is_first:
+                return _write(steps, config, path, run, force)
+            deque(steps, maxlen=0)
+            return []
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(run) if processes.is_first else "") from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = estimate(base, config, kept)
+            raise SboraError(f"out of memory: this training needs {needed}", advice(base, config, kept)) from error
+        finally:
+            if processes.is_first:
+                library.release(concept.name)
+
+
+def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path, force: bool) -> list[Path]:
+    """Go through a training, its progress on stderr; the paths of what was written."""
+    written: list[Path] = []
+    with TrainingProgress(config.steps) as progress:
+        for step in steps:
+            progress.show(step)
+            append_log(run, _told(step))
+            if step.adapter and step.before_after:  # the run's checkpoint goes after this
+                step.adapter.save(path, force)
+                written = [path, step.before_after]
+                token = next(iter(step.adapter.spec.tokens))
+                log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', token, path.stem)
+    return written
+
+
+def _read(
+    name_or_folder: str,
+    base_name: str,
+    method: str,
+    pinned: str,
+    overrides: Mapping[str, str],
+    library: Library,
+    force: bool,
+) -> tuple[Concept, TrainConfig, Interval | None]:
+    """What a user asks for, checked as far as it can be without the base model."""
     config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)
     interval = Interval.parse(pinned) if pinned else None
     concept = load_concept(name_or_folder, default_roots())
-    path, run = library.path(concept.name), runs / concept.name
+    path = library.path(concept.name)
     if path.exists() and not force:
         raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
-    if resume and interval is None:
-        interval = _interval_of(run)
-    base = load_base(base_name)
-    if find_method(method).owns_interval:
-        space = space_of(base, method_side(method), config.basis_seed)
-        interval = library.reserve(space, config.rank, concept.name, interval)
-    elif interval:
-        raise SboraError(f"got --interval {interval}, but {method} owns no columns")
-    kept = activations(base)
-    _tell_memory(base, config, kept)
-    written: list[Path] = []
-    score = _scorer(base, concept, config) if config.eval_every else None
-    try:
-        if force and not resume:
-            RunFolder(run).finish()
-        with TrainingProgress(config.steps) as progress:
-            for step in train(concept, base, interval, config, run, resume, score):
-                progress.show(step)
-                append_log(run, _told(step))
-                if step.adapter and step.before_after:  # the run's checkpoint goes after this
-                    step.adapter.save(path, force)
-                    written = [path, step.before_after]
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(run)) from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        needed = estimate(base, config, kept)
-        raise SboraError(f"out of memory: this training needs {needed}", advice(base, config, kept)) from error
-    finally:
-        library.release(concept.name)
-    log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', concept.token, concept.name)
-    return written
+    return concept, config, interval
+
+
+def _reserve(
+    concept: Concept, config: TrainConfig, base: Base, wanted: Interval | None, library: Library
+) -> Interval | None:
+    """The columns or rows that the concept gets; None if its method owns none."""
+    if find_method(config.method).owns_interval:
+        space = space_of(base, method_side(config.method), config.basis_seed)
+        return library.reserve(space, config.rank, concept.name, wanted)
+    if wanted:
+        raise SboraError(f"got --interval {wanted}, but {config.method} owns no columns")
+    return None
 
 
 def _tell_memory(base: Base, config: TrainConfig, kept: Activations) -> None:
@@ -158,6 +202,8 @@ def _interval_of(run: Path) -> Interval | None:
 
 def _how_to_go_on(run: Path) -> str:
     command = shlex.join(["sbora-diffusion", *(word for word in sys.argv[1:] if word != "--resume")])
+    if num_launched() > 1:
+        command = f"torchrun … -m sbora_diffusion {command.removeprefix('sbora-diffusion ')}"
     if (run / "checkpoint.pt").exists():
         return f"stopped; the last checkpoint is kept in {run}, go on with: {command} --resume"
     return f"stopped before the first checkpoint, begin again with: {command}"

@@ -16,10 +16,14 @@ from sbora_diffusion.english import say_plainly
 
 
 class Preview:
-    """The preview prompts of a training, drawn from the same seeds each time."""
+    """The preview prompts of a training, drawn from the same seeds each time.
 
-    def __init__(self, base: Base, concept: Concept, config: TrainConfig, folder: Path) -> None:
-        self._base, self._concept, self._config, self._folder = base, concept, config, folder
+    Args:
+        writes: whether the pictures are to be stored, which one of several processes does.
+    """
+
+    def __init__(self, base: Base, concept: Concept, config: TrainConfig, folder: Path, writes: bool = True) -> None:
+        self._base, self._concept, self._config, self._folder, self._writes = base, concept, config, folder, writes
         self._named = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
         self._plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in self._named]
         self._before: list[Image.Image] = []
@@ -62,5 +66,6 @@ class Preview:
 
     def _save(self, name: str, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> Path:
         path = self._folder / name
-        sheet(rows).save(path)
+        if self._writes:
+            sheet(rows).save(path)
         return path

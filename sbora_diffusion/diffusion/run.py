@@ -18,9 +18,11 @@ from sbora_diffusion.diffusion.latents import Batch
 from sbora_diffusion.diffusion.live import Live
 from sbora_diffusion.diffusion.optimizers import at_rest, make_optimizer
 from sbora_diffusion.diffusion.precision import Precision
+from sbora_diffusion.diffusion.processes import ALONE, Processes
 from sbora_diffusion.diffusion.quiet import Loudness
 from sbora_diffusion.diffusion.samples import Data, Sample, Samples
 from sbora_diffusion.diffusion.schedules import rate_factor
+from sbora_diffusion.errors import SboraError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +37,21 @@ class Scored:
 class Run:
     """The optimiser and the data of a training, at some step."""
 
-    def __init__(self, live: Live, data: Data, config: TrainConfig, base: Base) -> None:
+    def __init__(self, live: Live, data: Data, config: TrainConfig, base: Base, processes: Processes = ALONE) -> None:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
         self.best: Scored | None = None
-        self._live, self._config, self._base = live, config, base
-        self._samples = Samples(data, base, config)
+        self._live, self._config, self._base, self._processes = live, config, base, processes
+        self._samples = Samples(data, base, config, processes)
         self._held_out = self._samples.held_out()
         self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
         self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
         has_masks = any(shots.masks is not None for shots in data.shots)
         self._attention = AttentionLoss(base) if config.attention_weight and has_masks else None
+        if processes.count > 1 and (self._erasure or self._attention):
+            raise SboraError(
+                "erasure_weight and attention_weight look at whole batches, which several processes do not see",
+                "train in one process, or set them to 0",
+            )
         self._precision = Precision(config.precision, base.device)
         groups: list[dict[str, Any]] = [
             {
@@ -62,11 +69,13 @@ class Run:
     def learning_rate(self) -> float:
         return float(self._schedule.get_last_lr()[0])
 
-    def advance(self, step: int) -> tuple[float, float]:
-        """One optimiser step; returns the loss on the concept and the seconds taken."""
+    def advance(self, step: int) -> float:
+        """One optimiser step; returns the loss on the concept."""
         began, parts = time.perf_counter(), self._config.accumulation
         self._optimizer.zero_grad()
         value = sum(self._learn_from_a_batch(step * parts + part) for part in range(parts)) / parts
+        gradients = [parameter.grad for parameter in self._live.parameters() if parameter.grad is not None]
+        value = self._processes.average(gradients, value)
         self._precision.step(self._optimizer, self._named_parameters(), self._config.max_grad_norm, value, step)
         self._schedule.step()
         self.step = step + 1
@@ -74,8 +83,8 @@ class Run:
             self._averages.update(self.step)
         seconds = time.perf_counter() - began
         self.mean_loss = value if step == 0 else 0.98 * self.mean_loss + 0.02 * value
-        self.samples_per_second = self._config.batch_size * parts / seconds
-        return value, seconds
+        self.samples_per_second = self._config.batch_size * self._processes.count * parts / seconds
+        return value
 
     def _learn_from_a_batch(self, number: int) -> float:
         """The gradients of the batch of this number; its loss on the concept."""

@@ -25,9 +25,12 @@ LOG = "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
-def describe_run(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> dict[str, Any]:
+def describe_run(
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, num_processes: int
+) -> dict[str, Any]:
     """What must be the same for a training to be resumed: JSON values only."""
-    return {
+    together = {"processes": num_processes} if num_processes > 1 else {}
+    return together | {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
         "pictures": picture_digest(concept),
         "base": base.id,
@@ -62,15 +65,22 @@ def _git_commit() -> str | None:
 
 
 class RunFolder:
-    """The checkpoint, the previews and the description of one training."""
+    """The checkpoint and the description of one training, and its lock.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: whether this process looks after it; what other processes of the training do to it has no effect.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self._checkpoint = path / "checkpoint.pt"
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the folder for this process; the operating system lets go of it when the process dies."""
+        if not self._writes:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -115,6 +125,8 @@ class RunFolder:
 
     def save(self, description: dict[str, Any], state: dict[str, Any]) -> None:
         """Store a checkpoint; a kill at any moment leaves this one or the one before."""
+        if not self._writes:
+            return
         partial = self._checkpoint.with_suffix(".partial")
         try:
             torch.save(state | {"run": json.dumps(description)}, partial)
@@ -127,7 +139,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """The training is complete: there is nothing to resume."""
-        self._checkpoint.unlink(missing_ok=True)
+        if self._writes:
+            self._checkpoint.unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.path / f".{name}.partial"

@@ -1,7 +1,8 @@
 """What a training learns from: computed once, then drawn from at every step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +14,14 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.noising import Diffusion, Noising
 from sbora_diffusion.diffusion.latents import Batch, Shots, answers, draw_latents, encode
 from sbora_diffusion.diffusion.moments import recorded_inputs
+from sbora_diffusion.diffusion.processes import Processes
 from sbora_diffusion.english import say_plainly
 from sbora_diffusion.errors import SboraError
 
 PRIOR_SIZE = 192  # answers of the base model that are held
 VALIDATION_SIZE = 32  # noisy versions of the pictures that are held out
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +82,10 @@ class Sample(Batch):
 
 
 class Samples:
-    """Draws batches; what is drawn depends on the generator only."""
+    """Draws batches; what is drawn depends on the generator only, and each of several processes gets its share."""
 
-    def __init__(self, data: Data, base: Base, config: TrainConfig) -> None:
-        self._data, self._base, self._config = data, base, config
+    def __init__(self, data: Data, base: Base, config: TrainConfig, processes: Processes) -> None:
+        self._data, self._base, self._config, self._processes = data, base, config, processes
         self._ids = [base.tokenize(shots.captions) for shots in data.shots]
         self._empty = base.tokenize([""])
         if config.min_snr_gamma and not isinstance(data.noising, Diffusion):
@@ -90,7 +94,7 @@ class Samples:
     def of_concept(self, generator: torch.Generator) -> Sample:
         """Noisy crops of the pictures, all of one shape."""
         number = self._choose_shape(generator)
-        shots, count = self._data.shots[number], self._config.batch_size
+        shots, count = self._data.shots[number], self._config.batch_size * self._processes.count
         rows = torch.randint(len(shots.latents), (count,), generator=generator)
         sample = self._noised(shots, rows, self._ids[number][rows], generator)
         dropped = torch.rand(count, 1, generator=generator) < self._config.caption_dropout
@@ -98,21 +102,22 @@ class Samples:
         if self._config.shuffle_tags:
             ids = self._base.tokenize([shuffle_tags(shots.captions[row], generator) for row in rows.tolist()])
         ids = torch.where(dropped.to(ids.device), self._empty, ids)
-        return Sample(sample.noisy, sample.t, ids, sample.target, sample.weights, sample.masks)
+        return self._share(replace(sample, ids=ids))
 
     def of_class(self, generator: torch.Generator) -> Sample | None:
         """As many noisy versions of the base model's own pictures of the class."""
         shots = self._data.of_class
         if shots is None:
             return None
-        rows = torch.randint(len(shots.latents), (self._config.batch_size,), generator=generator)
+        count = self._config.batch_size * self._processes.count
+        rows = torch.randint(len(shots.latents), (count,), generator=generator)
         ids = self._base.tokenize([shots.captions[row] for row in rows.tolist()])
-        return self._noised(shots, rows, ids, generator)
+        return self._share(self._noised(shots, rows, ids, generator))
 
     def of_prior(self, generator: torch.Generator) -> Batch:
         """The base model's own answers."""
-        prior = self._data.prior
-        rows = torch.randint(len(prior.t), (self._config.prior_batch,), generator=generator)
+        prior, count = self._data.prior, self._config.prior_batch * self._processes.count
+        rows = self._processes.share(torch.randint(len(prior.t), (count,), generator=generator))
         return Batch(prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows])
 
     def held_out(self) -> list[Sample]:
@@ -124,6 +129,10 @@ class Samples:
             ids = self._base.tokenize([shots.captions[row] for row in rows.tolist()])
             found.append(self._noised(shots, rows, ids, generator))
         return found
+
+    def _share(self, batch: B) -> B:
+        parts = {key: None if part is None else self._processes.share(part) for key, part in vars(batch).items()}
+        return replace(batch, **parts)
 
     def _choose_shape(self, generator: torch.Generator) -> int:
         """A shape of pictures, each as likely as it has pictures."""

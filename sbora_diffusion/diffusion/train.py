@@ -17,6 +17,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.layerwise import cross_attentions
 from sbora_diffusion.diffusion.live import Live, live_concept
 from sbora_diffusion.diffusion.preview import Preview
+from sbora_diffusion.diffusion.processes import current
 from sbora_diffusion.diffusion.run import Run
 from sbora_diffusion.diffusion.run_folder import RunFolder, describe_run, picture_digest, versions
 from sbora_diffusion.diffusion.samples import prepare_data
@@ -54,6 +55,9 @@ def train(
     The base model is as it was when the iterator ends or is closed. Every step's random numbers come from
     `config.seed` and the step's number, so a resumed training gives the same adapter, bit for bit.
 
+    Where torch.distributed has brought several processes together, each calls this alike and gets the same logs; the
+    first one alone writes files. The batch is `config.batch_size` in each of them.
+
     Args:
         score: how good the base model's pictures of the concept are at this moment, the higher "overall" the better;
             asked every `config.eval_every` steps and at the end.
@@ -61,18 +65,20 @@ def train(
     Raises:
         SboraError: a folder in use or with another training in it, a loss that is not finite.
     """
-    folder, description = RunFolder(run_folder), describe_run(concept, base, interval, config)
+    processes = current()
+    folder = RunFolder(run_folder, processes.is_first)
+    description = describe_run(concept, base, interval, config, processes.count)
     with folder.claimed():
-        state = folder.start(description, resume)
-        preview = Preview(base, concept, config, run_folder)
+        state = processes.from_first(lambda: folder.start(description, resume))
+        preview = Preview(base, concept, config, run_folder, processes.is_first)
         preview.draw_before()
         data = prepare_data(concept, base, config)
         with live_concept(concept, base, interval, config) as live:
-            run = Run(live, data, config, base)
+            run = Run(live, data, config, base, processes)
             if state is not None:
                 run.load(state)
             for step in range(run.step, config.steps):
-                loss, seconds = run.advance(step)
+                loss = run.advance(step)
                 done = step + 1
                 scores, validation = _judge(run, done, config, score)
                 if done % config.save_every == 0 and done < config.steps:
@@ -83,7 +89,7 @@ def train(
                     steps=config.steps,
                     loss=loss,
                     learning_rate=run.learning_rate,
-                    samples_per_second=config.batch_size * config.accumulation / seconds,
+                    samples_per_second=run.samples_per_second,
                     memory_bytes=memory_bytes(base.device),
                     preview=_shown(run, preview, done) if is_shown else None,
                     scores=scores,

@@ -1,0 +1,111 @@
+"""One training in several processes, as torchrun and `accelerate launch` start them: who takes what, and who writes.
+
+Every process draws the batch of all, takes its own share of it, and learns from the mean of all gradients: what is
+learned is what one process would learn from the whole batch.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from sbora_diffusion.errors import SboraError
+
+PATIENCE = timedelta(hours=2)  # while the first process fetches a base model, the others wait
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a training."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes files and logs."""
+        return self.index == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of what was drawn for all: (count · n, …) to (n, …)."""
+        return rows.tensor_split(self.count)[self.index]
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor], value: float) -> float:
+        """Make tensors the mean over all processes; the mean of a number besides."""
+        if self.count == 1:
+            return value
+        flat = torch.cat([*(tensor.flatten() for tensor in tensors), torch.tensor([value]).to(tensors[0])])
+        with _others_there():
+            distributed.all_reduce(flat)
+        *means, mean = (flat / self.count).split([*(tensor.numel() for tensor in tensors), 1])
+        for tensor, total in zip(tensors, means, strict=True):
+            tensor.copy_(total.view_as(tensor))
+        return mean.item()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in every process; whatever it raises ends the others as well."""
+        if self.count == 1:
+            return make()
+        made = [make() if self.is_first else None]
+        with _others_there():
+            distributed.broadcast_object_list(made)
+        return made[0]  # type: ignore[return-value]
+
+
+ALONE = Processes()
+
+
+def num_launched() -> int:
+    """How many processes torchrun or `accelerate launch` has started for one training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def current() -> Processes:
+    """All by itself, unless `joined` or somebody else has brought several together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ALONE
+    return Processes(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Meanwhile the launched processes work together, each on the GPU of its number if there are any.
+
+    Raises:
+        SboraError: started to shard the model, more processes than GPUs.
+    """
+    if num_launched() == 1 or distributed.is_initialized():
+        yield current()
+        return
+    if sharded := [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true")]:
+        raise SboraError(
+            f"got {sharded[0]}, but a training keeps the whole model in every process",
+            "accelerate launch --multi_gpu, or torchrun",
+        )
+    if torch.cuda.is_available():
+        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if place >= there:
+            raise SboraError(f"process {place + 1} of this machine finds no GPU, there are {there}", "start fewer")
+        torch.cuda.set_device(place)
+    distributed.init_process_group(timeout=PATIENCE)
+    try:
+        yield current()
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise SboraError("another process of this training has ended", "its message says why") from error

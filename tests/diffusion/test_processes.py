@@ -1,0 +1,167 @@
+"""Several processes learn what one learns from the whole batch; the first alone writes, a stop loses nothing."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.cli import app
+from sbora_diffusion.diffusion import processes
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.live import live_concept
+from sbora_diffusion.diffusion.processes import ALONE, Processes
+from sbora_diffusion.diffusion.run import Run
+from sbora_diffusion.diffusion.run_folder import read_log
+from sbora_diffusion.diffusion.samples import Sample, Samples, prepare_data
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.library import Library
+
+from .conftest import short_config
+from .test_features import INTERVAL, tall  # noqa: F401
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from torch import distributed
+from typer.testing import CliRunner
+from sbora_diffusion.cli import app
+from sbora_diffusion.diffusion import train
+
+def run(*more, folder):
+    Path(folder).mkdir(exist_ok=True)
+    os.chdir(folder)
+    done = CliRunner().invoke(app, [*sys.argv[1:], *more])
+    os.chdir("..")
+    return done
+
+def interrupting(device):
+    global steps
+    steps += 1
+    if steps == 3:
+        signal.raise_signal(signal.SIGINT)
+    return plain(device)
+
+distributed.init_process_group()
+is_first = distributed.get_rank() == 0
+straight = run(folder="two")
+written = ["adapters/dog.safetensors", "runs/dog/before-after.png"]
+assert straight.stdout.split() == (written if is_first else []), straight.output
+assert ("step 5/5" in straight.stderr) == ("concept <dog>" in straight.stderr) == is_first, straight.stderr
+
+steps, plain, train.memory_bytes = 0, train.memory_bytes, interrupting
+stopped = run(folder="stopped")
+assert stopped.exit_code == 130, stopped.output
+assert ("go on with: torchrun … -m sbora_diffusion " in stopped.stderr) == is_first, stopped.stderr
+resumed = run("--resume", folder="stopped")
+assert (resumed.exit_code, resumed.stdout) == (0, straight.stdout), resumed.output
+assert "step 1/5" not in resumed.stderr
+distributed.destroy_process_group()
+"""
+
+
+def command(base: Path, each: int) -> list[str]:
+    settings = ["steps=5", "save_every=2", "sampling_steps=1", "crops=1", "preview_every=0", "preview_prompts={token}"]
+    settings += ["prior_prompts=a cat", f"batch_size={2 * each}", f"prior_batch={each}"]
+    words = ["train", "--concept", "dog", "--base", str(base)]
+    return words + [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of the same training: `one` in one process, `two` in two, and `stopped`, which was resumed in two."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "one")
+        assert CliRunner().invoke(app, command(tiny_folder, each=2)).exit_code == 0
+    (folder / "worker.py").write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*torchrun, *command(tiny_folder, each=1)],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_are_one_with_the_doubled_batch(trained: Path) -> None:
+    one, two = (Adapter.load(trained / name / "adapters/dog.safetensors") for name in ("one", "two"))
+    assert two.spec.metrics["loss"] == pytest.approx(one.spec.metrics["loss"], rel=1e-5)
+    for key, factor in one.factors.items():
+        assert torch.equal(factor.index, two.factors[key].index)
+        scale = factor.weight.abs().max().item()  # Adam divides small gradients' rounding by themselves
+        torch.testing.assert_close(two.factors[key].weight, factor.weight, rtol=1e-3, atol=1e-3 * scale)
+    assert two.tokens.keys() == one.tokens.keys()
+    for key, rows in one.tokens.items():
+        torch.testing.assert_close(two.tokens[key], rows, rtol=1e-4, atol=1e-6)
+
+
+def test_stopped_and_resumed_together_bit_for_bit(trained: Path) -> None:
+    two, stopped = (trained / name / "adapters/dog.safetensors" for name in ("two", "stopped"))
+    assert stopped.read_bytes() == two.read_bytes()
+    assert [entry["step"] for entry in read_log(trained / "stopped/runs/dog")] == [1, 2, 3, 4, 5]
+    assert not (trained / "stopped/runs/dog/checkpoint.pt").exists()
+
+
+def test_the_first_alone_has_columns(trained: Path) -> None:
+    """Nothing is reserved any more, and nothing was reserved twice."""
+    (ledger,) = Library(trained / "two/adapters").ledgers()
+    assert [(owner.name, owner.state, str(owner.interval)) for owner in ledger.owners] == [("dog", "trained", "0:8")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"buckets": "1", "masked_loss": "1", "noise_offset": "0.1"}])
+def test_the_shares_are_what_one_process_draws(base: Base, tall: Concept, settings: dict[str, str]) -> None:  # noqa: F811
+    more = {"shuffle_tags": "1", "caption_dropout": "0.4", "min_snr_gamma": "5", "class_pictures": "2", "flip": "0.5"}
+    config = short_config(batch_size="2", prior_batch="1", **more, **settings)
+    whole = replace(config, batch_size=6, prior_batch=3)
+    data = prepare_data(tall, base, config)
+    for seed in range(3):
+        expected = drawn(Samples(data, base, whole, ALONE), seed)
+        parts = [drawn(Samples(data, base, config, Processes(index, 3)), seed) for index in range(3)]
+        for one, shares in zip(expected, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(shares), one)
+
+
+def drawn(samples: Samples, seed: int) -> list[torch.Tensor]:
+    """Everything that is in the batches of a step."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = samples.of_concept(generator), samples.of_prior(generator), samples.of_class(generator)
+    assert isinstance(batches[2], Sample)
+    return [part for batch in batches if batch for part in vars(batch).values() if part is not None]
+
+
+def test_no_prior_samples_to_share() -> None:
+    assert Processes(1, 2).share(torch.empty(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("setting", [{"attention_weight": "0.1"}, {"erasure_weight": "1", "prior_batch": "1"}])
+def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setting: dict[str, str]) -> None:  # noqa: F811
+    config = short_config(**setting)
+    data = prepare_data(tall, base, config)
+    with (
+        live_concept(tall, base, INTERVAL, config) as live,
+        pytest.raises(SboraError, match="erasure_weight and attention_weight look at whole batches"),
+    ):
+        Run(live, data, config, base, Processes(0, 2))
+
+
+def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SboraError, match="got ACCELERATE_USE_FSDP, but"), processes.joined():
+        pass
+
+
+def test_several_concepts_in_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = CliRunner().invoke(app, ["train", "--concept", "dog", "--concept", "cat"])
+    assert refused.exit_code == 1
+    assert "but several concepts given" in refused.stderr
