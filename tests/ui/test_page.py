@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sbora_diffusion.adapter.file import Adapter, read_spec
+from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.diffusion.concept import default_roots
 from sbora_diffusion.diffusion.picture_file import read_settings
 
@@ -242,15 +243,21 @@ def test_merge(page: "Page", here: Path, how: str) -> None:
 
 
 def test_measure(page: "Page", here: Path) -> None:
+    """A concept alone, and in a merge: both in the table, the scatter and the pictures."""
+    dog, cat = (Adapter.load(here / f"adapters/{name}.safetensors") for name in ("dog", "cat"))
+    merge([dog, cat], [1.0, 1.0], "sum").save(here / "adapters/both.safetensors")
     tab(page, "Measure")
+    page.locator("#measure-concepts").get_by_label("dog", exact=True).wait_for()
     switch_on(page, "measure-concepts", "dog")
+    choose(page, "measure-merged", "both")
     page.locator("#seeds").get_by_label("1", exact=True).check()
     page.locator("#measure").click()
-    page.get_by_text("Done.").wait_for(timeout=400_000)
-    page.locator("#scores").get_by_text("single").filter(visible=True).first.wait_for()
+    page.get_by_text("Done.").wait_for(timeout=600_000)
+    for model in ("single", "merged"):
+        page.locator("#scores").get_by_text(model, exact=True).filter(visible=True).first.wait_for()
     page.locator("#scatter canvas, #scatter svg").first.wait_for()
-    page.locator("#measure-grid img").first.wait_for()
-    assert (here / "evaluations/dog-x1/report.json").exists()
+    page.locator("#measure-grid img").nth(1).wait_for()
+    assert (here / "evaluations/dog-in-both-x1/report.json").exists()
 
 
 def test_phone(page: "Page") -> None:
