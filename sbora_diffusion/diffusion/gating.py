@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.families.family import Text
 from sbora_diffusion.diffusion.generate import check_base, check_distinct, check_tokens
 from sbora_diffusion.diffusion.tokens import added_tokens
 from sbora_diffusion.errors import SboraError
@@ -84,11 +85,21 @@ class LiveConcepts:
         return found
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], masks: Masks) -> Tensor:
-        """(n, tokens, hidden): the same prompt n times, or several that name nothing, with these text masks."""
+    def encode(self, prompts: Sequence[str], masks: Masks) -> Text:
+        """The same prompt n times, or several that name nothing, with these text masks: states (n, tokens, hidden)."""
+        pipeline: Any = self._base.pipeline
         with self.acting(lambda _key, shape: {name: mask.expand(shape) for name, mask in masks.items()}):
-            pipeline: Any = self._base.pipeline
-            return pipeline.encode_prompt(list(prompts), self._base.device, 1, False)[0]
+            made = pipeline.encode_prompt(
+                list(prompts), device=self._base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return Text(made[0], made[2] if len(made) > 2 else None)
+
+    def encode_negative(self, prompt: str, number: int) -> Text:
+        """What guidance compares with, n times; no concept acts on it. SDXL's is all zeros if there is none."""
+        text = self.encode([prompt] * number, {})
+        if prompt or not self._base.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return text
+        return Text(torch.zeros_like(text.states), None if text.pooled is None else torch.zeros_like(text.pooled))
 
     @contextmanager
     def acting(self, source: MaskSource) -> Iterator[None]:
@@ -155,9 +166,9 @@ def live_concepts(
     Raises:
         SboraError: an adapter for another base model, or two that bring the same name or token.
     """
-    if base.family.name != "sd":
+    if base.family.denoiser != "unet":
         raise SboraError(
-            f"regions and gating are for Stable Diffusion 1.x and 2.x, {base.id} is a {base.family.pipeline}",
+            f"regions and gating are for Stable Diffusion 1.x, 2.x and XL, {base.id} is a {base.family.pipeline}",
             "leave out --region and gated",
         )
     strengths = strengths or [1.0] * len(adapters)

@@ -1,6 +1,7 @@
 """Pictures with a prompt and concepts of its own for each region: no concept acts outside its region."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.attention_maps import AttentionMaps
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.branches import Branch, Scene, staged
+from sbora_diffusion.diffusion.families.family import Text
 from sbora_diffusion.diffusion.gating import LiveConcepts, live_concepts
 from sbora_diffusion.diffusion.generate import check_tokens
 from sbora_diffusion.errors import SboraError
@@ -132,33 +134,38 @@ def generate_regions(
         weights = region_weights(regions, (side, side))
         shares = [weight.to(base.device) for weight in weights]
         chosen = [(prompt, ()), *((region.prompt, region.adapters) for region in regions)]
-        branches = [
-            _branch(live, text, names, share, len(seeds)) for (text, names), share in zip(chosen, shares, strict=True)
-        ]
-        silent = live.encode([negative_prompt] * len(seeds), {})
-        return _draw(base, live, prompt, branches, silent, seeds, steps, guidance)
+        masks = [live.text_masks(text, names) for text, names in chosen]
+        texts = [live.encode([text] * len(seeds), mask) for (text, _), mask in zip(chosen, masks, strict=True)]
+        branches = [Branch(text.states, mask, share) for text, mask, share in zip(texts, masks, shares, strict=True)]
+        silent = live.encode_negative(negative_prompt, len(seeds))
+        named = live.token_positions(prompt)
+        with _staged(base, live, branches, named, guidance):
+            result: Any = base.pipeline(
+                **_conditions(texts[0], silent),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            )
+        return result.images
 
 
-def _branch(live: LiveConcepts, prompt: str, chosen: Sequence[str], weights: Tensor, number: int) -> Branch:
-    masks = live.text_masks(prompt, chosen)
-    return Branch(live.encode([prompt] * number, masks), masks, weights)
-
-
-def _draw(
-    base: Base, live: LiveConcepts, prompt: str, branches: Sequence[Branch], silent: Tensor, seeds: Sequence[int],
-    steps: int, guidance: float,
-) -> list[Image.Image]:  # fmt: skip
+@contextmanager
+def _staged(
+    base: Base, live: LiveConcepts, branches: Sequence[Branch], named: Mapping[str, Sequence[int]], guidance: float
+) -> Iterator[None]:
+    """Let the U-Net draw these branches, and the concepts act where they are heard."""
     pipeline: Any = base.pipeline
     side = pipeline.unet.config.sample_size
-    named = live.token_positions(prompt)
     maps = AttentionMaps(named, (side, side)) if named else None
-    scene = Scene(branches, len(seeds) if guidance > 1 else 0, (side, side), maps)
+    num_silent = len(branches[0].embeddings) if guidance > 1 else 0
+    scene = Scene(branches, num_silent, (side, side), maps)
     with staged(pipeline.unet, scene), live.acting(scene.masks):
-        result = pipeline(
-            prompt_embeds=branches[0].embeddings,
-            negative_prompt_embeds=silent,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        )
-    return result.images
+        yield
+
+
+def _conditions(text: Text, silent: Text) -> dict[str, Tensor]:
+    """What the pipeline is given of the global prompt and of what guidance compares with; regions are heard inside."""
+    given = {"prompt_embeds": text.states, "negative_prompt_embeds": silent.states}
+    if text.pooled is not None and silent.pooled is not None:
+        given |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": silent.pooled}
+    return given

@@ -120,7 +120,7 @@ def test_the_text_encoder_changes_at_and_after_the_token(base: Base, adapters: l
     prompt = "a <tom> b"
     with live_concepts(base, adapters) as live:
         masks = live.text_masks(prompt)
-        plain, named = live.encode([prompt], {}), live.encode([prompt], masks)
+        plain, named = (live.encode([prompt], acting).states for acting in ({}, masks))
         assert live.token_positions(prompt) == {"tom": [2, 3]}  # after the start and "a"
     assert masks.keys() == {"tom"}
     assert masks["tom"].tolist() == [0.0, 0.0, *[1.0] * 22]
@@ -132,7 +132,7 @@ def test_live_everywhere_is_written(base: Base, adapters: list[Adapter]) -> None
     """Without gating a live concept does what a written one does, up to rounding."""
     latents, time, prompt = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, "a <rex> <tom>"
     with live_concepts(base, adapters[:2], [1.0, 0.5]) as live:
-        live_text = live.encode([prompt], {name: torch.ones(1) for name in ("rex", "tom")})
+        live_text = live.encode([prompt], {name: torch.ones(1) for name in ("rex", "tom")}).states
         with live.acting(lambda _key, shape: {name: torch.ones(shape) for name in ("rex", "tom")}):
             live_noise = predict(base, latents, time, live_text)
     with applied(base, adapters[:2], [1.0, 0.5]):
@@ -152,7 +152,7 @@ def test_the_negative_half_is_untouched(base: Base, adapters: list[Adapter]) -> 
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     with live_concepts(base, adapters) as live:
         masks = live.text_masks("a <rex>")
-        positive, negative = live.encode(["a <rex>"], masks), live.encode([""], {})
+        positive, negative = live.encode(["a <rex>"], masks).states, live.encode([""], {}).states
         text = torch.cat([negative, positive])
         silent = predict(base, latents, 500, text)
         scene = Scene([Branch(positive, masks, torch.ones(8, 8))], 1, (8, 8), None)

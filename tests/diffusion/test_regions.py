@@ -152,7 +152,8 @@ def first_values(base: Base, adapters: list[Adapter], strength: float) -> Tensor
         masks = live.text_masks("a <rex>")
         region = Region(box=RIGHT, prompt="a <rex>", feather=0)
         weights = region_weights([region], (8, 8))
-        branches = [Branch(live.encode(["a"], {}), {}, weights[0]), Branch(live.encode(["a"], {}), masks, weights[1])]
+        text = live.encode(["a"], {}).states
+        branches = [Branch(text, {}, weights[0]), Branch(text, masks, weights[1])]
         scene = Scene(branches, 1, (8, 8), None)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
         value = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
