@@ -40,7 +40,7 @@ def test_naming_one_gives_the_picture_of_that_one_alone(life: Life) -> None:
 
 
 def test_each_region_has_its_own(life: Life) -> None:
-    """Two concepts side by side are not the picture without regions, nor the other way round; their order is nothing."""
+    """Two side by side are not the picture without regions, nor the other way round; their order is nothing."""
     plain = draw(life, "a dog", (), life.adapters)
     named = [Region(box=box, prompt=f"a <{name}>") for box, name in ((LEFT, "rex"), (RIGHT, "tom"))]
     swapped = [Region(box=box, prompt=f"a <{name}>") for box, name in ((RIGHT, "rex"), (LEFT, "tom"))]
