@@ -4,6 +4,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
@@ -23,9 +24,9 @@ def can_be_reached() -> bool:
     return True
 
 
-def why(error: Exception) -> str:
-    """Why a model could not be loaded, in one line."""
-    if isinstance(error, OSError) and not can_be_reached():
+def why(error: Exception, name: str = "") -> str:
+    """Why a model could not be loaded, in one line; for what lies on this disk under `name` no hub was asked."""
+    if isinstance(error, OSError) and not (name and Path(name).exists()) and not can_be_reached():
         return "neither a folder nor in the hub's cache, and the hub cannot be reached from here"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

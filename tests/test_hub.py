@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, is_offline_mode
@@ -56,8 +57,10 @@ def test_offline_by_choice(names: Callable[[bool], None], monkeypatch: pytest.Mo
     assert is_offline_mode()
 
 
-def test_why(names: Callable[[bool], None]) -> None:
+def test_why(names: Callable[[bool], None], tmp_path: Path) -> None:
     names(False)
+    assert why(OSError("no file named config.json\nat all"), str(tmp_path)) == "no file named config.json"
+    assert why(OSError("no"), str(tmp_path / "none")).endswith("the hub cannot be reached from here")
     assert why(OSError("We couldn't connect\nCheck")).endswith("the hub cannot be reached from here")
     assert why(KeyError("unet")) == "'unet'"
     names(True)

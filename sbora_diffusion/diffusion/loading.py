@@ -87,7 +87,7 @@ def _told(name: str) -> Iterator[None]:
         with cache_if_offline():
             yield
     except (OSError, ValueError, KeyError) as error:
-        raise SboraError(f"could not load base model {name!r}: {why(error)}", _what_to_do(name)) from error
+        raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _what_to_do(name)) from error
 
 
 def _what_to_do(name: str) -> str:

@@ -199,7 +199,7 @@ def _explained(name: str, hint: str) -> Iterator[None]:
     except SboraError:
         raise
     except Exception as error:  # loaders of strangers' files raise all kinds: OSError, KeyError, SafetensorError, …
-        raise SboraError(f"could not load encoder {name!r}: {why(error)}", hint) from error
+        raise SboraError(f"could not load encoder {name!r}: {why(error, name)}", hint) from error
 
 
 def _pretrained(kind: Any, path: str) -> tuple[Any, set[str]]:

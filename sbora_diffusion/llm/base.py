@@ -44,7 +44,7 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
         except (OSError, ValueError) as error:
             gated = "gated" in str(error).lower()
             hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
-            raise SboraError(f"cannot load {base}: {why(error)}", hint) from None
+            raise SboraError(f"cannot load {base}: {why(error, base)}", hint) from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -62,7 +62,7 @@ def meta_base(base: str) -> Any:
         try:
             config = AutoConfig.from_pretrained(base, **_source(base))
         except (OSError, ValueError) as error:
-            raise SboraError(f"cannot read the configuration of {base}: {why(error)}") from None
+            raise SboraError(f"cannot read the configuration of {base}: {why(error, base)}") from None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 

@@ -1,5 +1,6 @@
 """Base models: what is adapted, how wide it is, when two of them are the same, and what cannot be loaded."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_a_pipeline_of_no_known_family(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="is a KandinskyPipeline, which no training is written for") as caught:
         load_base(str(tmp_path))
     assert "StableDiffusionXLPipeline" in (caught.value.hint or "")
+
+
+def test_a_damaged_folder_says_what_is_damaged(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "tiny")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(SboraError, match=r"could not load base model .*config\.json"):
+        load_base(str(folder))
 
 
 def test_neither_folder_nor_model(tmp_path: Path) -> None:
