@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.llm.base import inject
 from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.methods import find_method
 
 METHODS = ("lora", "sbora-fa", "sbora-fb")
 
@@ -29,7 +31,11 @@ def model_of(method: str) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM(shape).requires_grad_(False)
     model.enable_input_require_grads()  # the frozen model, too, takes the gradient to its inputs
-    return model if method == "frozen" else inject(model, method, LlmConfig.from_recipe("small", {})).train()
+    if method == "frozen":
+        return model
+    config = LlmConfig.from_recipe("small", {})
+    interval = Interval(0, config.rank) if find_method(method).owns_interval else None
+    return inject(model, method, config, interval).train()
 
 
 def step_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:

@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 
 from sbora_diffusion import __version__, cli_llm
 from sbora_diffusion.console import (
+    ADAPTERS,
+    RUNS,
     convert,
     hide_loading_bars,
     parse_numbers,
@@ -24,7 +26,7 @@ from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-ADAPTERS, RUNS, EVALUATIONS, EXPORTS = Path("adapters"), Path("runs"), Path("evaluations"), Path("exports")
+EVALUATIONS, EXPORTS = Path("evaluations"), Path("exports")
 PIPELINES = Path("pipelines")  # what is baked
 FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
 taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""

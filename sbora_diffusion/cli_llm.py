@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.console import hide_bars_of_transformers, parse_numbers, parse_settings
+from sbora_diffusion.console import ADAPTERS, RUNS, hide_bars_of_transformers, parse_numbers, parse_settings
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,14 @@ def train(
         str, typer.Option(metavar="NAME", help="commonsense, arithmetic, qsbora (published) or small.")
     ] = "small",
     quantize: Quantize = "none",
+    interval: Annotated[str, typer.Option(metavar="A:B", help="Pin the columns, instead of the first free.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/llm-DATA-METHOD.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the parameters, without weights.")] = False,
     settings: Settings = [],  # noqa: B006
 ) -> None:
-    """Fine-tune: writes a PEFT directory and, of SBoRA, a concept file. Also under torchrun and accelerate."""
+    """Fine-tune: writes a PEFT directory and, of SBoRA, a concept file: adapters/DIR.safetensors, whose columns nobody
+    else is given. Also under torchrun and accelerate."""
     from sbora_diffusion.llm.config import LlmConfig
 
     config = LlmConfig.from_recipe(recipe, parse_settings(settings))
@@ -50,12 +52,16 @@ def train(
         return
     if data is None:
         raise typer.BadParameter("is needed, such as records.json", param_hint="--data")
+    from sbora_diffusion.adapter.basis import Interval
     from sbora_diffusion.cli_llm_run import fine_tune
+    from sbora_diffusion.library import Library
     from sbora_diffusion.llm.run_folder import Run
 
     hide_bars_of_transformers()
-    folder = out or Path("runs") / f"llm-{data.stem}-{method}"
-    for path in fine_tune(Run(base=base, data=data, method=method, quantize=quantize), config, folder, resume=resume):
+    folder = out or RUNS / f"llm-{data.stem}-{method}"
+    pinned = Interval.parse(interval) if interval else None
+    run = Run(base=base, data=data, method=method, quantize=quantize, interval=pinned)
+    for path in fine_tune(run, config, folder, Library(ADAPTERS), resume=resume):
         typer.echo(path)
 
 

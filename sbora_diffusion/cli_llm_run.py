@@ -11,25 +11,56 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sbora_diffusion import __version__
+from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.certificate import certify
-from sbora_diffusion.adapter.file import write_atomically
+from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.merge import merge, merged_name
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
+from sbora_diffusion.ledger import Space
+from sbora_diffusion.library import Library
 from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.chat import NONE, Chat
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.evaluate import Harness
 from sbora_diffusion.llm.export import export
-from sbora_diffusion.llm.run_folder import Run
-from sbora_diffusion.llm.train import train
+from sbora_diffusion.llm.run_folder import ADAPTER, Run, Trained
+from sbora_diffusion.llm.train import Reserve, train
+from sbora_diffusion.methods import find_method
 
 log = logging.getLogger(__name__)
 
 
-def fine_tune(run: Run, config: LlmConfig, folder: Path, *, resume: bool) -> list[Path]:
-    """Train; the paths of what was written, none in the other processes of several."""
+def fine_tune(run: Run, config: LlmConfig, folder: Path, library: Library, *, resume: bool) -> list[Path]:
+    """Train; the paths of what was written, none in the other processes of several.
+
+    An SBoRA adapter goes into the library too, under the folder's name: nobody else is given its columns.
+    """
+    name = folder.resolve().name
+    path = library.path(name)
+    if find_method(run.method).owns_interval and path.exists() and not (folder / ADAPTER).is_dir():
+        raise SboraError(f"{path} exists", f"Choose another --out, or: sbora-diffusion remove {name}")
+    reserved: list[Interval] = []
+
+    def reserve(space: Space, wanted: Interval | None) -> Interval:
+        reserved.append(library.reserve(space, config.rank, name, wanted))
+        return reserved[0]
+
+    try:
+        trained = _train_with_progress(run, config, folder, resume, reserve)
+        if trained and trained.concept:
+            Adapter.load(trained.concept).save(path, force=True)
+    finally:
+        if reserved:
+            library.release(name)
+    if trained is None:
+        return []
+    log.info("next: sbora-diffusion llm chat --base %s --adapter %s", run.base, folder)
+    return [trained.adapter, *([path] if trained.concept else [])]
+
+
+def _train_with_progress(run: Run, config: LlmConfig, folder: Path, resume: bool, reserve: Reserve) -> Trained | None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("training", total=None)
@@ -37,11 +68,7 @@ def fine_tune(run: Run, config: LlmConfig, folder: Path, *, resume: bool) -> lis
         def watch(step: int, steps: int, loss: float) -> None:
             progress.update(bar, completed=step, total=steps, description=f"loss {loss:.3f}")
 
-        trained = train(run, config, folder, resume, watch)
-    if trained is None:
-        return []
-    log.info("next: sbora-diffusion llm chat --base %s --adapter %s", run.base, folder)
-    return [trained.adapter, *([trained.concept] if trained.concept else [])]
+        return train(run, config, folder, resume, watch, reserve)
 
 
 def measure(

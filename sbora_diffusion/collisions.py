@@ -38,8 +38,12 @@ def _load(library: Library, name: str) -> Adapter | None:
 
 
 def _reserved(owner: Owner, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """The columns or rows, by layer, that an interval will be."""
-    return {key: indices(key.partition(".")[2], dim, owner.interval, owner.seed) for key, dim in widths.items()}
+    """The columns or rows, by layer, that an interval will be; narrower layers than it are not its trainer's."""
+    return {
+        key: indices(key.partition(".")[2], dim, owner.interval, owner.seed)
+        for key, dim in widths.items()
+        if owner.interval.stop <= dim
+    }
 
 
 def _shared(adapter: Adapter, name: str, taken: Mapping[str, Tensor]) -> Iterator[str]:

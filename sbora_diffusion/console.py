@@ -4,11 +4,14 @@ import errno
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from sbora_diffusion.errors import SboraError
+
+ADAPTERS, RUNS = Path("adapters"), Path("runs")  # the library, and a folder for each training
 
 IMPORT_NOTICES = {  # logger -> what it says at import about optional packages that we advise against
     "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",

@@ -79,7 +79,8 @@ class Library:
                 not fit, others' positions mean other columns, `lasting` for a name that has an interval.
         """
         with self._changing_state() as state:
-            state.widths[space.key] = dict(space.widths)
+            known = state.widths.get(space.key, {})  # others may adapt other layers of the same base
+            state.widths[space.key] = known | dict(space.widths)
             check_not_in_training(state, name)
             state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
             owners = owners_of(state, self._specs(), space.base_fingerprint, space.side)

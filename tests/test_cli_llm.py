@@ -1,11 +1,13 @@
 """The llm commands end to end on a tiny model, and what they say to nonsense."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
 
@@ -24,17 +26,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def here() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def work(base: Path, tmp_path_factory: pytest.TempPathFactory, here: pytest.MonkeyPatch) -> Path:
     """A folder with data, tasks and three trainings: one, two (its seed is another one) and lora."""
     folder = tmp_path_factory.mktemp("work")
+    here.chdir(folder)
     save_data(folder / "sums.json")
     save_tasks(folder / "tasks")
-    for name, *words in (("one", "--set", "start=0"), ("two", "--set", "seed=1"), ("lora", "--method", "lora")):
+    for name, *words in (("one",), ("two", "--set", "seed=1"), ("lora", "--method", "lora")):
         command = ["train", "--base", base, "--data", folder / "sums.json", "--out", folder / name, *QUICK, *words]
         result = run(*command)
         assert result.exit_code == 0, result.output
-        written = [folder / name / "adapter"] + ([folder / name / f"{name}.safetensors"] if name != "lora" else [])
-        assert result.stdout.split() == [str(path) for path in written]
+        written = [str(folder / name / "adapter")] + ([f"adapters/{name}.safetensors"] if name != "lora" else [])
+        assert result.stdout.split() == written
     return folder
 
 
@@ -44,7 +53,23 @@ def test_train_again_goes_on_or_is_refused(base: Path, work: Path) -> None:
     assert refused.exit_code == 1
     assert "a training lies in" in refused.stderr
     assert "--resume" in refused.stderr
-    assert run(*command, "--resume", "--set", "start=0").exit_code == 0
+    assert run(*command, "--resume").exit_code == 0
+
+
+def test_the_ledger_gives_each_its_own_columns(work: Path) -> None:
+    intervals = [Adapter.load(work / "adapters" / f"{name}.safetensors").spec.intervals for name in ("one", "two")]
+    assert intervals == [(Interval(0, 4),), (Interval(4, 4),)]
+    told = CliRunner().invoke(app, ["ledger"])
+    assert "one" in told.stdout
+    assert "4:8" in told.stdout
+
+
+def test_a_name_of_the_library_is_not_overwritten(base: Path, work: Path) -> None:
+    refused = run("train", "--base", base, "--data", work / "sums.json", "--out", work / "elsewhere" / "one", *QUICK)
+    assert refused.exit_code == 1
+    assert "adapters/one.safetensors exists" in refused.stderr
+    taken = run("train", "--base", base, "--data", work / "sums.json", "--out", "new", "--interval", "2:6", *QUICK)
+    assert "the interval 2:6 is taken (0:4 by one, 4:8 by two)" in taken.stderr
 
 
 def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
@@ -68,10 +93,8 @@ def test_eval_of_the_base_model_alone(base: Path, work: Path) -> None:
     assert "| base |  | 1 | 0.0% [0.0%, 0.0%] | 0.0% | 100.0% |" in result.stdout
 
 
-def test_merge_and_export(base: Path, work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    other = run("train", "--base", base, "--data", work / "sums.json", "--out", work / "b", *QUICK, "--set", "start=4")
-    assert other.exit_code == 0, other.output
-    merged = run("merge", work / "one", work / "b", "--out", work / "both.safetensors")
+def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    merged = run("merge", work / "one", work / "two", "--out", work / "both.safetensors")
     assert merged.exit_code == 0, merged.output
     assert merged.stdout.strip() == str(work / "both.safetensors")
     assert "written by at most one" in caplog.text
@@ -106,7 +129,10 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
         (["train", "--base", "BASE", "--data", "DATA", "--quantize", "q2"], 1, "choose from none, nf4"),
         (["train", "--base", "BASE", "--data", "DATA", "--set", "cutoff=3"], 1, "longer than cutoff=3"),
         (["train", "--base", "BASE", "--data", "DATA", "--set", "targets=nose"], 1, "the targets nose do not fit"),
-        (["train", "--base", "BASE", "--data", "DATA", "--set", "start=31"], 1, "does not fit layer"),
+        (["train", "--base", "BASE", "--data", "DATA", "--interval", "31:47"], 1, "31:47 does not fit: the narrowest"),
+        (["train", "--base", "BASE", "--data", "DATA", "--interval", "0:8"], 1, "8 positions, rank 16 needs 16"),
+        (["train", "--base", "BASE", "--data", "DATA", "--interval", "8"], 1, "expected start:stop such as 8:16"),
+        (["train", "--base", "BASE", "--data", "DATA", "--interval", "0:16", "--method", "lora"], 1, "owns no columns"),
         (["eval", "--base", "BASE", "--tasks", "adapters_x"], 1, "unknown tasks adapters_x"),
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq"], 1, "with --data DIR"),
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "batch_size is a number"),

@@ -63,3 +63,14 @@ def test_reservations(library: Library) -> None:
         "planned (reserved, 3:5): 3 columns in 3 of 3 layers, at most 1 in one",
     ]
     assert collisions(random_adapter(interval=Interval(3, 2), name="planned"), library) == []
+
+
+def test_a_reservation_takes_nothing_in_a_layer_that_is_too_narrow_for_it(library: Library) -> None:
+    widths = {key: in_dim for key, (_, in_dim) in SHAPES.items()}
+    space = Space(base_id="tiny", base_fingerprint="f00d", side="fa", seed=0, widths=widths)
+    library.reserve(space, 3, "everywhere", lasting=True)
+    [widest, width] = max(widths.items(), key=lambda item: item[1])
+    library.reserve(replace(space, widths={widest: width}), 2, "wide", Interval(width - 2, 2), lasting=True)
+    columns = collisions(random_adapter(interval=Interval(0, min(widths.values())), name="new"), library)
+    assert columns[0].startswith("everywhere (reserved, 0:3): 9 columns in 3 of 3 layers")
+    assert len(columns) == 1

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
@@ -307,6 +308,13 @@ def test_ledgers(library: Library) -> None:
     assert (rows.owners, rows.width, rows.gaps) == ((Owner("horse", Interval(0, 4)),), None, ())
     assert library.widths("f00d", "fa") == {"unet.narrow": 64, "unet.wide": 128}
     assert library.widths("f00d", "fb") is None
+
+
+def test_trainings_of_one_base_may_adapt_other_layers(library: Library) -> None:
+    reserve(library, "dog")
+    only_wide = replace(space(), widths={"unet.wide": 128})
+    assert str(library.reserve(only_wide, 8, "cat", Interval(100, 8))) == "100:108"
+    assert library.widths("f00d", "fa") == {"unet.narrow": 64, "unet.wide": 128}
 
 
 def test_room_is_what_the_gaps_hold() -> None:

@@ -16,8 +16,8 @@ from sbora_diffusion.adapter.exchange.safefile import to_bytes
 from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.layer import detect
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.base import fingerprint, linear_layers
-from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, COMPONENT, RUN
+from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
+from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, RUN
 
 log = logging.getLogger(__name__)
 

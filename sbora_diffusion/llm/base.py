@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sbora_diffusion.adapter.basis import Interval, canonical
+from sbora_diffusion.adapter.basis import Interval, Side, canonical
 from sbora_diffusion.adapter.layer import attach, keep_linear4bit_unpacked
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
 from sbora_diffusion.llm.config import METHODS, LlmConfig
-from sbora_diffusion.methods import method_side
+from sbora_diffusion.methods import find_method, method_side
 
+COMPONENT = "model"  # what the concept file calls a language model
 QUANTISATIONS = ("none", "nf4")
 
 _LORA = re.compile(r"\blora_[AB]\.")  # PEFT's own linear layers
@@ -67,10 +69,19 @@ def meta_base(base: str) -> Any:
         return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
 
-def inject(model: Any, method: str, config: LlmConfig) -> Any:
-    """A PEFT model with a fresh adapter named "default" that changes nothing yet."""
+def check_method(method: str) -> None:
+    """Raise SboraError if language models cannot be trained by it."""
     if method not in METHODS:
         raise SboraError(f"got unknown method {method!r}, choose from {', '.join(METHODS)}")
+
+
+def inject(model: Any, method: str, config: LlmConfig, interval: Interval | None) -> Any:
+    """A PEFT model with a fresh adapter named "default" that changes nothing yet.
+
+    Args:
+        interval: of an SBoRA adapter; None for the others.
+    """
+    check_method(method)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
@@ -84,17 +95,37 @@ def inject(model: Any, method: str, config: LlmConfig) -> Any:
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
         raise SboraError(f"the targets {', '.join(config.targets)} do not fit the model ({error})") from None
-    if method.startswith("sbora-"):
-        attach(peft_model, "default", method_side(method), Interval(config.start, config.rank), config.basis_seed)
+    if interval is not None:
+        attach(peft_model, "default", method_side(method), interval, config.basis_seed)
     return peft_model
+
+
+def target_widths(model: nn.Module, targets: Sequence[str], side: Side) -> dict[str, int]:
+    """Columns (fa) or rows (fb) of the linear layers of these names, by "model.<layer>".
+
+    Raises:
+        SboraError: there is none.
+    """
+    widths = {
+        f"{COMPONENT}.{name}": module.in_features if side == "fa" else module.out_features
+        for name, module in linear_layers(model).items()
+        if name.endswith(tuple(f".{target}" for target in targets))
+    }
+    if not widths:
+        raise SboraError(
+            f"the targets {', '.join(targets)} do not fit the model: it has no linear layer of such a name"
+        )
+    return widths
 
 
 def count_parameters(base: str, method: str, config: LlmConfig) -> tuple[int, int]:
     """How many parameters a method would train and the base model has, from its configuration alone."""
     model = meta_base(base)
     total = sum(parameter.numel() for parameter in model.parameters())
+    check_method(method)
+    interval = Interval(0, config.rank) if find_method(method).owns_interval else None
     with torch.device("meta"):
-        adapted = inject(model, method, config)
+        adapted = inject(model, method, config, interval)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad), total
 
 

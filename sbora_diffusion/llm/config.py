@@ -50,7 +50,6 @@ class LlmConfig:
     save_every: int  # optimiser steps between checkpoints
     dtype: str  # the arithmetic; a mixed precision where it is not float32
     gradient_checkpointing: bool
-    start: int  # the first position of the columns (FA) or rows (FB), as in the ledger
     basis_seed: int  # of the layers' permutations
     seed: int
 

@@ -1,11 +1,15 @@
 """The folder of a fine-tuning: what decided it, its checkpoints, and at the end what it learned."""
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers.trainer_utils import get_last_checkpoint
 
 from sbora_diffusion import __version__
@@ -14,6 +18,7 @@ from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.layer import collect
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.methods import method_side
 
@@ -21,7 +26,7 @@ RUN = "run.json"  # in a run folder: everything that decided the training
 LOSSES = "losses.json"
 ADAPTER = "adapter"  # the PEFT directory in it
 ABOUT = "sbora.json"  # in a PEFT directory of ours: what it was trained on, and how
-COMPONENT = "model"  # what the concept file calls a language model
+LOCK = ".lock"
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -33,9 +38,11 @@ class Run:
     data: Path
     method: str
     quantize: str
+    interval: Interval | None = None  # of an SBoRA adapter; before the training None is whatever is free
 
-    def to_dict(self) -> dict[str, str]:
-        return {"base": self.base, "data": str(self.data), "method": self.method, "quantize": self.quantize}
+    def to_dict(self) -> dict[str, str | None]:
+        told = {"base": self.base, "data": str(self.data), "method": self.method, "quantize": self.quantize}
+        return told | {"interval": str(self.interval) if self.interval else None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +53,57 @@ class Trained:
     concept: Path | None  # the concept file of an SBoRA adapter
 
 
-def claim(run: Run, config: LlmConfig, folder: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from, or None; writes or compares the description of the training.
+def is_first_process() -> bool:
+    """Of those that torchrun or accelerate started; also the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process, or for the first of several; the system lets go when the process dies."""
+    if not is_first_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SboraError(
+            f"another training is running in {folder}", "wait for it to end, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check(run: Run, config: LlmConfig, folder: Path, resume: bool) -> tuple[Run, str | None]:
+    """The training, with the columns that it had before if it had, and the checkpoint to go on from, or None.
 
     Raises:
         SboraError: the folder holds another training, or one and `resume` is false.
     """
-    described = run.to_dict() | {"config": config.to_dict()}
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    before = _described(folder / RUN)
     if last and not resume:
         raise SboraError(f"a training lies in {folder}", "add --resume to go on with it, or choose another --out")
+    before = _described(folder / RUN) if resume else {}
+    if before.get("interval") and not run.interval:
+        run = replace(run, interval=Interval.parse(before["interval"]))
+    described = _describe(run, config)
     changed = [key for key in described if before and before.get(key) != described[key]]
-    if resume and changed:
+    if changed:
         raise SboraError(f"the training in {folder} differs in {', '.join(changed)}", "repeat its settings")
-    write_atomically(folder / RUN, json.dumps(described, indent=2).encode())
-    return last if resume else None
+    return run, last if resume else None
+
+
+def start(run: Run, config: LlmConfig, folder: Path) -> None:
+    """Write down everything that decides the training."""
+    write_atomically(folder / RUN, json.dumps(_describe(run, config), indent=2).encode())
+
+
+def _describe(run: Run, config: LlmConfig) -> dict[str, Any]:
+    return run.to_dict() | {"config": config.to_dict()}
 
 
 def finish(model: Any, run: Run, config: LlmConfig, folder: Path, identity: str, metrics: dict[str, float]) -> Trained:
@@ -76,12 +118,12 @@ def finish(model: Any, run: Run, config: LlmConfig, folder: Path, identity: str,
     told = run.to_dict() | {"fingerprint": identity, "parameters": trained, "metrics": metrics, "versions": _versions()}
     write_atomically(out / ABOUT, json.dumps(told | {"config": config.to_dict()}, indent=2).encode())
     concept = folder / f"{folder.resolve().name}.safetensors"
-    if not run.method.startswith("sbora"):
+    if run.interval is None:
         return Trained(adapter=out, concept=None)
     spec = Spec(
         side=method_side(run.method),
         rank=config.rank,
-        intervals=(Interval(config.start, config.rank),),
+        intervals=(run.interval,),
         seed=config.basis_seed,
         base_id=run.base,
         base_fingerprint=identity,
@@ -97,11 +139,14 @@ def finish(model: Any, run: Run, config: LlmConfig, folder: Path, identity: str,
 
 def _described(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        described = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise SboraError(f"cannot read {path} ({error})", "choose another --out") from None
+    if not isinstance(described, dict):
+        raise SboraError(f"{path} does not describe a training", "choose another --out")
+    return described
 
 
 def _versions() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import prepare_model_for_kbit_training
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -19,39 +21,65 @@ from transformers import (
     TrainingArguments,
 )
 
+from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.base import fingerprint, inject, load_base
+from sbora_diffusion.ledger import Space
+from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import Example, load_records, tokenise
-from sbora_diffusion.llm.run_folder import LOSSES, Run, Trained, claim, finish
+from sbora_diffusion.llm.run_folder import LOSSES, Run, Trained, check, claimed, finish, is_first_process, start
+from sbora_diffusion.methods import find_method, method_side
 
 log = logging.getLogger(__name__)
 
 MULTIPLE = 8  # sequences are padded to a multiple of so many tokens
 
 Watch = Callable[[int, int, float], None]  # step, steps, loss
+Reserve = Callable[[Space, Interval | None], Interval]  # what the ledger has, the interval that is wanted -> granted
 
 
 def train(
-    run: Run, config: LlmConfig, folder: Path, resume: bool = False, watch: Watch | None = None
+    run: Run,
+    config: LlmConfig,
+    folder: Path,
+    resume: bool = False,
+    watch: Watch | None = None,
+    reserve: Reserve | None = None,
 ) -> Trained | None:
     """Fine-tune, and write a PEFT directory that plain PEFT loads and, of SBoRA, a concept file.
 
     Args:
         folder: holds run.json, the checkpoints and, at the end, what was learned.
         watch: is told each step's loss.
+        reserve: hands out the columns or rows of an SBoRA adapter; the first ones, or what `run` wants, by default.
 
     Returns:
         What was written; None in all processes but the first.
 
     Raises:
         SboraError: the folder holds another training, or one and `resume` is false; a loss that is not finite; what
-            `load_base`, `load_records` and `tokenise` raise.
+            `load_base`, `load_records`, `tokenise` and `reserve` raise.
     """
+    check_method(run.method)
+    if run.interval and not find_method(run.method).owns_interval:
+        raise SboraError(f"got the interval {run.interval}, but {run.method} owns no columns")
     records = load_records(run.data)
-    checkpoint = claim(run, config, folder, resume)
+    with claimed(folder):
+        run, checkpoint = check(run, config, folder, resume)
+        return _train(run, config, folder, records, checkpoint, watch, reserve)
+
+
+def _train(
+    run: Run,
+    config: LlmConfig,
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    checkpoint: str | None,
+    watch: Watch | None,
+    reserve: Reserve | None,
+) -> Trained | None:
     model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
     examples = tokenise(records, tokenizer, config)
     log.info("%d of %d records have something to learn", len(examples), len(records))
@@ -61,11 +89,16 @@ def train(
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = False
-    adapted = inject(model, run.method, config)
+    arguments = training_arguments(config, folder)
+    if find_method(run.method).owns_interval:
+        run = replace(run, interval=_placed(model, run, config, identity, reserve))
+    adapted = inject(model, run.method, config, run.interval)
+    if is_first_process():
+        start(run, config, folder)
     training, validation = _split(examples, config)
     trainer = Trainer(
         model=adapted,
-        args=training_arguments(config, folder),
+        args=arguments,
         train_dataset=training,  # type: ignore[arg-type]  # a list has all that a map-style data set needs
         eval_dataset=validation or None,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
@@ -79,6 +112,17 @@ def train(
         write_atomically(folder / LOSSES, json.dumps(losses).encode())
         return finish(adapted, run, config, folder, identity, result.metrics)
     return None
+
+
+def _placed(model: Any, run: Run, config: LlmConfig, identity: str, reserve: Reserve | None) -> Interval:
+    """Where the adapter goes, in all processes the same: the first one asks."""
+    side = method_side(run.method)
+    widths = target_widths(model, config.targets, side)
+    space = Space(base_id=run.base, base_fingerprint=identity, side=side, seed=config.basis_seed, widths=widths)
+    granted: list[Any] = [None]
+    if is_first_process():
+        granted = [reserve(space, run.interval) if reserve else run.interval or Interval(0, config.rank)]
+    return broadcast_object_list(granted)[0]
 
 
 def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
@@ -146,7 +190,7 @@ class _Watcher(TrainerCallback):
 @contextmanager
 def _in_the_weights(model: Any, run: Run, config: LlmConfig) -> Iterator[None]:
     """SBoRA without dropout trains inside the base weights, where these are as precise as the adapter."""
-    if run.method.startswith("sbora") and run.quantize == "none" and config.dtype == "float32" and not config.dropout:
+    if run.interval and run.quantize == "none" and config.dtype == "float32" and not config.dropout:
         with direct_training(model, "default"):
             yield
     else:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.errors import SboraError
@@ -23,8 +24,16 @@ INPUTS = torch.arange(3, 20)[None]
 SMALL = {"rank": "4", "alpha": "8", "steps": "3", "learning_rate": "0.05"}
 
 
-def trained(method: str, base: str, data: Path, folder: Path, quantize: str = "none", **overrides: str) -> Path:
-    run = Run(base=base, data=data, method=method, quantize=quantize)
+def trained(
+    method: str,
+    base: str,
+    data: Path,
+    folder: Path,
+    quantize: str = "none",
+    interval: Interval | None = None,
+    **overrides: str,
+) -> Path:
+    run = Run(base=base, data=data, method=method, quantize=quantize, interval=interval)
     train(run, LlmConfig.from_recipe("small", SMALL | overrides), folder)
     return folder
 
@@ -64,7 +73,7 @@ def test_exported_directory_is_what_servers_read(base: str, data: Path, tmp_path
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
 def test_disjoint_adapters_merge_to_the_sum_of_both(method: str, base: str, data: Path, tmp_path: Path) -> None:
     first = read_concept(str(trained(method, base, data, tmp_path / "first")))
-    second = read_concept(str(trained(method, base, data, tmp_path / "second", start="4", seed="1")))
+    second = read_concept(str(trained(method, base, data, tmp_path / "second", interval=Interval(4, 4), seed="1")))
     merged = merge([first, second], [1.0, 1.0], "sum")
     assert merged.to_bytes() == merge([second, first], [1.0, 1.0], "sum").to_bytes()
     merged.save(tmp_path / "merged.safetensors")
@@ -79,7 +88,7 @@ def test_disjoint_adapters_merge_to_the_sum_of_both(method: str, base: str, data
 
 
 def test_concept_file_says_what_it_is(base: str, data: Path, tmp_path: Path) -> None:
-    folder = trained("sbora-fb", base, data, tmp_path / "mine", start="8")
+    folder = trained("sbora-fb", base, data, tmp_path / "mine", interval=Interval(8, 4))
     spec = Adapter.load(folder / "mine.safetensors").spec
     assert (spec.name, spec.side, spec.rank, str(spec.intervals[0])) == ("mine", "fb", 4, "8:12")
     assert (spec.base_id, spec.recipe["quantize"], spec.tokens) == (base, "none", {})

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
@@ -76,6 +80,24 @@ def test_refuses_to_overwrite_or_to_resume_another(base: str, data: Path, tmp_pa
         train(run, small(steps="4"), tmp_path, resume=True)
 
 
+def test_a_folder_in_use_is_refused(base: str, data: Path, tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(SboraError, match="another training is running in"),
+    ):
+        train(Run(base=base, data=data, method="lora", quantize="none"), small(), tmp_path)
+
+
+def test_resume_keeps_the_columns_and_others_are_refused(base: str, data: Path, tmp_path: Path) -> None:
+    run = Run(base=base, data=data, method="sbora-fa", quantize="none")
+    train(replace(run, interval=Interval(8, 4)), small(steps="2"), tmp_path)
+    again = train(run, small(steps="2"), tmp_path, resume=True)
+    assert again.concept is not None
+    assert Adapter.load(again.concept).spec.intervals == (Interval(8, 4),)
+    with pytest.raises(SboraError, match="differs in interval"):
+        train(replace(run, interval=Interval(4, 4)), small(steps="2"), tmp_path, resume=True)
+
+
 def test_two_processes_are_one_with_the_doubled_batch(base: str, data: Path, tmp_path: Path) -> None:
     overrides = {"dropout": "0.0", "steps": "3"}
     train(Run(base=base, data=data, method="sbora-fa", quantize="none"), small(**overrides), tmp_path / "one")
@@ -85,8 +107,10 @@ def test_two_processes_are_one_with_the_doubled_batch(base: str, data: Path, tmp
     command += ["--recipe", "commonsense", "--out", str(tmp_path / "two")]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    assert done.stdout.split() == [str(tmp_path / "two" / "adapter"), str(tmp_path / "two" / "two.safetensors")]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.split() == [str(tmp_path / "two" / "adapter"), "adapters/two.safetensors"]
     one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
     for single, double in zip(one, two, strict=True):
         assert double["loss"] == pytest.approx(single["loss"], rel=1e-4)
