@@ -20,6 +20,7 @@ from sbora_diffusion.console import (
     parse_numbers,
     parse_settings,
     set_up_logging,
+    share_cores,
     told_in_a_line,
 )
 from sbora_diffusion.errors import SboraError
@@ -429,6 +430,7 @@ def ui(
 
 def main() -> None:
     """The console script."""
+    share_cores()
     app()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,17 @@ IMPORT_NOTICES = {  # logger -> what it says at import about optional packages t
     "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
 }
+SPIN_COUNT = "10000"  # benchmarks/bench_threads.py
+
+
+def share_cores() -> None:
+    """Let threads that wait give their core away soon; must be called before torch is imported.
+
+    OpenMP's own default spins for milliseconds: beside another program two threads then take twice the CPU for the same
+    work. Whoever has set something about it keeps it.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Every benchmark runs end to end at toy size, and measures what it says."""
 
 import json
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ import bench_models as models
 import bench_startup
 import bench_step
 import bench_switch
+import bench_threads
 import bench_train
 import pytest
 import torch
@@ -29,6 +31,7 @@ BENCHMARKS = {
     "switch": bench_switch,
     "generation": bench_generation,
     "startup": bench_startup,
+    "threads": bench_threads,
     "gather": bench_gather,
 }
 CPU = torch.device("cpu")
@@ -54,7 +57,7 @@ def test_each_runs_and_says_on_what(name: str, tmp_path: Path) -> None:
     assert result["benchmark"] == name
     assert result["command"].startswith(f"python benchmarks/bench_{name}.py")
     assert result["versions"]["torch"] == torch.__version__
-    assert result["machine"]["threads"] == 1
+    assert result["machine"]["threads"] == (os.cpu_count() if name == "threads" else 1)
     assert result["settings"]["tiny"] is True
     assert all(row.get("ms", 1) > 0 for row in result["rows"])
     assert name == "gather" or {"base", "peft"} & {row["way"] for row in result["rows"]}

@@ -11,6 +11,7 @@ import pytest
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.studio.jobs import Job, Jobs
+from sbora_diffusion.studio.worker import NICENESS
 
 LONG = ["train", "--concept", "dog", "--set", "steps=20000"]
 
@@ -28,7 +29,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
                 os.kill(job.pid, signal.SIGKILL)
 
 
-def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 120) -> Job:
+def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 300) -> Job:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = jobs.find(name)
@@ -93,3 +94,12 @@ def test_a_damaged_file_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFix
     jobs.close()
     assert jobs.all() == []
     assert "is damaged" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="only Linux weighs whole sessions")
+def test_a_training_yields_to_the_page(jobs: Jobs) -> None:
+    jobs.add("long", LONG)
+    running = wait(jobs, "long", lambda job: job.state == "running")
+    wait(jobs, "long", lambda _: Path(f"/proc/{running.pid}/autogroup").read_text().split()[-1] == str(NICENESS))
+    jobs.stop("long")
+    assert wait(jobs, "long", ended).state == "stopped"
