@@ -27,13 +27,14 @@ GIGABYTE = 2**30
 class Activations:
     """Bytes in fp32 that one sample's forward pass keeps for the backward pass."""
 
-    everything: int
-    checkpointed: int  # with gradient checkpointing
+    everything: int  # in the denoiser
+    checkpointed: int  # the same with gradient checkpointing
+    text: int = 0  # in the text encoders that learn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes that a training needs; rather a little too many: not all samples of a step meet in one pass."""
+    """Bytes that a training needs at least: what the libraries need for themselves and between layers comes on top."""
 
     weights: int
     trained: int  # parameters, gradients, and the optimiser's two moments
@@ -55,8 +56,8 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     Args:
         kept: what `activations` says of the base model.
     """
-    samples = config.batch_size + config.prior_batch + (1 if config.class_pictures else 0)
-    each = kept.checkpointed if config.gradient_checkpointing else kept.everything
+    samples = config.batch_size * (2 if config.class_pictures else 1) + config.prior_batch
+    each = kept.text + (kept.checkpointed if config.gradient_checkpointing else kept.everything)
     half = config.precision != "fp32"
     numbers = sum(config.rank * shape[config.method == "sbora-fb"] for shape in base.layer_shapes.values())
     return Estimate(
@@ -91,10 +92,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def activations(base: Base) -> Activations:
-    """What a forward pass keeps, counted on a copy of the denoiser without numbers."""
-    with torch.no_grad():
-        text = base.read(base.tokenize([""]))
-    text = Text(text.states.to("meta"), None if text.pooled is None else text.pooled.to("meta"))
+    """What a forward pass keeps, counted on a copy of the denoiser without numbers, and on one reading of no words."""
+    text, of_text = _read(base)
     pipeline, model = copy.copy(base.pipeline), _without_numbers(base.denoiser)
     setattr(pipeline, base.family.denoiser, model)
     size = base.family.latent_size(pipeline)
@@ -104,7 +103,22 @@ def activations(base: Base) -> Activations:
     t = torch.full((1,), 500.0, device="meta")
     with count.counting(), _FusedAttention():
         base.family.answer(pipeline, noisy, t, text)
-    return Activations(everything=count.total, checkpointed=count.outside + count.inputs + max(count.by_block.values()))
+    checkpointed = count.outside + count.inputs + max(count.by_block.values())
+    return Activations(everything=count.total, checkpointed=checkpointed, text=of_text)
+
+
+def _read(base: Base) -> tuple[Text, int]:
+    """A text without numbers, and the bytes that reading it keeps where tokens are learned."""
+    encoders: list[Any] = [base.component(reader.component) for reader in base.learners]
+    count = _Count(nn.ModuleList(encoders))
+    with ExitStack() as stack:
+        for encoder in encoders:
+            hook = encoder.get_input_embeddings().register_forward_hook(lambda _m, _i, read: read.requires_grad_())
+            stack.callback(hook.remove)
+        stack.enter_context(count.counting())
+        text = base.read(base.tokenize([""]))
+    pooled = None if text.pooled is None else text.pooled.detach().to("meta")
+    return Text(text.states.detach().to("meta"), pooled), count.total
 
 
 def _without_numbers(denoiser: Any) -> nn.Module:

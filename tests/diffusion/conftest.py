@@ -10,6 +10,7 @@ from sbora_diffusion.diffusion.concept import Concept, Picture
 from sbora_diffusion.diffusion.config import TrainConfig
 
 from ..tiny_pipeline import save_tiny_pipeline
+from ..tiny_sd2 import save_tiny_sd2
 
 SHORT = {
     "steps": "6",
@@ -25,6 +26,11 @@ SHORT = {
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sd2(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture

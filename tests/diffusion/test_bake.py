@@ -32,7 +32,8 @@ def concept(base: Base, name: str, side: Side, interval: str, seed: int = 0, vec
         side=side, rank=place.rank, intervals=(place,), seed=seed, base_id=base.id, base_fingerprint=base.fingerprint,
         tokens={f"<{name}>": "dog"}, name=name,
     )  # fmt: skip
-    return Adapter(spec, factors, {f"text_encoder.<{name}>": torch.randn(vectors, 32, generator=generator)})
+    width = base.pipeline.text_encoder.config.hidden_size
+    return Adapter(spec, factors, {f"text_encoder.<{name}>": torch.randn(vectors, width, generator=generator)})
 
 
 def state(base: Base) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.file import Adapter, Factor
-from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.branches import Branch, Scene, staged
 from sbora_diffusion.diffusion.gating import add_delta, live_concepts
 from sbora_diffusion.diffusion.generate import applied, generate
@@ -19,6 +19,11 @@ from sbora_diffusion.diffusion.regions import generate_regions
 from sbora_diffusion.errors import SboraError
 
 from .test_bake import concept, state
+
+
+@pytest.fixture(params=["tiny_folder", "tiny_sd2_folder"], ids=["sd1", "sd2"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return load_base(str(request.getfixturevalue(request.param)))
 
 
 @pytest.fixture

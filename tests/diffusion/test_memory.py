@@ -10,7 +10,10 @@ from torch import Tensor
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.live import live_concept
 from sbora_diffusion.diffusion.memory import Activations, activations, advice, estimate, is_out_of_memory
+from sbora_diffusion.diffusion.run import Run
+from sbora_diffusion.diffusion.samples import prepare_data
 from sbora_diffusion.diffusion.train import train
 
 from ..tiny_sdxl import save_tiny_sdxl
@@ -20,23 +23,34 @@ from .conftest import short_config
 KEPT = Activations(everything=2 * 2**30, checkpointed=2**29)
 
 
-def really_kept(base: Base, count: int) -> int:
-    """Bytes that autograd holds after a pass of real numbers, weights apart."""
-    own = {p.untyped_storage().data_ptr() for p in base.denoiser.parameters()}
-    held: dict[int, Tensor] = {}
+class Held:
+    """What autograd holds of a real pass, weights apart."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            held[tensor.untyped_storage().data_ptr()] = tensor
+    def __init__(self, base: Base) -> None:
+        modules = base.family.modules(base.pipeline)
+        self._own = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self._tensors: dict[int, Tensor] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in self._own:
+            self._tensors[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
+
+
+def really_kept(base: Base, count: int) -> int:
+    """Bytes that autograd holds after the denoiser's pass of real numbers, weights apart."""
+    held = Held(base)
     size, channels = base.family.latent_size(base.pipeline), base.pipeline.vae.config.latent_channels
     noisy = torch.randn(count, channels, size, size, requires_grad=True)
     with torch.no_grad():
         text = base.read(base.tokenize(["a dog"] * count))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
         base.family.answer(base.pipeline, noisy, torch.full((count,), 500.0), text)
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return held.num_bytes
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
@@ -61,6 +75,23 @@ def test_checkpointing_keeps_less_as_told(base: Base) -> None:
     assert kept.checkpointed < kept.everything
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("class_pictures", ["0", "2"])
+def test_a_real_step_keeps_what_is_estimated(
+    base: Base, concept: Concept, tmp_path: Path, kind: str, class_pictures: str
+) -> None:
+    """Text encoders and class pictures included, but for what PEFT's layers and the losses keep besides."""
+    if kind == "sdxl":
+        base = load_base(str(save_tiny_sdxl(tmp_path / kind)))
+    config = short_config(batch_size="2", prior_batch="1", sampling_steps="1", class_pictures=class_pictures)
+    held, data = Held(base), prepare_data(concept, base, config)
+    with live_concept(concept, base, Interval(0, 4), config) as live:
+        run = Run(live, data, config, base)
+        with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
+            run.advance(0)
+    assert held.num_bytes == pytest.approx(estimate(base, config, activations(base)).activations, rel=0.15)
+
+
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
 def test_what_is_trained(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
     config = short_config(method, steps="1")
@@ -76,6 +107,7 @@ def test_estimates_follow_the_settings(base: Base) -> None:
     assert bytes_of(batch_size="3", prior_batch="1") == 4 * KEPT.everything
     assert bytes_of(batch_size="1", prior_batch="0", precision="bf16") == KEPT.everything // 2
     assert bytes_of(batch_size="2", prior_batch="0", gradient_checkpointing="1") == 2 * KEPT.checkpointed
+    assert bytes_of(batch_size="2", prior_batch="1", class_pictures="3") == 5 * KEPT.everything
 
 
 def test_advice_names_what_saves_most_first(base: Base) -> None:

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.branches import Branch, BranchedAttention, Scene, staged
 from sbora_diffusion.diffusion.gating import live_concepts
 from sbora_diffusion.diffusion.generate import generate
@@ -23,6 +23,11 @@ from .test_bake import concept
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.fixture(params=["tiny_folder", "tiny_sd2_folder"], ids=["sd1", "sd2"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return load_base(str(request.getfixturevalue(request.param)))
 
 
 @pytest.fixture

@@ -46,10 +46,15 @@ def export(
 
     Raises:
         SboraError: the adapter does not fit the layers, a file exists and `force` is false, components that the format
-            has no names for. Nothing is written then.
+            has no names for, embeddings for each layer, a change that is no LoRA. Nothing is written then.
     """
     if to not in FORMATS:
         raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
+    if adapter.spec.embedding_layers:
+        raise SboraError(
+            f"the token of {adapter.spec.name!r} has embeddings for each layer, which other programs do not know",
+            "train with --set layerwise_tokens=0",
+        )
     loras = to_loras(adapter, layer_shapes)
     about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
     if to == "peft":

@@ -1,4 +1,4 @@
-"""The plain LoRA that an SBoRA adapter is for every other program, and back if one of its factors is one-hot."""
+"""The plain LoRA that an adapter is for every other program, and back to SBoRA if one of its factors is one-hot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Interval, Side, permutation
+from sbora_diffusion.adapter.dense import Dense
 from sbora_diffusion.adapter.file import Adapter, Factor, check_fits
 from sbora_diffusion.errors import SboraError
 
@@ -34,6 +35,8 @@ class Lora:
 def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Lora]:
     """The adapter as LoRAs of scale one: one-hot rows in `down` for FA, one-hot columns in `up` for FB.
 
+    Low-rank adapters of other methods are what they are.
+
     Where layers differ in rank, all are padded to the highest: diffusers gets the scale of kohya files wrong if alpha
     differs from layer to layer, and vLLM knows one rank and alpha only.
 
@@ -42,17 +45,12 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
             how many columns (FA) or rows (FB) there are.
 
     Raises:
-        SboraError: the adapter does not fit these shapes, or has no layer.
+        SboraError: the adapter does not fit these shapes, has no layer, or changes that are no product of two factors.
     """
     check_fits(adapter, layer_shapes)
-    if not adapter.factors:
-        what = (
-            f"is of the method {adapter.spec.method}, export knows SBoRA only"
-            if adapter.spec.method
-            else "has no layer"
-        )
-        raise SboraError(f"adapter {adapter.spec.name!r} {what}")
-    loras = {}
+    if not (adapter.factors or adapter.dense):
+        raise SboraError(f"adapter {adapter.spec.name!r} has no layer", "its token alone is in the concept file")
+    loras = {key: _as_lora(adapter, key, dense) for key, dense in adapter.dense.items()}
     for key, factor in adapter.factors.items():
         out_dim, in_dim = layer_shapes[key]
         rows = torch.eye(len(factor.index), dtype=torch.float32)
@@ -62,6 +60,15 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
             loras[key] = Lora(down=factor.weight, up=torch.zeros(out_dim, len(rows)).index_copy_(0, factor.index, rows))
     rank = common_rank(loras)
     return {key: lora.padded(rank) for key, lora in loras.items()}
+
+
+def _as_lora(adapter: Adapter, key: str, dense: Dense) -> Lora:
+    if dense.down is None or dense.magnitude is not None:
+        raise SboraError(
+            f"{adapter.spec.name!r} is of the method {adapter.spec.method_name}, whose change of {key} is no LoRA",
+            "write it into a pipeline for other programs: sbora-diffusion bake",
+        )
+    return Lora(down=dense.down, up=dense.up)
 
 
 def common_rank(loras: Mapping[str, Lora]) -> int:

@@ -1,5 +1,8 @@
 """As a LoRA and back: the same ΔW, the same bits, and nothing that is dense."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +11,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sbora_diffusion.adapter.basis import Interval, Side
+from sbora_diffusion.adapter.dense import Dense
+from sbora_diffusion.adapter.exchange.exporting import export
 from sbora_diffusion.adapter.exchange.lora import Lora, check_lora, from_loras, owned_intervals, to_loras
-from sbora_diffusion.adapter.file import Factor
+from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.errors import SboraError
 
 from ..random_adapters import dense, free_intervals, sides
 from .samples import SHAPES, random_adapter
+
+TO_K, TO_OUT, _ = SHAPES
 
 
 @settings(max_examples=50, deadline=None)
@@ -104,3 +111,36 @@ def test_what_is_no_lora(down: Tensor, up: Tensor, scale: float, message: str) -
 def test_an_adapter_for_another_model() -> None:
     with pytest.raises(SboraError, match="which the model has not"):
         to_loras(random_adapter(), {})
+
+
+def test_a_low_rank_adapter_of_another_method_is_what_it_is() -> None:
+    one, other = Dense(torch.randn(10, 2), torch.randn(2, 12)), Dense(torch.randn(10, 3), torch.randn(3, 16))
+    lora = Adapter(replace(random_adapter().spec, format=2, method="lora"), {}, {}, {TO_K: one, TO_OUT: other})
+    found = to_loras(lora, SHAPES)
+    assert {key: each.rank for key, each in found.items()} == {TO_K: 3, TO_OUT: 3}
+    assert one.down is not None
+    torch.testing.assert_close(found[TO_K].up @ found[TO_K].down, one.up @ one.down)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            {TO_K: Dense(torch.ones(10, 12))},
+            "is of the method dora, whose change of unet.*attn2.to_k is no",
+        ),
+        ({TO_K: Dense(torch.ones(10, 2), torch.ones(2, 12), torch.ones(10, 1))}, "is no LoRA"),
+        ({}, "has no layer"),
+    ],
+)
+def test_what_cannot_be_a_lora(layers: dict[str, Dense], message: str) -> None:
+    with pytest.raises(SboraError, match=message):
+        to_loras(Adapter(replace(random_adapter().spec, format=2, method="dora"), {}, {}, layers), SHAPES)
+
+
+def test_embeddings_for_each_layer_are_not_exported(tmp_path: Path) -> None:
+    ours = random_adapter()
+    layerwise = replace(ours, spec=replace(ours.spec, format=2, method="sbora-fa", embedding_layers=1))
+    with pytest.raises(SboraError, match="has embeddings for each layer"):
+        export(layerwise, SHAPES, "diffusers", tmp_path, resolution=16, date="2026-01-02")
+    assert not list(tmp_path.iterdir())

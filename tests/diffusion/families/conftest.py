@@ -1,4 +1,7 @@
-"""For every family: a tiny random pipeline, loaded by the real code, and two concepts that were trained in it."""
+"""For every family: a tiny random pipeline, loaded by the real code, and two concepts that were trained in it.
+
+SDXL also from one checkpoint file.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +21,20 @@ from sbora_diffusion.diffusion.concept import Concept, Picture
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.train import train
 
+from ...original_names import save_original_sdxl
 from ...tiny_pipeline import save_tiny_pipeline
+from ...tiny_sd2 import save_tiny_sd2
 from ...tiny_sdxl import save_tiny_sdxl
 from ...tiny_transformers import save_tiny_flux, save_tiny_sd3
 
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "sd": save_tiny_pipeline,
+    "sd2": save_tiny_sd2,
     "sdxl": save_tiny_sdxl,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
 }
+KINDS = (*SAVERS, "sdxl-file")
 SETTINGS = {
     "rank": "4", "steps": "3", "save_every": "2", "preview_every": "0", "sampling_steps": "2", "crops": "1",
     "warmup_steps": "1", "learning_rate": "0.05", "text_encoder_learning_rate": "0.05", "token_learning_rate": "0.1",
@@ -53,12 +60,19 @@ class Life:
         return TrainConfig.from_recipe(self.base.family.name, "sbora-fa", SETTINGS | settings)
 
 
-@pytest.fixture(scope="module", params=list(SAVERS))
-def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
-    folder = tmp_path_factory.mktemp(request.param)
-    base = load_base(str(SAVERS[request.param](folder / "tiny")))
+def tiny_base(kind: str, folder: Path) -> Base:
+    """A base model of one of KINDS, saved under `folder`, in diffusers' format as `tiny`."""
+    tiny = SAVERS[kind.removesuffix("-file")](folder / "tiny")
+    base = load_base(str(save_original_sdxl(tiny, folder / "one.safetensors") if kind == "sdxl-file" else tiny))
     if base.family.name == "flux":
         base.pipeline.default_sample_size = 8  # latents; no file says it, FLUX's own is 128
+    return base
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
+    folder = tmp_path_factory.mktemp(request.param)
+    base = tiny_base(request.param, folder)
     config = TrainConfig.from_recipe(base.family.name, "sbora-fa", SETTINGS)
     concepts = (make_concept(folder, "rex", "red"), make_concept(folder, "tom", "blue"))
     intervals = (Interval(0, 4), Interval(4, 4))
@@ -70,7 +84,7 @@ def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def last_of(
-    concept: Concept, base: Base, interval: Interval, config: TrainConfig, run: Path, resume: bool = False
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, resume: bool = False
 ) -> Adapter:
     *_, last = train(concept, base, interval, config, run, resume)
     assert last.adapter is not None
