@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sbora_diffusion.diffusion.attention_maps import grid
 from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.layerwise import LayerwiseEmbedding
 from sbora_diffusion.diffusion.samples import Sample
-from sbora_diffusion.diffusion.tokens import TokenEmbedding
+from sbora_diffusion.diffusion.tokens import is_learned
 from sbora_diffusion.errors import SboraError
 
 CROSS = ".attn2."
@@ -49,7 +48,7 @@ class AttentionLoss:
     def observe(self, attention: Any, hidden: Tensor, text: Tensor, sample: Sample) -> None:
         """One layer: hidden (rows, positions, channels) and text (rows, tokens, channels)."""
         assert sample.masks is not None
-        rows, is_token = len(sample.t), self._is_token(sample.ids)
+        rows, is_token = len(sample.t), is_learned(self._base, sample.ids)
         query, key = attention.to_q(hidden[:rows]), attention.to_k(text[:rows])
         query, key = attention.head_to_batch_dim(query), attention.head_to_batch_dim(key)
         shares = attention.get_attention_scores(query, key).unflatten(0, (rows, -1)).mean(1).float()
@@ -60,13 +59,6 @@ class AttentionLoss:
         if named.any():
             largest = found.amax(1, keepdim=True).clamp(min=1e-6)
             self._losses.append(((found / largest - wanted).pow(2).mean(1) * named).sum() / named.sum())
-
-    def _is_token(self, ids: Tensor) -> Tensor:
-        """(n, tokens): which positions of the first text encoder's prompt are the learned token's."""
-        family, pipeline = self._base.family, self._base.pipeline
-        vocabulary = self._base.component(family.present(pipeline)[0].component).get_input_embeddings()  # type: ignore
-        assert isinstance(vocabulary, TokenEmbedding | LayerwiseEmbedding)
-        return family.split(pipeline, ids)[0] >= vocabulary.base.num_embeddings
 
     def __call__(self) -> Tensor:
         """A scalar that adapter and token learn from."""

@@ -131,7 +131,11 @@ class Base:
 
     def predict(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """The answer to noisy latents at the timesteps t (n,), under the text encoders' reading of the ids."""
-        return self.family.answer(self.pipeline, noisy, t, self.read(ids))
+        return self.answer(noisy, t, self.read(ids))
+
+    def answer(self, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+        """The same under what was read before."""
+        return self.family.answer(self.pipeline, noisy, t, text)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
         """(n, 3, height, width) from -1 to 1, as the denoiser knows pictures."""

@@ -20,6 +20,7 @@ from sbora_diffusion.diffusion.optimizers import at_rest, make_optimizer
 from sbora_diffusion.diffusion.precision import Precision
 from sbora_diffusion.diffusion.processes import ALONE, Processes
 from sbora_diffusion.diffusion.quiet import Loudness
+from sbora_diffusion.diffusion.readings import Readings
 from sbora_diffusion.diffusion.samples import Data, Sample, Samples
 from sbora_diffusion.diffusion.schedules import rate_factor
 from sbora_diffusion.errors import SboraError
@@ -52,6 +53,8 @@ class Run:
                 "erasure_weight and attention_weight look at whole batches, which several processes do not see",
                 "train in one process, or set them to 0",
             )
+        is_frozen = live.trained.keys() <= {base.family.denoiser}  # all text encoders are
+        self._readings = Readings(base, learns_token=config.token_learning_rate > 0) if is_frozen else None
         self._precision = Precision(config.precision, base.device)
         groups: list[dict[str, Any]] = [
             {
@@ -119,7 +122,10 @@ class Run:
 
     def _predict(self, batch: Batch) -> Tensor:
         with self._precision.arithmetic():
-            answered = self._base.predict(batch.noisy, batch.t, batch.ids)
+            if self._readings:
+                answered = self._base.answer(batch.noisy, batch.t, self._readings(batch.ids))
+            else:
+                answered = self._base.predict(batch.noisy, batch.t, batch.ids)
         return answered.float()
 
     @torch.no_grad()

@@ -36,6 +36,12 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids >= size).unsqueeze(-1), new, known)
 
 
+def is_learned(base: Base, ids: Tensor) -> Tensor:
+    """(n, tokens): which positions of the first text encoder's prompts are a learned token's."""
+    vocabulary: Any = base.component(base.learners[0].component).get_input_embeddings()  # type: ignore[operator]
+    return base.family.split(base.pipeline, ids)[0] >= vocabulary.base.num_embeddings
+
+
 def class_embedding(base: Base, class_noun: str, count: int) -> dict[str, Tensor]:
     """Where a concept's token starts in each text encoder, (count, hidden): words that mean nothing, then the noun.
 
