@@ -60,11 +60,19 @@ def table(summary: Mapping) -> str:
     head = ["columns", "merge", "K", "n", "text", "image", "success", "image kept", "success kept", "objective", "s"]
     lines = [head, ["---"] * len(head)]
     for row in summary["rows"]:
-        scores = [f"{row[m]['mean']:.3f} [{row[m]['low']:.3f}, {row[m]['high']:.3f}]" for m in METRICS]
+        scores = [_score(row, metric) for metric in METRICS]
         kept = [f"{row[f'{m} retention']:.1%}" for m in ("image", "success")]
         merged = ["–" if row[key] is None else f"{row[key]:.3g}" for key in ("objective", "seconds")]
         lines.append([row["scheme"], row["how"], str(row["size"]), str(row["cells"]), *scores, *kept, *merged])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _score(row: Mapping, metric: str) -> str:
+    """A mean with its interval; of a merge the mean, and how far it is from its concepts alone, with an interval."""
+    if row["how"] == "single":
+        return f"{row[metric]['mean']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
+    change = row[f"{metric} change"]
+    return f"{row[metric]['mean']:.3f} ({change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}])"
 
 
 def write_summary(summary: Mapping, out: Path) -> None:
@@ -75,7 +83,7 @@ def write_summary(summary: Mapping, out: Path) -> None:
 
 
 def plot(summary: Mapping, path: Path) -> None:
-    """Every metric against K: a panel a metric and a way to choose columns, a line a way to merge."""
+    """Every metric's change against K: a panel a metric and a way to choose columns, a line a way to merge."""
     from matplotlib.figure import Figure
 
     schemes = list(dict.fromkeys(row["scheme"] for row in summary["rows"]))
@@ -87,21 +95,23 @@ def plot(summary: Mapping, path: Path) -> None:
             axis.set_title(f"{TITLES[metric]}, {scheme} columns", fontsize="medium")
     for axis in axes[-1]:
         axis.set_xlabel("concepts merged (K)")
-    axes[0][0].legend(frameon=False, fontsize="small")
+    for panels in axes:
+        panels[0].set_ylabel("merged − alone")
+    axes[0][0].legend(frameon=False, fontsize="small", loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def _draw(axis: Any, metric: str, rows: Sequence[Mapping]) -> None:
-    """One panel; every line starts at what single concepts reach."""
-    single = [row for row in rows if row["how"] == "single"]
+    """One panel: how far each concept's scores are from its own alone, on the mean, with intervals of that mean."""
+    axis.axhline(0, color="0.7", linewidth=1)
     for shift, how in enumerate(dict.fromkeys(row["how"] for row in rows if row["how"] != "single")):
-        line = single + [row for row in rows if row["how"] == how]
-        means = [row[metric]["mean"] for row in line]
-        below = [row[metric]["mean"] - row[metric]["low"] for row in line]
-        above = [row[metric]["high"] - row[metric]["mean"] for row in line]
-        places = [row["size"] + 0.12 * (shift - 1.5) for row in line]
+        line = [row for row in rows if row["how"] == how]
+        changes = [row[f"{metric} change"] for row in line]
+        means = [change["mean"] for change in changes]
+        below = [change["mean"] - change["low"] for change in changes]
+        above = [change["high"] - change["mean"] for change in changes]
+        places = [row["size"] + 0.12 * (shift - 1) for row in line]
         axis.errorbar(places, means, [below, above], label=how, marker="o", markersize=3, capsize=2, linewidth=1)
     axis.set_xticks(sorted({row["size"] for row in rows}))
-    axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
