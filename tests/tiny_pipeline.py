@@ -28,12 +28,7 @@ def save_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        norm_num_groups=4,
-    )
+    vae = tiny_vae()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -58,6 +53,16 @@ def save_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Pixels to latents of half the side, four channels."""
+    return AutoencoderKL(
+        block_out_channels=(4, 8),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        norm_num_groups=4,
+    )
 
 
 def _tokenizer() -> CLIPTokenizer:

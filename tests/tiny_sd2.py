@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .tiny_pipeline import tiny_vae
 from .tiny_sdxl import clip_tokenizer
 
 TEXT_WIDTH = 40
@@ -29,12 +29,7 @@ def save_tiny_sd2(folder: Path, seed: int = 0) -> Path:
         use_linear_projection=True,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        norm_num_groups=4,
-    )
+    vae = tiny_vae()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .tiny_pipeline import tiny_vae
 
 TEXT_WIDTHS = (24, 40)  # of the two text encoders
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -33,12 +34,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         projection_class_embeddings_input_dim=TEXT_WIDTHS[1] + 6 * 4,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),  # pyright: ignore[reportArgumentType]
-        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
-        norm_num_groups=4,
-    )
+    vae = tiny_vae()
     StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text_config(len(tokenizer), TEXT_WIDTHS[0])),
