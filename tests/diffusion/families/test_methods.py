@@ -33,7 +33,8 @@ def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: str, tmp_path: Path) -> None:
     base, folder = known
     before = snapshot(base)
-    config = TrainConfig.from_recipe(base.family.name, method, SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": ""})
+    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": ""}
+    config = TrainConfig.from_recipe(base.family.name, method, quick)
     rex, tom = make_concept(tmp_path, "rex", "red"), make_concept(tmp_path, "tom", "blue")
     places = [Interval(0, 4), Interval(4, 4)] if method == "sbora-fb" else [None, None]
     adapters = [
