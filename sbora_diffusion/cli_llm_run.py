@@ -136,9 +136,12 @@ def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, tem
         if line.startswith("/"):
             screen.print(_told(chat, line))
             continue
-        for piece in chat.say(line) if line else ():
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        try:
+            for piece in chat.say(line) if line else ():
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except SboraError as defect:
+            screen.print(f"error: {defect}")
         sys.stdout.write("\n")
 
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,7 @@ def hide_bars_of_transformers() -> None:
     import transformers.utils.logging
 
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:

@@ -58,7 +58,9 @@ def read_concept(source: str) -> Adapter:
         return Adapter.load(source)
     files = sorted(Path(source).glob("*.safetensors")) if folder.name == ADAPTER and folder != Path(source) else []
     if len(files) != 1:
-        raise SboraError(f"{source} has no concept file beside its adapter", "only runs of sbora-fa and sbora-fb do")
+        raise SboraError(
+            f"{source} has no concept file beside its adapter", "only run folders of sbora-fa and sbora-fb do"
+        )
     return Adapter.load(files[0])
 
 
@@ -99,7 +101,8 @@ def load_adapter(model: Any, source: str, name: str) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            lines = (str(error).strip() or type(error).__name__).splitlines()  # torch's first one is a heading
+            reason = lines[1].strip() if lines[0].endswith(":") and lines[1:] else lines[0]
             raise SboraError(f"{source} does not fit the base model: {reason}") from None
     detect(model, name)  # the fast forward, where a factor is one-hot
     return model

@@ -3,12 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -39,14 +41,10 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
         SboraError: a missing or gated model, an unknown quantisation, no bitsandbytes.
     """
     options = _source(base) | _quantisation(quantize, dtype)
-    with cache_if_offline():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
-            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
-        except (OSError, ValueError) as error:
-            gated = "gated" in str(error).lower()
-            hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
-            raise SboraError(f"cannot load {base}: {why(error, base)}", hint) from None
+    with cache_if_offline(), _told(base, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
+    with cache_if_offline(), _told(base):
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -60,13 +58,10 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
 
 def meta_base(base: str) -> Any:
     """The model of a configuration without its weights, on the meta device."""
-    with cache_if_offline():
-        try:
-            config = AutoConfig.from_pretrained(base, **_source(base))
-        except (OSError, ValueError) as error:
-            raise SboraError(f"cannot read the configuration of {base}: {why(error, base)}") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    with cache_if_offline(), _told(base, "the configuration of "):
+        config = AutoConfig.from_pretrained(base, **_source(base))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
 
 def check_method(method: str) -> None:
@@ -164,9 +159,25 @@ def _forget_gguf(model: Any) -> None:
     del model.config.quantization_config
 
 
+@contextmanager
+def _told(base: str, part: str = "") -> Iterator[None]:
+    """Whatever transformers and safetensors raise at what cannot be loaded, but a lack of memory, in a line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        gated = "gated" in str(error).lower()
+        hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
+        raise SboraError(f"cannot load {part}{base}: {why(error, base).removesuffix(' from one of: ')}", hint) from None
+
+
 def _source(base: str) -> dict[str, Any]:
     """Which file of a folder is the model, where it is a single GGUF file."""
-    ggufs = sorted(Path(base).glob("*.gguf")) if Path(base).is_dir() else []
+    path = Path(base)
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if path.is_file() or (path.is_dir() and not ggufs and not (path / "config.json").is_file()):
+        raise SboraError(f"{base} is no folder of a language model", "it needs config.json, weights and a tokenizer")
     return {"gguf_file": ggufs[0].name} if len(ggufs) == 1 else {}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.template import training_prompt
@@ -32,6 +33,7 @@ class Chat:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.adapters = dict(adapters)
+        self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
         self._options |= {"temperature": temperature} if temperature > 0 else {}
         self.messages: list[dict[str, str]] = []
@@ -47,18 +49,36 @@ class Chat:
             self._model.set_adapter(self.adapters[name])
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer, piece by piece as it is made."""
-        self.messages.append({"role": "user", "content": text})
-        inputs = self._tokenizer(self._prompt(), add_special_tokens=False, return_tensors="pt").to(self._model.device)
+        """The answer, piece by piece as it is made; whoever stops asking for pieces stops the making.
+
+        Raises:
+            SboraError: the conversation leaves no room for an answer, or the model failed; the text is forgotten.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        inputs = self._tokenizer(self._prompt(asked), add_special_tokens=False, return_tensors="pt")
+        options = dict(inputs.to(self._model.device)) | self._room(inputs["input_ids"].shape[1])
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        worker = threading.Thread(target=self._generate, args=(dict(inputs), streamer))
+        stop, failures = threading.Event(), []
+        worker = threading.Thread(target=self._generate, args=(options, streamer, stop, failures))
         worker.start()
         said = ""
-        for piece in streamer:
-            said += piece
-            yield piece
-        worker.join()
-        self.messages.append({"role": "assistant", "content": said})
+        try:
+            for piece in streamer:
+                said += piece
+                yield piece
+        finally:
+            stop.set()
+            worker.join()
+        if failures:
+            raise SboraError(f"the model failed: {failures[0]}") from failures[0]
+        self.messages = [*asked, {"role": "assistant", "content": said}]
+
+    def _room(self, length: int) -> dict[str, int]:
+        """How many tokens may follow."""
+        wanted = self._options["max_new_tokens"]
+        if self._positions and length >= self._positions:
+            raise SboraError(f"the conversation has {length} tokens, the model {self._positions} positions; try /new")
+        return {"max_new_tokens": min(wanted, self._positions - length) if self._positions else wanted}
 
     def command(self, line: str) -> str:
         """What a line that begins with a slash does, in words."""
@@ -73,16 +93,28 @@ class Chat:
             return "a new conversation"
         return HELP
 
-    def _prompt(self) -> str:
+    def _prompt(self, messages: list[dict[str, str]]) -> str:
         """The conversation in the tokenizer's chat template; without one, the last message as an Alpaca instruction."""
         if self._tokenizer.chat_template:
-            return self._tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        return (self._tokenizer.bos_token or "") + training_prompt("alpaca", self.messages[-1]["content"])
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return (self._tokenizer.bos_token or "") + training_prompt("alpaca", messages[-1]["content"])
 
-    def _generate(self, inputs: Mapping[str, Any], streamer: TextIteratorStreamer) -> None:
+    def _generate(
+        self,
+        options: dict[str, Any],
+        streamer: TextIteratorStreamer,
+        stop: threading.Event,
+        failures: list[Exception],
+    ) -> None:
+        def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG001
+            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
+        criteria: Any = StoppingCriteriaList([stopped])  # type: ignore[list-item]  # it is only called
         try:
             with torch.inference_mode(), self._active():
-                self._model.generate(**inputs, **self._options, streamer=streamer)
+                self._model.generate(**self._options | options, streamer=streamer, stopping_criteria=criteria)
+        except Exception as error:  # nobody would hear of it in this thread
+            failures.append(error)
         finally:
             streamer.end()  # whoever waits for the next piece learns that there is none
 

@@ -17,6 +17,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16", "float16"),
     "scheduler": ("linear", "constant", "cosine"),
     "sampling": ("random", "group_by_length"),
+    "optimizer": (
+        *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+        *("adafactor", "lion_32bit", "lion_8bit", "sgd"),
+    ),
 }
 _POSITIVE = ("rank", "alpha", "batch_size", "accumulation", "learning_rate", "cutoff", "max_grad_norm", "save_every")
 _NATURAL = ("epochs", "steps", "warmup_steps", "dropout", "target_cutoff", "weight_decay", "validation", "eval_every")
@@ -55,12 +59,14 @@ class LlmConfig:
 
     def __post_init__(self) -> None:
         for key in _POSITIVE + _NATURAL:
-            value = getattr(self, key)
+            value, sign = getattr(self, key), "positive" if key in _POSITIVE else "non-negative"
             if not 0 <= value < float("inf") or (key in _POSITIVE and value == 0):
-                raise SboraError(f"got {key}={value}, expected a {'positive ' * (key in _POSITIVE)}number")
+                raise SboraError(f"got {key}={value}, expected a {sign} number")
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise SboraError(f"got {key}={getattr(self, key)}, choose from {', '.join(choices)}")
+        if not 0 <= self.seed < 2**32:
+            raise SboraError(f"got seed={self.seed}, expected 0 to {2**32 - 1}")
         if not self.steps and not self.epochs:
             raise SboraError("got steps=0 and epochs=0, expected one of them to be positive")
         if self.dropout >= 1 or not self.targets:

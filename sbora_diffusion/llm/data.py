@@ -21,7 +21,9 @@ def load_records(path: Path) -> list[dict[str, Any]]:
     try:
         records = _parse(path)
     except (ValueError, OSError) as error:
-        raise SboraError(f"cannot read {path} ({error})", hint="Give a .json, .jsonl or .parquet file.") from None
+        raise SboraError(
+            f"cannot read {path} ({error})", hint="Give a .json, .jsonl (an object a line) or .parquet file."
+        ) from None
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
         raise SboraError(f"{path} holds no list of records", hint='Such as [{"instruction": "…", "output": "…"}].')
     return records
@@ -34,7 +36,7 @@ def _parse(path: Path) -> Any:
         except ImportError:
             raise SboraError("Parquet needs pyarrow", 'pip install "sbora-diffusion[llm]"') from None
         return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     return (
         [json.loads(line) for line in text.splitlines() if line.strip()]
         if path.suffix == ".jsonl"
@@ -56,6 +58,16 @@ def tokenise(records: Sequence[Mapping[str, Any]], tokenizer: Any, config: LlmCo
             hint="Raise it with --set cutoff=1024.",
         )
     return kept
+
+
+def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
+    """Raise SboraError if a sequence has more tokens than the model has positions, where that is known."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    if positions and longest > positions:
+        raise SboraError(
+            f"a sequence has {longest} tokens, the base model {positions} positions",
+            hint=f"Cut them with --set cutoff={positions}.",
+        )
 
 
 def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
@@ -83,8 +95,10 @@ def _in_two_parts(prompt: str, answer: str, tokenizer: Any, config: LlmConfig) -
 def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
     """The tokenizer's own chat template; without `train_on_inputs`, what comes before the last answer is masked."""
     messages = record.get("messages")
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    if not isinstance(messages, list) or not messages:
         raise SboraError(f"record {number} has no messages", hint='Such as [{"role": "user", "content": "…"}, …].')
+    if not all(map(_is_message, messages)):
+        raise SboraError(f"record {number} has a message whose role or content is no text")
     if messages[-1]["role"] != "assistant":
         raise SboraError(f"record {number} ends with {messages[-1]['role']!r}, expected an assistant's message")
     if not tokenizer.chat_template:
@@ -95,7 +109,7 @@ def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmCon
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _masked(ids: list[int], number: int) -> Example:

@@ -1,6 +1,7 @@
 """The folder of a fine-tuning: what decided it, its checkpoints, and at the end what it learned."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sbora_diffusion import __version__
@@ -22,11 +26,14 @@ from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.methods import method_side
 
+log = logging.getLogger(__name__)
+
 RUN = "run.json"  # in a run folder: everything that decided the training
 LOSSES = "losses.json"
 ADAPTER = "adapter"  # the PEFT directory in it
 ABOUT = "sbora.json"  # in a PEFT directory of ours: what it was trained on, and how
 LOCK = ".lock"
+_FULL_DISK = ("No space left", "unexpected pos", "file write failed")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -78,6 +85,17 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """What torch and safetensors make of a full disk, in a line."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL_DISK):
+            raise
+        raise SboraError(f"cannot write in {folder}: no space left", "make room, then go on with --resume") from error
+
+
 def check(run: Run, config: LlmConfig, folder: Path, resume: bool) -> tuple[Run, str | None]:
     """The training, with the columns that it had before if it had, and the checkpoint to go on from, or None.
 
@@ -94,7 +112,34 @@ def check(run: Run, config: LlmConfig, folder: Path, resume: bool) -> tuple[Run,
     changed = [key for key in described if before and before.get(key) != described[key]]
     if changed:
         raise SboraError(f"the training in {folder} differs in {', '.join(changed)}", "repeat its settings")
-    return run, last if resume else None
+    return run, _last_whole(folder) if resume else None
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last checkpoint that was not interrupted while it was written, nor damaged since."""
+    found = {
+        int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
+    }
+    for _, path in sorted(found.items(), reverse=True):
+        defect = _defect(path)
+        if not defect:
+            return str(path)
+        log.warning("%s is left out: %s", path, defect)
+    return None
+
+
+def _defect(checkpoint: Path) -> str:
+    """What keeps a checkpoint from being read, or nothing; the Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        for path in checkpoint.rglob("*"):
+            if path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif path.suffix in (".pt", ".pth") and not is_zipfile(path):
+                return f"{path.name} is damaged"
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    return ""
 
 
 def start(run: Run, config: LlmConfig, folder: Path) -> None:

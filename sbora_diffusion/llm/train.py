@@ -28,8 +28,18 @@ from sbora_diffusion.errors import SboraError
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.llm.data import Example, load_records, tokenise
-from sbora_diffusion.llm.run_folder import LOSSES, Run, Trained, check, claimed, finish, is_first_process, start
+from sbora_diffusion.llm.data import Example, check_lengths, load_records, tokenise
+from sbora_diffusion.llm.run_folder import (
+    LOSSES,
+    Run,
+    Trained,
+    check,
+    claimed,
+    finish,
+    full_disk_told,
+    is_first_process,
+    start,
+)
 from sbora_diffusion.methods import find_method, method_side
 
 log = logging.getLogger(__name__)
@@ -82,6 +92,7 @@ def _train(
 ) -> Trained | None:
     model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
     examples = tokenise(records, tokenizer, config)
+    check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
     log.info("%d of %d records have something to learn", len(examples), len(records))
     identity = fingerprint(model)
     if run.quantize != "none":
@@ -105,7 +116,7 @@ def _train(
         callbacks=[_Watcher(watch)],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
-    with _in_the_weights(adapted, run, config):
+    with _in_the_weights(adapted, run, config), full_disk_told(folder):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]

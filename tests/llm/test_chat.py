@@ -1,5 +1,6 @@
 """A conversation: streamed, with its history, and with adapters that are switched at once."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,31 @@ def test_commands(base: str) -> None:
     assert chat.command("/nonsense") == HELP
     with pytest.raises(SboraError, match="no adapter 'x', there are none"):
         chat.command("/adapter x")
+
+
+def test_a_conversation_without_room_for_an_answer_is_refused_and_forgotten(base: str) -> None:
+    chat = Chat(*load_base(base), {}, 8, 0.0)
+    with pytest.raises(SboraError, match=r"has 2\d\d\d tokens, the model 1024 positions; try /new"):
+        list(chat.say("x" * 2000))
+    assert chat.messages == []
+    list(chat.say("x" * (1022 - len("<user>\n<assistant>"))))  # two are left
+    assert len(chat.messages) == 2
+
+
+def test_a_failure_of_the_model_is_told(base: str) -> None:
+    model, tokenizer = load_base(base)
+    chat = Chat(model, tokenizer, {}, 8, 0.0)
+    model.lm_head = torch.nn.Linear(7, 7)
+    with pytest.raises(SboraError, match="the model failed: mat1 and mat2 shapes"):
+        list(chat.say("hi"))
+    assert chat.messages == []
+
+
+def test_whoever_stops_listening_stops_the_model(base: str) -> None:
+    chat = Chat(*load_base(base), {}, 900, 0.0)
+    threads = threading.active_count()
+    answer = chat.say("hi")
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]  # it is a generator
+    assert threading.active_count() == threads
+    assert chat.messages == []

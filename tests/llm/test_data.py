@@ -8,7 +8,7 @@ import pytest
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.llm.data import IGNORED, load_records, tokenise
+from sbora_diffusion.llm.data import IGNORED, check_lengths, load_records, tokenise
 from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
 
 from .tiny import tokenizer
@@ -84,6 +84,8 @@ def test_json_jsonl_and_parquet_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(records))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert load_records(tmp_path / "x.json") == load_records(tmp_path / "x.jsonl") == records
+    (tmp_path / "bom.json").write_text(json.dumps(records), encoding="utf-8-sig")
+    assert load_records(tmp_path / "bom.json") == records
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "x.parquet")
     assert load_records(tmp_path / "x.parquet") == records
@@ -97,5 +99,12 @@ def test_defects(tmp_path: Path) -> None:
         load_records(tmp_path / "bad.json")
     with pytest.raises(SboraError, match="record 0 has no text 'output', only instruction, answer"):
         tokenise([{"instruction": "a", "answer": "b"}], tokenizer(), config())
+    for message in ({"role": "user", "content": None}, {"role": 1, "content": "x"}, "hello"):
+        with pytest.raises(SboraError, match="record 0 has a message whose role or content is no text"):
+            tokenise([{"messages": [message, {"role": "assistant", "content": "x"}]}], tokenizer(), config())
+    with pytest.raises(SboraError, match="record 0 has no messages"):
+        tokenise([{"messages": []}], tokenizer(), config())
+    with pytest.raises(SboraError, match="a sequence has 3 tokens, the base model 2 positions"):
+        check_lengths([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], 2)
     with pytest.raises(SboraError, match="longer than cutoff=10"):
         tokenise([{"instruction": "a", "output": "b"}], tokenizer(), config(cutoff="10", train_on_inputs="false"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.tasks import TaskManager
 
 from sbora_diffusion.errors import SboraError
@@ -80,6 +81,42 @@ def test_runs_on_a_model(base: str, tasks: Path) -> None:
     assert scores["adapters_boolq"].failed == [1.0]  # noise holds no "true"
     assert scores["adapters_boolq"].score == 0.0
     assert scores["qlora_mmlu"].failure_rate is None
+
+
+def save_arc(folder: Path, questions: list[dict[str, Any]]) -> None:
+    """Where `datasets` looks before it asks the hub for ARC: a folder of that name."""
+    splits = ("train", "validation", "test")
+    (folder / "ARC-Easy").mkdir(parents=True)
+    for split in splits:
+        (folder / "ARC-Easy" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    files = [f"  - split: {split}\n    path: ARC-Easy/{split}.jsonl" for split in splits]
+    lines = ["---", "configs:", "- config_name: ARC-Easy", "  data_files:", *files, "---"]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    before, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + answer)["input_ids"]
+    with torch.no_grad():
+        words = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(words[place - 1, ids[place]].item() for place in range(before, len(ids)))
+
+
+def test_the_harness_s_own_task_by_name(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows its thousands of tasks after 15 seconds of reading."""
+    choices = ["one", "two", "many"]
+    choice = {"text": choices, "label": ["A", "B", "C"]}
+    questions = [
+        {"id": str(n), "question": f"What is {n}?", "choices": choice, "answerKey": "ABC"[n % 3]} for n in range(6)
+    ]
+    save_arc(tmp_path / "allenai" / "ai2_arc", questions)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model, tokenizer = load_base(base)
+    scores = Harness(["arc_easy"], None).run(model, tokenizer, 2, limit=None)["arc_easy"]
+    asked = [f"Question: {question['question']}\nAnswer:" for question in questions]
+    found = [[likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices] for prompt in asked]
+    assert scores.metric == "acc"
+    assert scores.correct == [float(max(range(3), key=of.__getitem__) == n % 3) for n, of in enumerate(found)]
 
 
 def test_scores() -> None:

@@ -19,7 +19,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
-from sbora_diffusion.llm.run_folder import Run, Trained
+from sbora_diffusion.llm.run_folder import Run, Trained, full_disk_told
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
 
@@ -69,6 +69,29 @@ def test_resume_is_bit_for_bit(method: str, dropout: str, base: str, data: Path,
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize("damaged", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+def test_a_checkpoint_that_was_cut_off_is_left_out(
+    damaged: str, base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(base=base, data=data, method="sbora-fa", quantize="none")
+    whole = train(run, small(), tmp_path).adapter
+    whole.rename(tmp_path / "whole")
+    path = tmp_path / "checkpoint-4" / damaged
+    path.write_bytes(path.read_bytes()[:-20])
+    again = train(run, small(), tmp_path, resume=True).adapter
+    assert "checkpoint-4 is left out" in caplog.text
+    expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", again))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match="no space left"), full_disk_told(tmp_path):
+        torch.save(torch.zeros(100_000), "/dev/full")
+    with pytest.raises(RuntimeError, match="another matter"), full_disk_told(tmp_path):
+        raise RuntimeError("another matter")
 
 
 def test_refuses_to_overwrite_or_to_resume_another(base: str, data: Path, tmp_path: Path) -> None:
@@ -145,6 +168,8 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
         ({"color": "red"}, "unknown setting 'color'"),
         ({"template": "poem"}, "got template=poem, choose from"),
         ({"rank": "many"}, "expected int"),
+        ({"steps": "-3"}, "got steps=-3, expected a non-negative number"),
+        ({"optimizer": "foo"}, "got optimizer=foo, choose from adamw_torch, "),
     ],
 )
 def test_bad_settings(setting: dict[str, str], message: str) -> None:
