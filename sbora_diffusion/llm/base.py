@@ -41,7 +41,7 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
         SboraError: a missing or gated model, an unknown quantisation, no bitsandbytes.
     """
     options = _source(base) | _quantisation(quantize, dtype)
-    with cache_if_offline(), _told(base, "the tokenizer of "):
+    with cache_if_offline(), _told(base, " (its tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
     with cache_if_offline(), _told(base):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
@@ -58,7 +58,7 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
 
 def meta_base(base: str) -> Any:
     """The model of a configuration without its weights, on the meta device."""
-    with cache_if_offline(), _told(base, "the configuration of "):
+    with cache_if_offline(), _told(base, " (its configuration)"):
         config = AutoConfig.from_pretrained(base, **_source(base))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).requires_grad_(False)
@@ -169,7 +169,7 @@ def _told(base: str, part: str = "") -> Iterator[None]:
             raise
         gated = "gated" in str(error).lower()
         hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
-        raise SboraError(f"cannot load {part}{base}: {why(error, base).removesuffix(' from one of: ')}", hint) from None
+        raise SboraError(f"cannot load {base}{part}: {why(error, base).removesuffix(' from one of: ')}", hint) from None
 
 
 def _source(base: str) -> dict[str, Any]:
