@@ -20,7 +20,7 @@ from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_js
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
 from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
-from sbora_diffusion.llm.base import load_base
+from sbora_diffusion.llm.base import check_method, load_base
 from sbora_diffusion.llm.chat import NONE, Chat
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.evaluate import Harness
@@ -37,6 +37,7 @@ def fine_tune(run: Run, config: LlmConfig, folder: Path, library: Library, *, re
 
     An SBoRA adapter goes into the library too, under the folder's name: nobody else is given its columns.
     """
+    check_method(run.method)
     name = folder.resolve().name
     path = library.path(name)
     if find_method(run.method).owns_interval and path.exists() and not (folder / ADAPTER).is_dir():

@@ -124,7 +124,11 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
         (["train", "--base", "BASE"], 2, "--data"),
         (["train", "--base", "BASE", "--data", "/no.json"], 1, "is not a file"),
         (["train", "--base", "/no/such", "--data", "DATA"], 1, "cannot load /no/such"),
-        (["train", "--base", "BASE", "--data", "DATA", "--method", "poem"], 1, "unknown method 'poem'"),
+        (
+            ["train", "--base", "BASE", "--data", "DATA", "--method", "poem"],
+            1,
+            "unknown method 'poem', choose from lora, dora, sbora-fa, sbora-fb",
+        ),
         (["train", "--base", "BASE", "--data", "DATA", "--recipe", "cake"], 1, "unknown recipe 'cake'"),
         (["train", "--base", "BASE", "--data", "DATA", "--quantize", "q2"], 1, "choose from none, nf4"),
         (["train", "--base", "BASE", "--data", "DATA", "--set", "cutoff=3"], 1, "longer than cutoff=3"),
