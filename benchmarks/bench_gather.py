@@ -1,4 +1,4 @@
-"""(h) What one gather for queries, keys and values together could save.
+"""(j) What one gather for queries, keys and values together could save.
 
     python benchmarks/bench_gather.py [--device cpu] [--rounds 15] [--tiny] [--out FILE]
 

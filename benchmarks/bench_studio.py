@@ -1,4 +1,4 @@
-"""(i) The studio in a browser: from the click to the first picture, with concepts switched on and off, and in training.
+"""(h) The studio in a browser: from the click to the first picture, with concepts switched on and off, and in training.
 
     python benchmarks/bench_studio.py [--rounds 5] [--tiny] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""(j) How long threads spin while they wait for each other: alone, and beside a program that keeps one core busy.
+"""(i) How long threads spin while they wait for each other: alone, and beside a program that keeps one core busy.
 
     python benchmarks/bench_threads.py [--rounds 3] [--tiny] [--out FILE]
 
