@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
 PATIENCE = 300  # seconds
 CLICK = """async () => {
   const picture = () => document.querySelector("#gallery img"), before = picture()?.src, start = performance.now();
@@ -105,12 +108,17 @@ def training(folder: Path) -> Iterator[None]:
         yield
 
 
+def find_chromium() -> str | None:
+    """The system's."""
+    return next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+
+
 @contextmanager
 def opened(address: str) -> "Iterator[Page]":
     """The page in a browser, after the model has been loaded."""
     from playwright.sync_api import sync_playwright
 
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    path = find_chromium()
     if path is None:
         raise typer.BadParameter("no Chromium is installed (apt-get install chromium)")
     with tempfile.TemporaryDirectory() as profile, sync_playwright() as playwright:

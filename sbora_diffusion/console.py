@@ -25,8 +25,8 @@ SPIN_COUNT = "10000"  # benchmarks/bench_threads.py
 def share_cores() -> None:
     """Let threads that wait give their core away soon; must be called before torch is imported.
 
-    OpenMP's own default spins for milliseconds: beside another program two threads then take twice the CPU for the same
-    work. Whoever has set something about it keeps it.
+    OpenMP's own default spins for milliseconds: beside another program two threads then take 1.6 times the CPU for the
+    same work (docs/benchmarks.md). Whoever has set something about it keeps it.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from sbora_diffusion import __version__
 from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.claims import folder_held
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -81,16 +81,8 @@ class RunFolder:
         if not self._writes:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise SboraError(f"another training is running in {self.path}", "wait for it to end") from None
-        try:
+        with folder_held(self.path, "training", "wait for it to end"):
             yield
-        finally:
-            lock.release()
 
     def start(self, description: dict[str, Any], resume: bool) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a new training.

@@ -33,11 +33,11 @@ class _Float32(TorchFunctionMode):
         return (Tensor.float if func is Tensor.bfloat16 else func)(*args, **(kwargs or {}))
 
 
-def arithmetic() -> AbstractContextManager[Any]:
-    """bfloat16 where the CPU multiplies it itself; elsewhere float32, which is many times faster than emulating it."""
+def arithmetic(device: str = "cpu") -> AbstractContextManager[Any]:
+    """bfloat16 where the device multiplies it itself; float32 on other CPUs, many times faster than emulating it."""
     known = torch.cpu.get_capabilities()
-    if any(known.get(key) for key in ("avx512_bf16", "amx_bf16")):
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+    if device != "cpu" or any(known.get(key) for key in ("avx512_bf16", "amx_bf16")):
+        return torch.autocast(device, dtype=torch.bfloat16)
     return _Float32()
 
 

@@ -101,7 +101,7 @@ class Diffusion:
         self.signal, self.noise = kept.sqrt(), (1 - kept).sqrt()
 
     def loss(self, networks: nn.ModuleDict, latents: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error on v (Salimans & Ho 2022, eq. 10), in bf16 with fp32 weights."""
+        """Mean squared error on v (Salimans & Ho 2022, eq. 10); fp32 weights, products as in `loop.arithmetic`."""
         signal, amount = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
         with loop.arithmetic():
             states = networks["text_encoder"](ids).last_hidden_state

@@ -45,7 +45,7 @@ def new_vae() -> AutoencoderKL:
 
 def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """L1 + 0.5 gradient L1 + 0.5 MSE + 1e-4 KL per latent value, for (n, 3, h, w) pictures in [-1, 1]."""
-    with loop.arithmetic():
+    with loop.arithmetic(pictures.device.type):
         posterior = vae.encode(pictures).latent_dist
         difference = vae.decode(posterior.sample()).sample.float() - pictures
     gradient = sum(difference.diff(dim=dim).abs().mean() for dim in (2, 3))

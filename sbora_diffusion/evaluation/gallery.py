@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
+from sbora_diffusion.claims import folder_held
 from sbora_diffusion.errors import SboraError
 
 PICTURES, MANIFEST = "pictures", "evaluation.json"
@@ -27,17 +27,9 @@ def claimed(folder: Path, identity: Mapping[str, Any], force: bool = False) -> I
     Raises:
         SboraError: another evaluation's pictures lie there, or another process is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SboraError(f"another evaluation is running in {folder}", "wait for it, or choose another --out") from None
-    try:
+    with folder_held(folder, "evaluation", "wait for it, or choose another --out"):
         _take_over(folder, identity, force)
         yield folder / PICTURES
-    finally:
-        lock.release()
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -21,6 +20,7 @@ from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter, write_atomically
 from sbora_diffusion.adapter.layer import collect
 from sbora_diffusion.adapter.spec import Spec
+from sbora_diffusion.claims import folder_held
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig
@@ -32,7 +32,6 @@ RUN = "run.json"  # in a run folder: everything that decided the training
 LOSSES = "losses.json"
 ADAPTER = "adapter"  # the PEFT directory in it
 ABOUT = "sbora.json"  # in a PEFT directory of ours: what it was trained on, and how
-LOCK = ".lock"
 _FULL_DISK = ("No space left", "unexpected pos", "file write failed")
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -71,18 +70,8 @@ def claimed(folder: Path) -> Iterator[None]:
     if not is_first_process():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SboraError(
-            f"another training is running in {folder}", "wait for it to end, or choose another --out"
-        ) from None
-    try:
+    with folder_held(folder, "training", "wait for it to end, or choose another --out"):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
-from sbora_diffusion.studio.messages import told
-from sbora_diffusion.studio.strengths import strength_slider
-from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
+from sbora_diffusion.studio.messages import told, warn_of_missing
+from sbora_diffusion.studio.workshop import Workshop
 
-MAX_SEED = 2**31 - 1
 PLAIN_PROMPT = "a 3d penguin on the beach"
 
 INSERT = """(text) => {
@@ -45,36 +44,14 @@ def generate_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.Dropdown]:
                 number = gr.Radio(
                     [1, 4, 9], value=4, label="Pictures", min_width=150, elem_id="count", elem_classes="chips"
                 )
-                seed = gr.Number(
-                    0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="seed"
-                )
+                seed = seed_field("seed")
                 dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
             with gr.Accordion("More", open=False, elem_id="generate-more"):
-                negative = gr.Textbox("", label="What should it not show?", elem_id="negative")
-                with gr.Row():
-                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
-                    guidance = gr.Slider(
-                        1, 12, 3, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
-                    )
-                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="base")
-                dropped = gr.File(
-                    label="Drop a picture made here: its settings come back",
-                    file_types=[".png"],
-                    height=110,
-                    elem_id="dropped",
+                negative, steps, guidance, base, dropped = more_fields(
+                    "", "Steps", "Drop a picture made here: its settings come back"
                 )
         with gr.Column(scale=3, min_width=320):
-            gallery = gr.Gallery(
-                label="Pictures",
-                show_label=False,
-                columns=2,
-                object_fit="contain",
-                height="auto",
-                elem_id="gallery",
-                elem_classes="pixels",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-            )
+            gallery = picture_gallery("gallery", 2)
             note = gr.Markdown("Your pictures appear here.", elem_id="note", elem_classes="note")
 
     with sliders:
@@ -163,16 +140,13 @@ def _draw(
 def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     """A dropped picture's settings, for every field of the tab; concepts that are gone are left out."""
     made = read_settings(Path(path))
-    bases = workshop.bases()
-    base = made.base if made.base in bases else DEFAULT_BASE
+    base = workshop.base_or_default(made.base)
     if made.regions:
         gr.Warning("This picture was made in Regions: drop it there to have its boxes.")
     known = list(workshop.concepts(base))
-    missing = [name for name in made.concepts if name not in known]
-    if missing:
-        gr.Warning(f"Not in this library: {', '.join(missing)}")
+    warn_of_missing(made.concepts, known)
     return (
-        gr.update(value=base, choices=bases),
+        gr.update(value=base, choices=workshop.bases()),
         made.prompt,
         made.negative_prompt,
         made.seed,

@@ -4,7 +4,7 @@ import functools
 import html
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,12 @@ def sentence(text: str) -> str:
     """With a capital and a full stop, and `<dog>` as it is, though the page reads HTML."""
     text = text[:1].upper() + text[1:]
     return html.escape(text if text.endswith((".", "!", "?")) else f"{text}.")
+
+
+def warn_of_missing(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Say which concepts of a picture are not here."""
+    if missing := sorted(set(wanted).difference(known)):
+        gr.Warning(f"Not in this library: {', '.join(missing)}")
 
 
 @contextmanager

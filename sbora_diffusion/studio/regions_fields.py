@@ -12,7 +12,8 @@ from sbora_diffusion.diffusion.picture_file import Settings, read_settings
 from sbora_diffusion.diffusion.regions import Region, parse_region
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.studio.board import MAX_BOXES, box, fractions
-from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+from sbora_diffusion.studio.messages import warn_of_missing
+from sbora_diffusion.studio.workshop import Workshop
 
 Boxes = Sequence[dict[str, Any]]
 
@@ -92,18 +93,16 @@ def read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     made = read_settings(Path(path))
     if not made.regions:
         raise SboraError("this picture has no regions", "Drop it in Generate.")
-    bases = workshop.bases()
-    base = made.base if made.base in bases else DEFAULT_BASE
+    base = workshop.base_or_default(made.base)
     known, regions = list(workshop.singles(base)), [parse_region(text) for text in made.regions[:MAX_BOXES]]
-    if missing := sorted({*made.concepts} - {*known}):
-        gr.Warning(f"Not in this library: {', '.join(missing)}")
+    warn_of_missing(made.concepts, known)
     empty = [""] * (MAX_BOXES - len(regions))
     prompts = [region.prompt for region in regions] + empty
     chosen = [[n for n in named(workshop, base, r.prompt, r.adapters) if n in known] for r in regions]
     chips = [gr.update(choices=known, value=names) for names in [*chosen, *([] for _ in empty)]]
     return (
         [_drawn(number, region) for number, region in enumerate(regions)],
-        gr.update(value=base, choices=bases),
+        gr.update(value=base, choices=workshop.bases()),
         made.prompt,
         made.negative_prompt,
         made.seed,

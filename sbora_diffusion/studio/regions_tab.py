@@ -8,12 +8,11 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.studio.board import MAX_BOXES, board, box
+from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
 from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.regions_fields import draw, named, read, renewed_regions, visible, written
-from sbora_diffusion.studio.strengths import strength_slider
-from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+from sbora_diffusion.studio.workshop import Workshop
 
-MAX_SEED = 2**31 - 1
 NOTE = "Each concept acts in its own box only. One that is picked for a box, but not named there, acts on all of it."
 
 
@@ -33,33 +32,14 @@ def regions_tab(workshop: Workshop) -> list[Any]:
             button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-regions")
             with gr.Row(elem_classes="compact"):
                 number = gr.Radio([1, 4], value=1, label="Pictures", min_width=120, elem_classes="chips")
-                seed = gr.Number(
-                    0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id="regions-seed"
-                )
+                seed = seed_field("regions-seed")
                 dice = gr.Button("New seed", size="sm", min_width=90)
             with gr.Accordion("More", open=False, elem_id="regions-more"):
-                negative = gr.Textbox("", label="What should it not show?", elem_id="regions-negative")
-                steps = gr.Slider(1, 100, 20, step=1, label="Steps of regions", min_width=140)
-                guidance = gr.Slider(1, 12, 3, step=0.5, label="Guidance", min_width=140)
-                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="regions-base")
-                dropped = gr.File(
-                    label="Drop a picture made here: its boxes and settings come back",
-                    file_types=[".png"],
-                    height=110,
-                    elem_id="regions-dropped",
+                negative, steps, guidance, base, dropped = more_fields(
+                    "regions-", "Steps of regions", "Drop a picture made here: its boxes and settings come back"
                 )
         with gr.Column(scale=3, min_width=320):
-            gallery = gr.Gallery(
-                label="Pictures",
-                show_label=False,
-                columns=1,
-                object_fit="contain",
-                height="auto",
-                elem_id="regions-gallery",
-                elem_classes="pixels",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-            )
+            gallery = picture_gallery("regions-gallery", 1)
             note = gr.Markdown(NOTE, elem_id="regions-note", elem_classes="note")
 
     with sliders:

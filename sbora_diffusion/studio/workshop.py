@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +55,10 @@ class Workshop:
     def concepts(self, base: str) -> dict[str, Spec]:
         """The library's concepts of a base model, by name."""
         return {name: spec for name, spec in self._specs().items() if spec.base_id == base}
+
+    def base_or_default(self, name: str) -> str:
+        """A base model that is wanted, if it may be chosen here."""
+        return name if name in self.bases() else DEFAULT_BASE
 
     def load(self, name: str) -> Adapter:
         """A concept of the library, which a name from the page cannot leave."""
@@ -158,8 +162,7 @@ class Workshop:
         owners = self.tokens(settings.base)
         said = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in TOKEN.findall(text)}
         if missing := sorted(said - owners.keys()):
-            known = ", ".join(owners) or "none"
-            raise SboraError(f"nobody has taught {settings.base} the token {missing[0]} (known: {known})", "Train it.")
+            raise _untaught(settings.base, missing[0], owners)
         return sorted({owners[token] for token in said}.union(*(region.adapters for region in regions)))
 
     def _check_tokens(self, settings: Settings) -> None:
@@ -173,10 +176,7 @@ class Workshop:
                     f"the prompt says {token}, but its concept is off", f"Switch on {' or '.join(owners)}."
                 )
             if token not in brought:
-                known = ", ".join(dict.fromkeys(token for spec in specs.values() for token in spec.tokens)) or "none"
-                raise SboraError(
-                    f"nobody has taught {settings.base} the token {token} (known: {known})", "Train it first."
-                )
+                raise _untaught(settings.base, token, [token for spec in specs.values() for token in spec.tokens])
 
     def _load_base(self, name: str) -> Base:
         if self._base is None or self._base.id != name:
@@ -210,3 +210,8 @@ class Workshop:
             raise SboraError(f"there is no concept {name!r} any more", "Reload the page.") from None
         known = self._loaded.get(name)
         return known if known and known[0] == time else (time, self.load(name))
+
+
+def _untaught(base: str, token: str, known: Iterable[str]) -> SboraError:
+    told = ", ".join(dict.fromkeys(known)) or "none"
+    return SboraError(f"nobody has taught {base} the token {token} (known: {told})", "Train it first.")

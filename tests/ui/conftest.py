@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from bench_studio import FLAGS, find_chromium
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
@@ -24,17 +25,6 @@ from ..tiny_pipeline import save_tiny_pipeline
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 DESKTOP, PHONE = (1280, 900), (390, 844)
 CLI = [sys.executable, "-c", "from sbora_diffusion.cli import main; main()"]
 
@@ -125,7 +115,7 @@ def address(here: Path, tiny_folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[BrowserContext]":
     """Headless, with nothing of anybody's profile."""
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    path = find_chromium()
     needed("Chromium (apt-get install chromium)", path)
     try:
         from playwright.sync_api import sync_playwright
@@ -134,7 +124,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[BrowserContex
         raise
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=path, args=FLAGS, accept_downloads=True
+            tmp_path_factory.mktemp("profile"), executable_path=path, args=list(FLAGS), accept_downloads=True
         )
         yield context
         context.close()
