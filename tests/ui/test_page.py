@@ -49,10 +49,20 @@ def fewer_steps(page: "Page") -> None:
     page.get_by_label("number input for Steps").press("Tab")
 
 
+def drawn(page: "Page", number: int, note: str = "note") -> None:
+    """All pictures are there; only the note tells, Gradio's word for screen readers is "In queue: 1 of 1"."""
+    page.wait_for_function(f"document.querySelector('#{note}').innerText.startsWith('{number} of {number}')")
+
+
+def said(page: "Page", name: str, value: str) -> None:
+    """A field that may not be there yet has this value."""
+    page.wait_for_function(f"document.querySelector('#{name} textarea, #{name} input')?.value === '{value}'")
+
+
 def draw(page: "Page", number: int) -> None:
     page.locator("#count").get_by_label(str(number), exact=True).check()
     page.locator("#generate").click()
-    page.wait_for_function(f"document.querySelector('#note').innerText.startsWith('{number} of {number}')")
+    drawn(page, number)
 
 
 def test_generate_download_and_take_up_again(page: "Page", here: Path) -> None:
@@ -60,7 +70,7 @@ def test_generate_download_and_take_up_again(page: "Page", here: Path) -> None:
     field(page, "prompt").fill("a on the beach")
     field(page, "prompt").evaluate("area => area.setSelectionRange(1, 1)")
     page.get_by_role("button", name="<dog>", exact=True).click()
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a <dog> on the beach'")
+    said(page, "prompt", "a <dog> on the beach")
     page.get_by_label("number input for Strength of dog").fill("0.5")
     page.get_by_label("number input for Strength of dog").press("Tab")
     fewer_steps(page)
@@ -80,7 +90,7 @@ def test_generate_download_and_take_up_again(page: "Page", here: Path) -> None:
     page.wait_for_selector("#concepts label")
     page.get_by_role("button", name="More").first.click()
     page.locator("#dropped input[type=file]").set_input_files(here / "downloaded.png")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a <dog> on the beach'")
+    said(page, "prompt", "a <dog> on the beach")
     page.wait_for_selector("text=Strength of dog")
     assert page.get_by_label("number input for Strength of dog").input_value() == "0.5"
     draw(page, 1)
@@ -115,7 +125,7 @@ def test_keyboard_alone(page: "Page", here: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "generate"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#note').innerText.startsWith('4 of 4')")
+    drawn(page, 4)
     assert len(list((here / "outputs").glob("*.png"))) == 4
 
 
@@ -136,7 +146,7 @@ def test_regions(page: "Page", here: Path) -> None:
     page.get_by_text("Box 2 has no prompt. Say what is to be there.").first.wait_for(state="attached")
     field(page, "region-2").fill("a <cat>")
     page.locator("#generate-regions").click()
-    page.get_by_text("1 of 1").wait_for()
+    drawn(page, 1, "regions-note")
     page.locator("#regions-gallery img").first.wait_for()
     (file,) = (here / "outputs").glob("*.png")
     assert read_settings(file).regions == ("0.05,0.1,0.45,0.9: a <dog>", "0.55,0.1,0.95,0.9: a <cat>")
@@ -146,7 +156,7 @@ def test_regions(page: "Page", here: Path) -> None:
     page.locator("#regions-more button").first.click()
     page.locator("#regions-dropped input[type=file]").set_input_files(file)
     page.locator("#board .box").nth(1).wait_for()
-    page.wait_for_function("document.querySelector('#region-2 textarea, #region-2 input').value === 'a <cat>'")
+    said(page, "region-2", "a <cat>")
     page.locator("#generate-regions").click()
     while len(files := sorted((here / "outputs").glob("*.png"))) < 2:
         page.wait_for_timeout(100)
@@ -158,14 +168,14 @@ def test_concepts_of_boxes_without_a_pointer(page: "Page", here: Path) -> None:
     tab(page, "Regions")
     page.locator("#halves").press("Enter")
     page.locator("#concepts-1").get_by_label("dog", exact=True).press("Space")
-    page.wait_for_function("document.querySelector('#region-1 textarea, #region-1 input').value === 'a <dog>'")
+    said(page, "region-1", "a <dog>")
     field(page, "region-2").fill("a <cat> in a hat")
     field(page, "region-2").press("Tab")
     page.wait_for_function("document.querySelectorAll('#concepts-2 input:checked').length === 1")
     page.get_by_label("number input for Strength of cat").fill("0.5")
     page.get_by_label("number input for Strength of cat").press("Tab")
     page.locator("#generate-regions").press("Enter")
-    page.get_by_text("1 of 1").wait_for()
+    drawn(page, 1, "regions-note")
     made = read_settings(next((here / "outputs").glob("*.png")))
     assert made.regions == ("0,0,0.5,1: a <dog>", "0.5,0,1,1: a <cat> in a hat")
     assert made.concepts == {"dog": 1.0, "cat": 0.5}
