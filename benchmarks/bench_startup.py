@@ -102,24 +102,24 @@ def files(base: Base, rounds: int, device: torch.device) -> list[Row]:
     return [row | {"bytes": sizes[row["way"]]} for row in rows]
 
 
-def random_adapter(base: Base) -> Adapter:
+def random_adapter(base: Base, name: str = "dog", start: int = 0) -> Adapter:
     """A concept in every adapted layer, with an embedding for its token."""
     spec = Spec(
-        name="dog",
+        name=name,
         side="fa",
         rank=RANK,
-        intervals=(Interval(0, RANK),),
+        intervals=(Interval(start, RANK),),
         seed=0,
         base_id=base.id,
         base_fingerprint=base.fingerprint,
-        tokens={"<dog>": "dog"},
+        tokens={f"<{name}>": "dog"},
     )
     factors = {
         key: Factor(indices(key.split(".", 1)[1], shape[1], spec.intervals[0], 0), 0.01 * torch.randn(shape[0], RANK))
         for key, shape in base.layer_shapes.items()
     }
     width = base.pipeline.text_encoder.config.hidden_size
-    return Adapter(spec, factors, {"text_encoder.<dog>": torch.randn(1, width)})
+    return Adapter(spec, factors, {f"text_encoder.<{name}>": torch.randn(1, width)})
 
 
 if __name__ == "__main__":

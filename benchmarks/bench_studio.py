@@ -1,10 +1,11 @@
-"""(h) The studio in a browser: from the click to the first picture, with concepts switched on and off, and in training.
+"""(h) The studio: from a click in a browser to the first picture, alone and beside a training, and switching concepts.
 
     python benchmarks/bench_studio.py [--rounds 5] [--tiny] [--out FILE]
 
 emoji64 with a concept of rank 8, at the page's own settings, in a headless Chromium (Playwright, of the extra `test`).
-A picture counts when the browser has it. "just switched" minus the one after it is what switching costs. In the second
-half a training of emoji64 runs beside it, on the same cores.
+A picture counts when the browser has it; in the second half a training of emoji64 runs beside it, on the same cores.
+Switching is what a click adds to the drawing when the concepts have changed since the last one: timed in this process,
+where nothing is drawn, on a model with four concepts in it.
 """
 
 import os
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING
 import torch
 import typer
 from bench_common import Out, Rounds, Row, Tiny, compared, new_app, save
-from bench_startup import random_adapter
+from bench_startup import RANK, random_adapter
 
 from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.run_folder import read_log
+from sbora_diffusion.studio.workshop import Folders, Workshop
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -36,13 +38,16 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+CONCEPTS = ("dog", "cat", "fox", "owl")
 PATIENCE = 300  # seconds
-CLICK = """async () => {
-  const picture = () => document.querySelector("#gallery img"), before = picture()?.src, start = performance.now();
+CLICK = """() => new Promise(done => {
+  const gallery = document.querySelector("#gallery"), start = performance.now();
+  const sources = () => [...gallery.querySelectorAll("img")].map(picture => picture.src), before = new Set(sources());
+  gallery.addEventListener("load", event => {  // load does not bubble: caught on its way down
+    if (event.target.tagName === "IMG" && !before.has(event.target.src)) done(performance.now() - start);
+  }, true);
   document.querySelector("#generate").click();
-  while (!picture() || picture().src === before || !picture().complete) await new Promise(requestAnimationFrame);
-  return performance.now() - start;
-}"""
+})"""
 
 app = new_app()
 
@@ -51,14 +56,36 @@ app = new_app()
 def main(rounds: Rounds = 5, tiny: Tiny = False, out: Out = None) -> None:
     """Measure, and save the numbers."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, base = Path(name), load_base("emoji64")
         (folder / "adapters").mkdir()
-        random_adapter(load_base("emoji64")).save(folder / "adapters" / "dog.safetensors")
+        for place, concept in enumerate(CONCEPTS):
+            random_adapter(base, concept, place * RANK).save(folder / "adapters" / f"{concept}.safetensors")
+        rows = switched(Folders(adapters=folder / "adapters"), rounds)
         with studio(folder) as address, opened(address) as page:
-            rows = measured(page, address, rounds, tiny, beside="nothing")
+            rows += measured(page, address, rounds, tiny, beside="nothing")
             with training(folder):
                 rows += measured(page, address, rounds, tiny, beside="a training")
     save("studio", torch.device("cpu"), rows, out, rounds=rounds, tiny=tiny, wall=True)
+
+
+def switched(folders: Folders, rounds: int) -> list[Row]:
+    """Milliseconds of each change, a hundred times each for five rounds, after one round that does not count."""
+    workshop, four, three = Workshop(folders), dict.fromkeys(CONCEPTS, 1.0), dict.fromkeys(CONCEPTS[:3], 1.0)
+    changes = {
+        "one of four off": three,
+        "one of four on": four,
+        "one strength of four": four | {"dog": 0.5},
+        "all four off": {},
+        "all four on": four,
+    }
+    times: dict[str, list[float]] = {way: [] for way in changes}
+    for number in range(20 * rounds + 1):
+        for way, strengths in changes.items():
+            began = time.perf_counter()
+            workshop.with_model("emoji64", strengths, lambda _: None)
+            if number:
+                times[way].append(time.perf_counter() - began)
+    return compared(times, beside="nothing")
 
 
 def measured(page: "Page", address: str, rounds: int, tiny: bool, beside: str) -> list[Row]:
@@ -77,15 +104,10 @@ def measured(page: "Page", address: str, rounds: int, tiny: bool, beside: str) -
         for way in ("base", "with a concept"):
             page.locator("#concepts").get_by_label("dog", exact=True).set_checked(way != "base")
             page.wait_for_timeout(500)  # the page shows the concept's slider
-            turn |= {f"{way}, just switched": _click(page), way: _click(page)}
+            turn[way] = page.evaluate(CLICK) / 1e3
         for way, value in turn.items() if number else ():
             times.setdefault(way, []).append(value)
     return compared(times, beside=beside)
-
-
-def _click(page: "Page") -> float:
-    """Seconds from a click to a new picture."""
-    return page.evaluate(CLICK) / 1e3
 
 
 @contextmanager
@@ -95,16 +117,16 @@ def studio(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    with _process(folder, "ui", "--port", str(port)):
-        _wait(lambda: _answers(port))
+    with _process(folder, "ui", "--port", str(port)) as process:
+        _wait(process, lambda: _answers(port))
         yield address
 
 
 @contextmanager
 def training(folder: Path) -> Iterator[None]:
     """One that goes on until the end of the block, at work already."""
-    with _process(folder, "train", "--concept", "cat", "--set", "steps=1000000"):
-        _wait(lambda: len(read_log(folder / "runs" / "cat")) > 1)
+    with _process(folder, "train", "--concept", "horse", "--set", "steps=1000000") as process:
+        _wait(process, lambda: len(read_log(folder / "runs" / "horse")) > 1)
         yield
 
 
@@ -132,13 +154,13 @@ def opened(address: str) -> "Iterator[Page]":
 
 
 @contextmanager
-def _process(folder: Path, *words: str) -> Iterator[None]:
+def _process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "sbora_diffusion", *words]
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE)
@@ -149,11 +171,11 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(is_there: Callable[[], bool]) -> None:
+def _wait(process: subprocess.Popen[bytes], is_there: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not is_there():
-        if time.monotonic() > end:
-            raise TimeoutError("a process did not start")
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"{process.args} is not there, its status: {process.poll()}")
         time.sleep(0.2)
 
 

@@ -58,6 +58,8 @@ class WrittenConcepts:
             raise SboraError(
                 "a DoRA adapter reads the base weights", "write it together with the others, not after them"
             )
+        if not adapters:
+            return
         before = dict(self._concepts)
         try:
             for adapter in adapters:
@@ -85,7 +87,8 @@ class WrittenConcepts:
     def restore(self, names: Sequence[str]) -> None:
         """Take concepts out: the base model is as if they had never been written."""
         self._check_written(names)
-        self._take_out(set(names))
+        if names:
+            self._take_out(set(names))
 
     def restore_all(self) -> None:
         """Take all concepts out: the base model is the original one, bit for bit."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[dict[
 def _extended(base: Base, reader: Reader, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
     encoder: Any = base.component(reader.component)
     vocabulary, before = encoder.get_input_embeddings(), base.tokenizer(reader)
-    extended_tokenizer = _copy_with(before, embeddings, vocabulary.num_embeddings)
+    names = [_numbered(token, number) for token, vectors in embeddings.items() for number in range(len(vectors))]
+    extended_tokenizer = _copy_with(before, tuple(names), vocabulary.num_embeddings)
     rows = torch.cat([vectors.to(vocabulary.weight) for vectors in embeddings.values()])
     extended = TokenEmbedding(vocabulary, rows.clone())
     setattr(base.pipeline, reader.tokenizer, extended_tokenizer)
@@ -106,18 +108,16 @@ def _extended(base: Base, reader: Reader, embeddings: Mapping[str, Tensor]) -> I
         setattr(base.pipeline, reader.tokenizer, before)
 
 
-def _copy_with(
-    tokenizer: PreTrainedTokenizerBase, embeddings: Mapping[str, Tensor], size: int
-) -> PreTrainedTokenizerBase:
+@lru_cache(maxsize=8)  # a copy takes longer than writing a concept's weights; nobody changes one once it is made
+def _copy_with(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], size: int) -> PreTrainedTokenizerBase:
     """A copy of the tokenizer that knows the tokens, as the ids from `size` on."""
     known = tokenizer.get_vocab()
-    names = [_numbered(token, number) for token, vectors in embeddings.items() for number in range(len(vectors))]
     taken = [name for name in names if name in known]
     if taken:
         raise SboraError(f"the base model knows the token {taken[0]} already", "choose another token")
     copied = copy.deepcopy(tokenizer)
-    copied.add_tokens(names)
-    ids = copied.convert_tokens_to_ids(names)
+    copied.add_tokens(list(names))
+    ids = copied.convert_tokens_to_ids(list(names))
     if ids != list(range(size, size + len(names))):
         raise SboraError(
             f"the tokenizer has {len(known)} entries, the text encoder {size}: they do not belong together"

@@ -111,8 +111,8 @@ def _merge(workshop: Workshop, picked: Sequence[str], how: str, name: str | None
 
 
 def _fuse(workshop: Workshop, base: str, adapters: Sequence[Adapter]) -> Adapter:
-    with workshop.model(base, {}) as model:
-        return fuse(adapters, [1.0] * len(adapters), DrawnInputs(model, adapters))
+    weights = [1.0] * len(adapters)
+    return workshop.with_model(base, {}, lambda model: fuse(adapters, weights, DrawnInputs(model, adapters)))
 
 
 def _before_after(
@@ -123,9 +123,9 @@ def _before_after(
     for name, adapter in zip(picked, adapters, strict=True):
         token = next(iter(adapter.spec.tokens))
         prompts = [scene.format(token) for scene in SCENES]
+        drawing = partial(generate, prompts=prompts, seeds=range(len(prompts)))
         for what in (name, merged):
-            with workshop.model(base, {what: 1.0}) as model:
-                pictures = generate(model, prompts, seeds=range(len(prompts)))
+            pictures = workshop.with_model(base, {what: 1.0}, drawing)
             title = f"{token} alone" if what == name else f"{token} in {merged}"
             rows.append((title, list(zip(prompts, pictures, strict=True))))
     return sheet(rows, cell=192)

@@ -1,11 +1,11 @@
 """What the page works with: the folders, one loaded base model, and the concepts that are in it at the moment."""
 
 import logging
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.diffusion.base import Base, load_base
@@ -14,6 +14,9 @@ from sbora_diffusion.diffusion.picture_file import Settings, save_numbered
 from sbora_diffusion.diffusion.regions import Region, generate_regions
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
+from sbora_diffusion.studio.model_thread import ModelThread
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Workshop:
         self.folders = folders
         self.library = Library(folders.adapters)
         self._bases = bases
-        self._lock = threading.Lock()
+        self._thread = ModelThread()
         self._base: Base | None = None
         self._written: WrittenConcepts | None = None
         self._loaded: dict[str, tuple[int, Adapter]] = {}  # what is written: the file's time in ns, and what it held
@@ -66,14 +69,16 @@ class Workshop:
             raise SboraError(f"there is no concept {name!r} any more", "Reload the page.")
         return self.library.load(name)
 
-    @contextmanager
-    def model(self, name: str, strengths: Mapping[str, float]) -> Iterator[Base]:
-        """The base model with exactly these concepts in it, for the caller alone."""
+    def with_model(self, name: str, strengths: Mapping[str, float], work: Callable[[Base], T]) -> T:
+        """What `work` makes of the base model with exactly these concepts in it, alone with it."""
         self._check_base(name)
-        with self._lock:
+
+        def switch_and_work() -> T:
             base = self._load_base(name)
             self._switch(strengths)
-            yield base
+            return work(base)
+
+        return self._thread.do(switch_and_work)
 
     def draw(self, settings: Settings, count: int) -> Iterator[list[Path]]:
         """Make pictures with seeds from `settings.seed` on; yields the files so far, first after one picture."""
@@ -85,17 +90,17 @@ class Workshop:
         while len(paths) < count:
             size = min(BATCH, count - len(paths)) if paths else 1
             seeds = range(settings.seed + len(paths), settings.seed + len(paths) + size)
-            with self.model(settings.base, settings.concepts) as base:
-                pictures = generate(
-                    base,
-                    [settings.prompt] * size,
-                    seeds=seeds,
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    negative_prompt=settings.negative_prompt,
-                )
-                for seed, picture in zip(seeds, pictures, strict=True):
-                    paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
+            drawing = partial(
+                generate,
+                prompts=[settings.prompt] * size,
+                seeds=seeds,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                negative_prompt=settings.negative_prompt,
+            )
+            pictures = self.with_model(settings.base, settings.concepts, drawing)
+            for seed, picture in zip(seeds, pictures, strict=True):
+                paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
             yield list(paths)
 
     def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
@@ -113,18 +118,18 @@ class Workshop:
         live = [replace(r, adapters=tuple(adapters[name].spec.name for name in r.adapters)) for r in regions]
         paths: list[Path] = []
         for seed in range(settings.seed, settings.seed + count):
-            with self.model(settings.base, {}) as base:
-                picture = generate_regions(
-                    base,
-                    settings.prompt,
-                    live,
-                    list(adapters.values()),
-                    seeds=[seed],
-                    strengths=list(strengths.values()),
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    negative_prompt=settings.negative_prompt,
-                )[0]
+            drawing = partial(
+                generate_regions,
+                prompt=settings.prompt,
+                regions=live,
+                adapters=list(adapters.values()),
+                seeds=[seed],
+                strengths=list(strengths.values()),
+                steps=settings.steps,
+                guidance=settings.guidance,
+                negative_prompt=settings.negative_prompt,
+            )
+            (picture,) = self.with_model(settings.base, {}, drawing)
             paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
             yield list(paths)
 
@@ -139,8 +144,7 @@ class Workshop:
     def warm_up(self) -> None:
         """Load the default base model and draw once, so that the first click does not pay for it."""
         try:
-            with self.model(DEFAULT_BASE, {}) as base:
-                generate(base, ["a penguin"], seeds=[0], steps=1)
+            self.with_model(DEFAULT_BASE, {}, partial(generate, prompts=["a penguin"], seeds=[0], steps=1))
         except SboraError as defect:
             log.warning("%s", defect)
 

@@ -25,6 +25,14 @@ def test_token_reads_its_embedding_and_nothing_else_changes(base: Base) -> None:
     assert torch.equal(embed(base, "a dog"), before)
 
 
+def test_the_same_token_again_with_another_embedding(base: Base) -> None:
+    for value in (1.0, 2.0):
+        learned = torch.full((1, 32), value)
+        with added_tokens(base, {"text_encoder.<rex>": learned}):
+            assert torch.equal(embed(base, "a <rex>")[2], learned[0])
+        assert "<rex>" not in base.pipeline.tokenizer.get_vocab()
+
+
 def test_several_tokens_of_several_vectors(base: Base) -> None:
     first, second = torch.randn(2, 32), torch.randn(1, 32)
     with added_tokens(base, {"text_encoder.<rex>": first, "text_encoder.<tom>": second}):

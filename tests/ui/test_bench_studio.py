@@ -19,5 +19,5 @@ def test_it_runs(tmp_path: Path) -> None:
     assert outcome.exit_code == 0
     result = json.loads(out.read_text())
     assert result["machine"]["clock"] == "wall"
-    assert [row["beside"] for row in result["rows"]] == ["nothing"] * 5 + ["a training"] * 5
+    assert [row["beside"] for row in result["rows"]] == ["nothing"] * 8 + ["a training"] * 3
     assert all(row["ms"] > 0 for row in result["rows"])

@@ -1,5 +1,7 @@
 """What the page draws with: concepts written and restored live, and names that cannot leave the library."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,9 @@ def test_any_order_of_switching_gives_the_same_weights(workshop: Workshop, tiny_
     with applied(fresh, [workshop.load("dog"), workshop.load("cat")], [0.5, 1.0]):
         wanted = weights(fresh)
     for strengths in ({"dog": 1.0}, {"cat": 1.0, "dog": 0.25}, {}, {"cat": 1.0}, {"dog": 0.5, "cat": 1.0}):
-        with workshop.model(name, strengths) as base:
-            assert same(weights(base), untouched) == (strengths == {})
-    with workshop.model(name, {"cat": 1.0, "dog": 0.5}) as base:
-        assert same(weights(base), wanted)
-    with workshop.model(name, {}) as base:
-        assert same(weights(base), untouched)
+        assert same(workshop.with_model(name, strengths, weights), untouched) == (strengths == {})
+    assert same(workshop.with_model(name, {"cat": 1.0, "dog": 0.5}, weights), wanted)
+    assert same(workshop.with_model(name, {}, weights), untouched)
 
 
 def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
@@ -89,14 +88,20 @@ def test_the_first_picture_comes_alone(workshop: Workshop) -> None:
 
 def test_a_concept_trained_anew_is_read_anew(workshop: Workshop, tiny_folder: Path) -> None:
     name = str(tiny_folder)
-    with workshop.model(name, {"dog": 1.0}) as base:
-        before = weights(base)
-    random_concept(base, "dog", 8).save(workshop.library.path("dog"), True)
-    with workshop.model(name, {"dog": 1.0}) as base:
-        assert not same(weights(base), before)
+    before = workshop.with_model(name, {"dog": 1.0}, weights)
+    random_concept(load_base(name), "dog", 8).save(workshop.library.path("dog"), True)
+    assert not same(workshop.with_model(name, {"dog": 1.0}, weights), before)
     workshop.library.remove("dog")
-    with pytest.raises(SboraError, match="there is no concept 'dog' any more"), workshop.model(name, {"dog": 1.0}):
-        pass
+    with pytest.raises(SboraError, match="there is no concept 'dog' any more"):
+        workshop.with_model(name, {"dog": 1.0}, weights)
+
+
+def test_one_thread_has_the_model(workshop: Workshop, tiny_folder: Path) -> None:
+    with ThreadPoolExecutor(8) as visitors:
+        threads = visitors.map(
+            lambda _: workshop.with_model(str(tiny_folder), {}, lambda _: threading.get_ident()), range(16)
+        )
+    assert len(set(threads)) == 1
 
 
 @pytest.mark.parametrize(
@@ -120,5 +125,5 @@ def test_a_name_cannot_leave_the_library(workshop: Workshop, name: str, tmp_path
     (tmp_path / "secret.safetensors").write_bytes(b"x")
     with pytest.raises(SboraError):
         workshop.load(name)
-    with pytest.raises(SboraError), workshop.model(workshop.bases()[1], {name: 1.0}):
-        pass
+    with pytest.raises(SboraError):
+        workshop.with_model(workshop.bases()[1], {name: 1.0}, weights)
