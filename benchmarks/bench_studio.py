@@ -63,7 +63,7 @@ def main(rounds: Rounds = 5, tiny: Tiny = False, out: Out = None) -> None:
         rows = switched(Folders(adapters=folder / "adapters"), rounds)
         with studio(folder) as address, opened(address) as page:
             rows += measured(page, address, rounds, tiny, beside="nothing")
-            with training(folder):
+            with training(page, folder):
                 rows += measured(page, address, rounds, tiny, beside="a training")
     save("studio", torch.device("cpu"), rows, out, rounds=rounds, tiny=tiny, wall=True)
 
@@ -117,17 +117,35 @@ def studio(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    with _process(folder, "ui", "--port", str(port)) as process:
-        _wait(process, lambda: _answers(port))
+    command = [sys.executable, "-m", "sbora_diffusion", "ui", "--port", str(port)]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log
+        )
+    try:
+        _wait(lambda: _answers(port))
         yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
 
 
 @contextmanager
-def training(folder: Path) -> Iterator[None]:
-    """One that goes on until the end of the block, at work already."""
-    with _process(folder, "train", "--concept", "horse", "--set", "steps=1000000") as process:
-        _wait(process, lambda: len(read_log(folder / "runs" / "horse")) > 1)
+def training(page: "Page", folder: Path) -> Iterator[None]:
+    """One that the studio has been asked for, and that goes on until the end of the block; at work already."""
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.locator("#source input").click()
+    page.get_by_role("option", name="horse", exact=True).click()
+    page.locator("#train-more button").first.click()
+    page.locator("#train-steps input").fill("20000")
+    page.locator("#start").click()
+    _wait(lambda: len(read_log(folder / "runs" / "horse")) > 1)
+    try:
         yield
+    finally:
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.locator("#stop").click()
+        page.locator("#status [data-state=stopped]").wait_for()
 
 
 def find_chromium() -> str | None:
@@ -153,29 +171,16 @@ def opened(address: str) -> "Iterator[Page]":
         browser.close()
 
 
-@contextmanager
-def _process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "sbora_diffusion", *words]
-    with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(PATIENCE)
-
-
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(process: subprocess.Popen[bytes], is_there: Callable[[], bool]) -> None:
+def _wait(is_there: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not is_there():
-        if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"{process.args} is not there, its status: {process.poll()}")
+        if time.monotonic() > end:
+            raise TimeoutError("a process did not start")
         time.sleep(0.2)
 
 

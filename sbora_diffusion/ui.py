@@ -92,8 +92,9 @@ def open_studio(host: str, port: int | None, bases: Sequence[str], *, open_brows
     Raises:
         SboraError: a studio runs in this folder already, or something else on the port.
     """
-    workshop = Workshop(Folders(), tuple(bases))
-    jobs = Jobs(workshop.folders.runs)
+    folders = Folders()
+    jobs = Jobs(folders.runs)
+    workshop = Workshop(folders, tuple(bases), jobs.is_running)
     try:
         address = serve(workshop, jobs, host, port, open_browser=open_browser)
         log.info("the studio is at %s; Ctrl-C ends it, trainings go on", address)

@@ -73,6 +73,10 @@ class Jobs:
         """The job of this name."""
         return next((job for job in self.all() if job.name == name), None)
 
+    def is_running(self) -> bool:
+        """Whether a job is at work."""
+        return any(job.state == "running" for job in self.all())
+
     def add(self, name: str, arguments: Sequence[str]) -> None:
         """Put a job at the end of the queue, in place of a finished one of its name."""
         with self._lock:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import TOKEN, WrittenConcepts, generate
@@ -40,12 +42,17 @@ class Workshop:
 
     Args:
         bases: base models that may be chosen besides emoji64 and those of the concepts in the library.
+        is_training: whether a training has the cores, too.
     """
 
-    def __init__(self, folders: Folders, bases: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folders: Folders, bases: tuple[str, ...] = (), is_training: Callable[[], bool] = lambda: False
+    ) -> None:
         self.folders = folders
         self.library = Library(folders.adapters)
         self._bases = bases
+        self._is_training = is_training
+        self._num_threads = torch.get_num_threads()
         self._thread = ModelThread()
         self._base: Base | None = None
         self._written: WrittenConcepts | None = None
@@ -75,6 +82,8 @@ class Workshop:
 
         def switch_and_work() -> T:
             base = self._load_base(name)
+            if base.device.type == "cpu":  # threads that wait for each other lose against a training's: half as fast
+                torch.set_num_threads(1 if self._is_training() else self._num_threads)
             self._switch(strengths)
             return work(base)
 

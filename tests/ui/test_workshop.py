@@ -13,7 +13,7 @@ from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
 from sbora_diffusion.diffusion.regions import Region, generate_regions, parse_region
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.workshop import Folders, Workshop
 
 from .conftest import random_concept
 
@@ -102,6 +102,13 @@ def test_one_thread_has_the_model(workshop: Workshop, tiny_folder: Path) -> None
             lambda _: workshop.with_model(str(tiny_folder), {}, lambda _: threading.get_ident()), range(16)
         )
     assert len(set(threads)) == 1
+
+
+def test_one_thread_of_torch_beside_a_training(tmp_path: Path, tiny_folder: Path) -> None:
+    is_training = iter([False, True, False])
+    workshop = Workshop(Folders(adapters=tmp_path), (str(tiny_folder),), lambda: next(is_training))
+    threads = [workshop.with_model(str(tiny_folder), {}, lambda _: torch.get_num_threads()) for _ in range(3)]
+    assert threads == [torch.get_num_threads(), 1, torch.get_num_threads()]
 
 
 @pytest.mark.parametrize(
