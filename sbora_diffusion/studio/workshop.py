@@ -1,4 +1,4 @@
-"""What the page works with: the folders, one loaded base model, and the concepts that are in it at the moment."""
+"""What the page works with: the folders, the library's concepts, and pictures drawn with them."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,16 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.generate import TOKEN, WrittenConcepts, generate
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.generate import TOKEN, generate
 from sbora_diffusion.diffusion.picture_file import Settings, save_numbered
 from sbora_diffusion.diffusion.regions import Region, generate_regions
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
-from sbora_diffusion.studio.model_thread import ModelThread
+from sbora_diffusion.studio.live_model import LiveModel, known_path
 
 T = TypeVar("T")
 
@@ -38,7 +36,7 @@ class Folders:
 
 
 class Workshop:
-    """The library and the model. Whoever draws waits for the one before: there is one model, in one state.
+    """The library and the model. Whoever draws waits for the one before.
 
     Args:
         bases: base models that may be chosen besides emoji64 and those of the concepts in the library.
@@ -51,12 +49,7 @@ class Workshop:
         self.folders = folders
         self.library = Library(folders.adapters)
         self._bases = bases
-        self._is_training = is_training
-        self._num_threads = torch.get_num_threads()
-        self._thread = ModelThread()
-        self._base: Base | None = None
-        self._written: WrittenConcepts | None = None
-        self._loaded: dict[str, tuple[int, Adapter]] = {}  # what is written: the file's time in ns, and what it held
+        self._model = LiveModel(self.library, is_training)
 
     def bases(self) -> list[str]:
         """The base models that may be chosen."""
@@ -72,22 +65,13 @@ class Workshop:
 
     def load(self, name: str) -> Adapter:
         """A concept of the library, which a name from the page cannot leave."""
-        if name not in self.library.names():
-            raise SboraError(f"there is no concept {name!r} any more", "Reload the page.")
+        known_path(self.library, name)
         return self.library.load(name)
 
     def with_model(self, name: str, strengths: Mapping[str, float], work: Callable[[Base], T]) -> T:
         """What `work` makes of the base model with exactly these concepts in it, alone with it."""
         self._check_base(name)
-
-        def switch_and_work() -> T:
-            base = self._load_base(name)
-            if base.device.type == "cpu":  # threads that wait for each other lose against a training's: half as fast
-                torch.set_num_threads(1 if self._is_training() else self._num_threads)
-            self._switch(strengths)
-            return work(base)
-
-        return self._thread.do(switch_and_work)
+        return self._model.run(name, strengths, work)
 
     def draw(self, settings: Settings, count: int) -> Iterator[list[Path]]:
         """Make pictures with seeds from `settings.seed` on; yields the files so far, first after one picture."""
@@ -190,39 +174,6 @@ class Workshop:
                 )
             if token not in brought:
                 raise _untaught(settings.base, token, [token for spec in specs.values() for token in spec.tokens])
-
-    def _load_base(self, name: str) -> Base:
-        if self._base is None or self._base.id != name:
-            self._base = self._written = None  # its memory first
-            self._loaded = {}
-            self._base = load_base(name)
-            self._written = WrittenConcepts(self._base)
-        return self._base
-
-    def _switch(self, strengths: Mapping[str, float]) -> None:
-        """Change what is written into what is wanted: only what differs is touched."""
-        assert self._written is not None
-        wanted = {name: self._read(name) for name in strengths}
-        gone = [name for name, entry in self._loaded.items() if name not in wanted or wanted[name][0] != entry[0]]
-        self._written.restore([self._loaded[name][1].spec.name for name in gone])
-        for name in gone:
-            del self._loaded[name]
-        new = [name for name in wanted if name not in self._loaded]
-        self._written.write([wanted[name][1] for name in new], [strengths[name] for name in new])
-        self._loaded |= {name: wanted[name] for name in new}
-        for name, strength in strengths.items():
-            own = wanted[name][1].spec.name
-            if self._written.strengths[own] != strength:
-                self._written.set_strength(own, strength)
-
-    def _read(self, name: str) -> tuple[int, Adapter]:
-        """The file's time and contents; what is written already is not read again."""
-        try:
-            time = self.library.path(name).stat().st_mtime_ns
-        except OSError:
-            raise SboraError(f"there is no concept {name!r} any more", "Reload the page.") from None
-        known = self._loaded.get(name)
-        return known if known and known[0] == time else (time, self.load(name))
 
 
 def _untaught(base: str, token: str, known: Iterable[str]) -> SboraError:
