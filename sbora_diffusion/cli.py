@@ -126,17 +126,17 @@ def generate(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt, gated (1: each concept acts
-    only where it is named)."""
-    kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": int}
+    only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones)."""
+    kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": int, "whole_scene": int}
     options = convert(parse_settings(settings), kinds)
-    gated = bool(options.pop("gated", 0))
+    gated, scene = bool(options.pop("gated", 0)), bool(options.pop("whole_scene", 1))
     from sbora_diffusion.cli_generate import pictures
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     factors, seeds = parse_numbers(strengths, len(adapters)), range(seed, seed + count)
-    for picture in pictures(base, prompt, adapters, factors, seeds, region, gated, options):
+    for picture in pictures(base, prompt, adapters, factors, seeds, region, gated, scene, options):
         typer.echo(_save_numbered(picture, out, prompt))
 
 

@@ -127,6 +127,7 @@ def test_generate_with_regions(adapters: Path, base: Path) -> None:
     regions = ("--region", "0,0,.5,1: a <dog>", "--region", ".5,0,1,1: a <cat>")
     commands = {
         "regions": ("generate", "a room", *both, *regions),
+        "own words": ("generate", "a room", *both, *regions, "--set", "whole_scene=0"),
         "one": ("generate", "a room", *both, *regions[:2]),
         "gated": ("generate", "a room", *both, "--set", "gated=1"),
         "base": ("generate", "a room", "--base", base, "--set", "steps=2"),
@@ -138,7 +139,7 @@ def test_generate_with_regions(adapters: Path, base: Path) -> None:
         assert result.exit_code == 0, result.output
         found[name] = Path(result.stdout.strip()).read_bytes()
     assert found["gated"] == found["base"] != found["written"]
-    assert len({found[name] for name in ("regions", "one", "gated", "written")}) == 4
+    assert len({found[name] for name in ("regions", "own words", "one", "gated", "written")}) == 5
     wrong = run("generate", "a room", *both, "--region", "left: a <dog>")
     assert wrong.exit_code == 1
     assert "error: got the region 'left: a <dog>', expected left,top,right,bottom: prompt" in wrong.stderr

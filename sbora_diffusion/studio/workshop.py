@@ -12,6 +12,7 @@ from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import TOKEN, generate
 from sbora_diffusion.diffusion.picture_file import Settings, save_numbered
 from sbora_diffusion.diffusion.regions import Region, generate_regions
+from sbora_diffusion.diffusion.whole_scene import class_nouns, whole_scene
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
 from sbora_diffusion.studio.live_model import LiveModel, known_path
@@ -99,6 +100,8 @@ class Workshop:
     def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
         """The same with regions: live concepts, those that a prompt names or a region has, each in its own place.
 
+        Every region is told of the whole scene.
+
         Args:
             settings: its strengths are used where a concept has one; it is written with those of all that act.
             regions: with the library's names of concepts.
@@ -109,11 +112,12 @@ class Workshop:
         strengths = {name: settings.concepts.get(name, 1.0) for name in names}
         settings = replace(settings, concepts=strengths, regions=tuple(region.text for region in regions))
         live = [replace(r, adapters=tuple(adapters[name].spec.name for name in r.adapters)) for r in regions]
+        prompt, live = whole_scene(settings.prompt, live, class_nouns(adapters.values()))
         paths: list[Path] = []
         for seed in range(settings.seed, settings.seed + count):
             drawing = partial(
                 generate_regions,
-                prompt=settings.prompt,
+                prompt=prompt,
                 regions=live,
                 adapters=list(adapters.values()),
                 seeds=[seed],

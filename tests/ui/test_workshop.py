@@ -12,6 +12,7 @@ from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
 from sbora_diffusion.diffusion.regions import Region, generate_regions, parse_region
+from sbora_diffusion.diffusion.whole_scene import whole_scene
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.studio.workshop import Folders, Workshop
 
@@ -67,9 +68,10 @@ def test_regions_are_those_of_the_command_line(workshop: Workshop, tiny_folder: 
     assert made[0].concepts == {"cat": 1.0, "dog": 0.5}
     assert [parse_region(text) for text in made[0].regions] == boxes
     base, adapters = load_base(str(tiny_folder)), [workshop.load("cat"), workshop.load("dog")]
+    prompt, told = whole_scene("on the beach", boxes, {"<dog>": "dog", "<cat>": "cat"})
     for path, seed in zip(paths, (3, 4), strict=True):
         options = {"steps": 2, "negative_prompt": "blue", "strengths": [1.0, 0.5]}
-        expected = generate_regions(base, "on the beach", boxes, adapters, seeds=[seed], **options)[0]
+        expected = generate_regions(base, prompt, told, adapters, seeds=[seed], **options)[0]
         with Image.open(path) as file:
             assert file.tobytes() == expected.tobytes()
 
