@@ -88,9 +88,10 @@ def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
     assert "--force" in again.stderr
 
 
-def test_eval_of_the_base_model_alone(base: Path, work: Path) -> None:
+def test_eval_of_the_base_model_alone(base: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = run("eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1)
     assert "| base |  | 1 | 0.0% [0.0%, 0.0%] | 0.0% | 100.0% |" in result.stdout
+    assert "git" not in capfd.readouterr().err, "there is no repository here, which is no business of anybody's"
 
 
 def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture) -> None:

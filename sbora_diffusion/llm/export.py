@@ -1,11 +1,14 @@
 """Export: an adapter as a plain LoRA, or merged into a copy of its base model."""
 
+import logging
 import shutil
 from pathlib import Path
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.adapters import find_folder, layer_shapes, load_adapter, read_about, read_concept, write_peft
 from sbora_diffusion.llm.base import load_base, meta_base
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("peft", "model")
 
@@ -32,6 +35,9 @@ def export(source: str, to: str, folder: Path, base: str = "", dequantize: bool 
 
 
 def _peft(source: str, base: str, about: dict, folder: Path) -> Path:
+    trained_for = about.get("base", base)
+    if base != trained_for:
+        log.warning("%s was trained for %s: only the sizes of %s's layers are checked", source, trained_for, base)
     if about.get("method", "").startswith("sbora"):
         return write_peft(read_concept(source), layer_shapes(meta_base(base)), folder)
     if about.get("method") == "dora":

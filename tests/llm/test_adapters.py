@@ -1,6 +1,7 @@
 """Adapters on disk: the same numbers as PEFT directory, concept file and merged model; merges; what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,14 @@ def test_refusals(base: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "half" / "run.json").write_text("{}")
     with pytest.raises(SboraError, match="is not done"):
         find_folder(str(tmp_path / "half"))
+
+
+def test_another_base_than_it_was_trained_for_is_said(
+    base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, moved = str(trained("sbora-fa", base, data, tmp_path / "run")), tmp_path / "moved"
+    shutil.copytree(base, moved)
+    export(folder, "peft", tmp_path / "same", base)
+    assert "was trained for" not in caplog.text
+    export(folder, "peft", tmp_path / "other", str(moved))
+    assert f"was trained for {base}: only the sizes of {moved}'s layers are checked" in caplog.text
