@@ -4,7 +4,6 @@ stdout is data: tables, and the paths of what was written. Logs, progress and er
 """
 
 import logging
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from sbora_diffusion.console import (
     ADAPTERS,
     RUNS,
     convert,
+    flag,
     hide_loading_bars,
     parse_numbers,
     parse_settings,
@@ -127,17 +127,17 @@ def generate(
 ) -> None:
     """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt, gated (1: each concept acts
     only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones)."""
-    kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": int, "whole_scene": int}
+    kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": flag, "whole_scene": flag}
     options = convert(parse_settings(settings), kinds)
-    gated, scene = bool(options.pop("gated", 0)), bool(options.pop("whole_scene", 1))
     from sbora_diffusion.cli_generate import pictures
+    from sbora_diffusion.diffusion.picture_file import save_numbered
     from sbora_diffusion.library import Library
 
     hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     factors, seeds = parse_numbers(strengths, len(adapters)), range(seed, seed + count)
-    for picture in pictures(base, prompt, adapters, factors, seeds, region, gated, scene, options):
-        typer.echo(_save_numbered(picture, out, prompt))
+    for picture, made in pictures(base, prompt, adapters, factors, seeds, region, options):
+        typer.echo(save_numbered(picture, out, made))
 
 
 @app.command()
@@ -432,14 +432,3 @@ def main() -> None:
     """The console script."""
     share_cores()
     app()
-
-
-def _save_numbered(picture: Any, folder: Path, prompt: str) -> Path:
-    """Under the next number that is free, so that nothing is ever overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = "-".join(re.findall(r"[^\W_]+", prompt.lower()))[:60]
-    number = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
-    path = folder / f"{number:04d}-{slug}.png"
-    with path.open("xb") as file:
-        picture.save(file, format="png")
-    return path

@@ -1,6 +1,8 @@
 """What `generate` does: with concepts written into the base model, or live where regions or gating are asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -8,6 +10,7 @@ from PIL import Image
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.generate import applied, generate
+from sbora_diffusion.diffusion.picture_file import Settings
 from sbora_diffusion.diffusion.regions import generate_regions, parse_region
 from sbora_diffusion.diffusion.whole_scene import class_nouns, whole_scene
 
@@ -21,27 +24,32 @@ def pictures(
     strengths: Sequence[float],
     seeds: Sequence[int],
     regions: Sequence[str],
-    gated: bool,
-    scene: bool,
-    options: dict[str, Any],
-) -> Iterator[Image.Image]:
-    """One picture a seed.
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Image.Image, Settings]]:
+    """One picture a seed, and what it was made with.
 
     Args:
         regions: as `parse_region` reads them.
-        gated: let each concept act only where it is named; with regions that is always so.
-        scene: tell every region of the whole scene, or let its prompt be all that it hears.
-        options: steps, guidance and negative_prompt, where they are not the defaults.
+        options: the fields of `Settings` that are asked for besides.
     """
     parsed = [parse_region(region) for region in regions]
     base = load_base(base_name or (adapters[0].spec.base_id if adapters else "emoji64"))
-    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
-    if parsed and scene:
+    concepts = {adapter.spec.name: strength for adapter, strength in zip(adapters, strengths, strict=False)}
+    made = Settings(base=base.id, prompt=prompt, concepts=concepts, regions=tuple(regions), **options)
+    if parsed and made.whole_scene:
         prompt, parsed = whole_scene(prompt, parsed, class_nouns(adapters))
-    if parsed or gated:
+    steps = {"steps": made.steps, "guidance": made.guidance, "negative_prompt": made.negative_prompt}
+    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
+    if parsed or made.gated:
+        draw = partial(generate_regions, base, prompt, parsed, adapters, strengths=strengths, **steps)
         for batch in batches:
-            yield from generate_regions(base, prompt, parsed, adapters, strengths=strengths, seeds=batch, **options)
+            yield from _told(draw(seeds=batch), batch, made)
         return
     with applied(base, adapters, strengths):
         for batch in batches:
-            yield from generate(base, [prompt] * len(batch), seeds=batch, **options)
+            yield from _told(generate(base, [prompt] * len(batch), seeds=batch, **steps), batch, made)
+
+
+def _told(drawn: Sequence[Image.Image], seeds: Sequence[int], made: Settings) -> Iterator[tuple[Image.Image, Settings]]:
+    for picture, seed in zip(drawn, seeds, strict=True):
+        yield picture, replace(made, seed=seed)

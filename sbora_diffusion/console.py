@@ -119,6 +119,11 @@ def convert(settings: dict[str, str], kinds: dict[str, Callable[[str], Any]]) ->
     return converted
 
 
+def flag(text: str) -> bool:
+    """ "0" is off, "1" on."""
+    return bool(int(text))
+
+
 def parse_numbers(text: str, number: int) -> list[float]:
     """ "1,0.8" is [1.0, 0.8]; nothing is all ones. How many there must be is the merger's concern."""
     try:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from sbora_diffusion import __version__
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
+from sbora_diffusion.diffusion.picture_file import read_settings
 from sbora_diffusion.library import Library
 
 from .tiny_pipeline import save_tiny_pipeline
@@ -45,6 +46,11 @@ main()
 
 def run(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as file:
+        return file.tobytes()
 
 
 def train(base: Path, concept: str | Path, *words: str | Path) -> Result:
@@ -118,8 +124,11 @@ def test_generate(adapters: Path) -> None:
     assert first.stdout.splitlines() == ["outputs/0001-a-dog-a-cat.png", "outputs/0002-a-dog-a-cat.png"], first.output
     again = run(*command, "--seed", "1", "--set", "steps=2", "--strengths", "1,1")
     assert again.stdout.splitlines() == ["outputs/0003-a-dog-a-cat.png"]
-    pictures = [Path(f"outputs/000{number}-a-dog-a-cat.png").read_bytes() for number in (1, 2, 3)]
-    assert pictures[1] == pictures[2] != pictures[0]
+    files = [Path(f"outputs/000{number}-a-dog-a-cat.png") for number in (1, 2, 3)]
+    assert pixels(files[1]) == pixels(files[2]) != pixels(files[0])
+    made = read_settings(files[1])
+    assert (made.prompt, made.seed, made.steps, made.concepts) == (command[1], 1, 2, {"dog": 1.0, "cat": 1.0})
+    assert read_settings(files[2]) == made
 
 
 def test_generate_with_regions(adapters: Path, base: Path) -> None:
@@ -137,7 +146,12 @@ def test_generate_with_regions(adapters: Path, base: Path) -> None:
     for name, command in commands.items():
         result = run(*command)
         assert result.exit_code == 0, result.output
-        found[name] = Path(result.stdout.strip()).read_bytes()
+        found[name] = Path(result.stdout.strip())
+    made = {name: read_settings(path) for name, path in found.items()}
+    assert made["regions"].regions == regions[1::2]
+    assert [made[name].whole_scene for name in ("regions", "own words")] == [True, False]
+    assert [made[name].gated for name in ("gated", "written")] == [True, False]
+    found = {name: pixels(path) for name, path in found.items()}
     assert found["gated"] == found["base"] != found["written"]
     assert len({found[name] for name in ("regions", "own words", "one", "gated", "written")}) == 5
     wrong = run("generate", "a room", *both, "--region", "left: a <dog>")
@@ -164,7 +178,7 @@ def test_bake(adapters: Path, base: Path, caplog: pytest.LogCaptureFixture) -> N
     files = ("--adapter", "dog", "--adapter", "cat", "--strengths", "1,0.5", "--base", base)
     assert run("generate", "a <dog> and a <cat>", *files, "--set", "steps=2").exit_code == 0
     one, other = sorted(Path("outputs").iterdir())
-    assert one.read_bytes() == other.read_bytes()
+    assert pixels(one) == pixels(other)
     assert run("bake", "dog", "cat").exit_code == 1
     assert run("bake", "dog", "cat", "--force").exit_code == 0
 

@@ -24,12 +24,14 @@ class Settings:
 
     base: str
     prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 3.0
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
     regions: tuple[str, ...] = ()  # as `parse_region` reads them
+    whole_scene: bool = True  # each region was told of all of the picture
+    gated: bool = False  # without regions: each concept acted only where it was named
 
     def to_json(self) -> str:
         """With the version of this package."""
@@ -87,4 +89,6 @@ def _parse(content: Mapping[str, Any]) -> Settings:
         guidance=float(content["guidance"]),
         concepts={str(name): float(strength) for name, strength in content["concepts"].items()},
         regions=tuple(str(region) for region in content.get("regions", ())),
+        whole_scene=bool(content.get("whole_scene", True)),
+        gated=bool(content.get("gated", False)),
     )

@@ -143,6 +143,8 @@ def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     base = workshop.base_or_default(made.base)
     if made.regions:
         gr.Warning("This picture was made in Regions: drop it there to have its boxes.")
+    elif made.gated:
+        gr.Warning("Its concepts acted only where they were named (gated): here they act everywhere.")
     known = list(workshop.concepts(base))
     warn_of_missing(made.concepts, known)
     return (

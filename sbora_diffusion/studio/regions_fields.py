@@ -93,6 +93,8 @@ def read(workshop: Workshop, path: str) -> tuple[Any, ...]:
     made = read_settings(Path(path))
     if not made.regions:
         raise SboraError("this picture has no regions", "Drop it in Generate.")
+    if not made.whole_scene:
+        gr.Warning("Its boxes heard their own prompts only: here each hears of the whole picture.")
     base = workshop.base_or_default(made.base)
     known, regions = list(workshop.singles(base)), [parse_region(text) for text in made.regions[:MAX_BOXES]]
     warn_of_missing(made.concepts, known)
