@@ -61,6 +61,7 @@ def load_pipeline(name: str) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # convolutions are faster so
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

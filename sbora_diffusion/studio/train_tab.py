@@ -32,64 +32,20 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
         with gr.Column(scale=2, min_width=320):
             source = gr.Dropdown([OWN], value=OWN, label="What to teach", elem_id="source")
             with gr.Group() as own:
-                files = gr.File(
-                    label="Drop 3 to 10 pictures of one thing",
-                    file_count="multiple",
-                    file_types=list(EXTENSIONS),
-                    height=150,
-                    elem_id="pictures",
-                )
-                with gr.Row():
-                    name = gr.Textbox(
-                        "", label="Its name", placeholder="my-mug", info="prompts say <my-mug>", elem_id="name"
-                    )
-                    noun = gr.Textbox("", label="What kind of thing", placeholder="mug", info="a word", elem_id="noun")
-                captions = gr.Textbox(
-                    "",
-                    label="What each picture shows, a line each",
-                    info="with the name in angle brackets",
-                    lines=4,
-                    max_lines=12,
-                    elem_id="captions",
-                )
+                files, name, noun, captions = _own_pictures()
             shown = gr.Gallery(
                 label="Pictures", columns=5, height="auto", visible=False, elem_classes="pixels", interactive=False
             )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             with gr.Accordion("More", open=False, elem_id="train-more"):
-                base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
-                with gr.Row():
-                    method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140)
-                    steps = gr.Number(
-                        0,
-                        label="Steps",
-                        info="0: the recipe's",
-                        precision=0,
-                        minimum=0,
-                        maximum=20000,
-                        min_width=110,
-                        elem_id="train-steps",
-                    )
-                    rank = gr.Number(
-                        0, label="Rank", info="0: the recipe's", precision=0, minimum=0, maximum=256, min_width=110
-                    )
+                base, method, steps, rank = _recipe()
         with gr.Column(scale=3, min_width=320):
             chosen = gr.Dropdown([], value=None, label="Training", visible=False, elem_id="chosen")
             status = gr.HTML(NOTHING, elem_id="status")
             with gr.Row():
                 stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
                 resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume")
-            picture = gr.Image(
-                label="Preview",
-                show_label=False,
-                visible=False,
-                interactive=False,
-                elem_id="preview",
-                buttons=["fullscreen"],
-            )
-            plot = gr.LinePlot(
-                x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss"
-            )
+            picture, plot = _progress()
     timer = gr.Timer(PERIOD)
     seen = gr.State(("", "", -1, ""))
 
@@ -103,6 +59,54 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     outputs = [chosen, status, stop, resume, picture, plot, seen]
     timer.tick(watcher(workshop, jobs), [chosen, seen], outputs, queue=False, show_progress="hidden")
     return source, base
+
+
+def _own_pictures() -> tuple[gr.File, gr.Textbox, gr.Textbox, gr.Textbox]:
+    """Pictures, name, class noun and captions."""
+    files = gr.File(
+        label="Drop 3 to 10 pictures of one thing",
+        file_count="multiple",
+        file_types=list(EXTENSIONS),
+        height=150,
+        elem_id="pictures",
+    )
+    with gr.Row():
+        name = gr.Textbox("", label="Its name", placeholder="my-mug", info="prompts say <my-mug>", elem_id="name")
+        noun = gr.Textbox("", label="What kind of thing", placeholder="mug", info="a word", elem_id="noun")
+    captions = gr.Textbox(
+        "",
+        label="What each picture shows, a line each",
+        info="with the name in angle brackets",
+        lines=4,
+        max_lines=12,
+        elem_id="captions",
+    )
+    return files, name, noun, captions
+
+
+def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Number, gr.Number]:
+    """Base model, method, steps and rank."""
+    number = partial(gr.Number, 0, info="0: the recipe's", precision=0, minimum=0, min_width=110)
+    base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
+    with gr.Row():
+        method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140)
+        steps = number(label="Steps", maximum=20000, elem_id="train-steps")
+        rank = number(label="Rank", maximum=256)
+    return base, method, steps, rank
+
+
+def _progress() -> tuple[gr.Image, gr.LinePlot]:
+    """The latest preview and the loss; not seen before there is one."""
+    picture = gr.Image(
+        label="Preview",
+        show_label=False,
+        visible=False,
+        interactive=False,
+        elem_id="preview",
+        buttons=["fullscreen"],
+    )
+    plot = gr.LinePlot(x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss")
+    return picture, plot
 
 
 def teachable(workshop: Workshop) -> tuple[Any, Any]:
