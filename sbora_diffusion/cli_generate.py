@@ -38,16 +38,15 @@ def pictures(
     made = Settings(base=base.id, prompt=prompt, concepts=concepts, regions=tuple(regions), **options)
     if parsed and made.whole_scene:
         prompt, parsed = whole_scene(prompt, parsed, class_nouns(adapters))
-    steps = {"steps": made.steps, "guidance": made.guidance, "negative_prompt": made.negative_prompt}
     batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
     if parsed or made.gated:
-        draw = partial(generate_regions, base, prompt, parsed, adapters, strengths=strengths, **steps)
+        draw = partial(generate_regions, base, prompt, parsed, adapters, strengths=strengths, **made.sampling)
         for batch in batches:
             yield from _told(draw(seeds=batch), batch, made)
         return
     with applied(base, adapters, strengths):
         for batch in batches:
-            yield from _told(generate(base, [prompt] * len(batch), seeds=batch, **steps), batch, made)
+            yield from _told(generate(base, [prompt] * len(batch), seeds=batch, **made.sampling), batch, made)
 
 
 def _told(drawn: Sequence[Image.Image], seeds: Sequence[int], made: Settings) -> Iterator[tuple[Image.Image, Settings]]:

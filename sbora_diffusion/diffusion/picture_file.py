@@ -33,6 +33,11 @@ class Settings:
     whole_scene: bool = True  # each region was told of all of the picture
     gated: bool = False  # without regions: each concept acted only where it was named
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How it was drawn, as `generate` and `generate_regions` take it."""
+        return {"steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
+
     def to_json(self) -> str:
         """With the version of this package."""
         return json.dumps(asdict(self) | {"concepts": dict(self.concepts), "version": __version__}, ensure_ascii=False)

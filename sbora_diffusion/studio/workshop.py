@@ -88,9 +88,7 @@ class Workshop:
                 generate,
                 prompts=[settings.prompt] * size,
                 seeds=seeds,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                negative_prompt=settings.negative_prompt,
+                **settings.sampling,
             )
             pictures = self.with_model(settings.base, settings.concepts, drawing)
             for seed, picture in zip(seeds, pictures, strict=True):
@@ -122,9 +120,7 @@ class Workshop:
                 adapters=list(adapters.values()),
                 seeds=[seed],
                 strengths=list(strengths.values()),
-                steps=settings.steps,
-                guidance=settings.guidance,
-                negative_prompt=settings.negative_prompt,
+                **settings.sampling,
             )
             (picture,) = self.with_model(settings.base, {}, drawing)
             paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
