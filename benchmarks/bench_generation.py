@@ -50,7 +50,9 @@ def main(
     size = 8 if tiny else 32 if target.type == "cpu" else 64
     name = f"SD1.5's U-Net, latent {size}×{size}"
     if unet:
-        rows += measure(sd15_unet(tiny), name, size, 77, counts, max(1, rounds // 2), target)
+        with target:
+            model = sd15_unet(tiny)
+        rows += measure(model, name, size, 77, counts, max(1, rounds // 2), target)
     save("generation", target, rows, out, rounds=rounds, tiny=tiny)
 
 

@@ -110,10 +110,37 @@ def sd15_unet(tiny: bool = False) -> Any:
     return unet.requires_grad_(False)
 
 
-def unet_inputs(size: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def sdxl_unet() -> Any:
+    """A U-Net with the configuration of Stable Diffusion XL and random weights, frozen."""
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        layers_per_block=2,
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return unet.requires_grad_(False)
+
+
+def conditions(model: Any, batch: int, device: torch.device) -> dict[str, Any]:
+    """What SDXL wants besides: the pooled text, and the picture's size and crop."""
+    if getattr(model.config, "addition_embed_type", None) != "text_time":
+        return {}
+    sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch, device=device)
+    return {"added_cond_kwargs": {"text_embeds": torch.randn(batch, 1280, device=device), "time_ids": sizes}}
+
+
+def unet_inputs(size: int, batch: int, device: torch.device, width: int = CONTEXT) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and text; latents and text want a gradient, as in a training that learns a token."""
     return (
         torch.randn(batch, 4, size, size, device=device, requires_grad=True),
         torch.full((batch,), 500, device=device),
-        torch.randn(batch, 77, CONTEXT, device=device, requires_grad=True),
+        torch.randn(batch, 77, width, device=device, requires_grad=True),
     )

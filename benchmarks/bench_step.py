@@ -68,7 +68,8 @@ def measure_stack(blocks: Sequence[tuple[int, int, int]], rank: int, rounds: int
 def measure_unet(tiny: bool, rank: int, rounds: int, device: torch.device) -> list[Row]:
     """The whole U-Net."""
     size = 8 if tiny else 32 if device.type == "cpu" else 64
-    base = sd15_unet(tiny).to(device)
+    with device:
+        base = sd15_unet(tiny)
     ways = tuple(way for way in WAYS if not way.startswith("fb"))
     about = f"SD1.5's U-Net, latent {size}×{size}"
     return _measure(base, ways, unet_inputs(size, 1, device), rank, rounds, device, model=about)

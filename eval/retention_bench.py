@@ -26,7 +26,7 @@ from sbora_diffusion.evaluation.suite import load_suite
 log = logging.getLogger("retention")
 
 PRIOR_WEIGHT = 1.0
-BATCH = 10  # pictures at once
+BATCH = 20  # pictures at once
 METRICS = ("text_mos", "image", "success")
 
 
@@ -84,8 +84,9 @@ class Bench:
         moments, prior = [self.moments(adapter)[key] for adapter in adapters], self.moments(None)[key]
         if how == "full":
             return full_support(deltas, moments, prior, prior_weight=PRIOR_WEIGHT, ridge=RIDGE)
-        steps = STEPS[key.partition(".")[0]]
-        return gradient_fusion(deltas, moments, prior, prior_weight=PRIOR_WEIGHT, steps=steps)
+        steps, device = STEPS[key.partition(".")[0]], self.base.device
+        deltas, moments = ([each.to(device) for each in tensors] for tensors in (deltas, moments))
+        return gradient_fusion(deltas, moments, prior.to(device), prior_weight=PRIOR_WEIGHT, steps=steps).cpu()
 
     def _delta(self, adapter: Adapter, key: str) -> Tensor:
         """(out, in) float64."""

@@ -30,22 +30,27 @@ def weighted_sum(
 
 
 def fuse_by_gradient(
-    adapters: Sequence[Adapter], weights: Sequence[float], moments: Sequence[Mapping[str, Tensor]]
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    moments: Sequence[Mapping[str, Tensor]],
+    device: torch.device | str = "cpu",
 ) -> Adapter:
     """Mix-of-Show's gradient fusion (Gu et al. 2023, eq. 6), layer by layer, by LBFGS over whole weights.
 
     Args:
         moments: for each adapter E[x xᵀ] (in, in) of each layer's inputs under the adapter's own model.
+        device: where it is computed.
     """
     pairs = {id(adapter): seen for adapter, seen in zip(adapters, moments, strict=True)}
     adapters, weights = in_order(adapters, weights)
     dense = {}
     for key in _keys(adapters):
-        seen = [pairs[id(adapter)][key] for adapter in adapters]
-        deltas = [_delta(adapter, key).double() * weight for adapter, weight in zip(adapters, weights, strict=True)]
+        seen = [pairs[id(adapter)][key].to(device) for adapter in adapters]
+        deltas = [_delta(adapter, key).to(device).double() * weight
+                  for adapter, weight in zip(adapters, weights, strict=True)]  # fmt: skip
         steps = STEPS[key.partition(".")[0]]
         fused = gradient_fusion(deltas, seen, torch.zeros_like(seen[0]), prior_weight=0.0, steps=steps)
-        dense[key] = Dense(fused.float())
+        dense[key] = Dense(fused.float().cpu())
     return _with_dense(put_together(adapters, weights, {}, {"how": "gradient"}), dense)
 
 

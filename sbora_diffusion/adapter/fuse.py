@@ -95,7 +95,7 @@ class System:
         assert self.total is not None
         mean = self.gram.diagonal().mean().item()
         epsilon = ridge * mean if mean > 0 else 1.0
-        factor = torch.linalg.cholesky(self.gram + epsilon * torch.eye(len(self.gram), dtype=torch.float64))
+        factor = torch.linalg.cholesky(self.gram + epsilon * torch.eye(len(self.gram)).to(self.gram))
         return torch.cholesky_solve((self.answers + epsilon * self.total).T, factor).T
 
 

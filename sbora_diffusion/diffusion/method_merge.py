@@ -37,7 +37,7 @@ def merge_by_method(
     if how == "gradient":
         drawn = DrawnInputs(base, adapters)
         every = {key: torch.arange(shape[1]) for key, shape in base.layer_shapes.items()}
-        return fuse_by_gradient(adapters, weights, [drawn(adapter, every) for adapter in adapters])
+        return fuse_by_gradient(adapters, weights, [drawn(adapter, every) for adapter in adapters], base.device)
     if how == "constrained":
         texts = [word_states(base, adapter) for adapter in adapters]
         return merge_constrained(adapters, weights, texts, prior_states(base, adapters))

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter, write_atomically
@@ -23,19 +25,19 @@ from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.diffusion.train import train
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import merged_token
 from sbora_diffusion.evaluation.suite import load_suite
 from sbora_diffusion.methods import find_method
 
-BATCH = 10  # pictures at once
+BATCH = 20  # pictures at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared: the same base, pictures, prompts and steps for every variant, or those of its own settings."""
 
-    variants: tuple[str, ...]  # "lora" or "lora:rank=4,learning_rate=1e-3"
+    variants: tuple[str, ...]  # "lora" or "lora:rank=4,learning_rate=1e-3"; "sbora-fa:merge=fuse" merges in that way
     concepts: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     sizes: tuple[int, ...] = (1,)  # concepts merged at once
@@ -62,11 +64,8 @@ class Comparison:
 
     def config(self, variant: str, seed: int) -> TrainConfig:
         """The recipe of a variant, with the common settings and its own over it."""
-        method, _, own = variant.partition(":")
-        pairs = [pair.partition("=") for pair in own.split(",") if pair]
-        if any(not equals for _, equals, _ in pairs):
-            raise SboraError(f"got {variant!r}, expected method or method:key=value,key=value")
-        settings = self.settings | {key: value for key, _, value in pairs} | {"seed": str(seed), "preview_every": "0"}
+        method, own = parts_of(trained_as(variant))
+        settings = self.settings | own | {"seed": str(seed), "preview_every": "0"}
         return TrainConfig.from_recipe(recipe_base(self.base), method, settings)
 
     def groups(self, size: int) -> list[tuple[str, ...]]:
@@ -75,7 +74,8 @@ class Comparison:
 
     def trainings(self) -> Iterator[str]:
         """Keys of the cells to train."""
-        yield from (f"{v}/{seed}/{name}" for seed in self.seeds for v in self.variants for name in self.concepts)
+        variants = dict.fromkeys(map(trained_as, self.variants))
+        yield from (f"{v}/{seed}/{name}" for seed in self.seeds for v in variants for name in self.concepts)
 
     def merges(self) -> Iterator[str]:
         """Keys of the cells to judge, single concepts (size 1) first."""
@@ -83,6 +83,22 @@ class Comparison:
             for seed in self.seeds:
                 for variant in self.variants:
                     yield from (f"{variant}/{seed}/{'+'.join(names)}" for names in self.groups(size))
+
+
+def parts_of(variant: str) -> tuple[str, dict[str, str]]:
+    """Its method, and what it sets."""
+    method, _, own = variant.partition(":")
+    pairs = [pair.partition("=") for pair in own.split(",") if pair]
+    if any(not equals for _, equals, _ in pairs):
+        raise SboraError(f"got {variant!r}, expected method or method:key=value,key=value")
+    return method, {key: value for key, _, value in pairs}
+
+
+def trained_as(variant: str) -> str:
+    """The variant that trains its adapters: itself, but for how it merges."""
+    method, own = parts_of(variant)
+    settings = ",".join(f"{key}={value}" for key, value in own.items() if key != "merge")
+    return f"{method}:{settings}" if settings else method
 
 
 def path_of(folder: Path, kind: str, key: str) -> Path:
@@ -100,7 +116,7 @@ def run_cell(folder: Path, kind: str, key: str) -> None:
 
 
 def _adapter_path(folder: Path, variant: str, seed: int, name: str) -> Path:
-    return folder / "adapters" / variant / str(seed) / f"{name}.safetensors"
+    return folder / "adapters" / trained_as(variant) / str(seed) / f"{name}.safetensors"
 
 
 def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: str) -> dict[str, Any]:
@@ -108,10 +124,11 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     config, run = comparison.config(variant, seed), folder / "runs" / variant / str(seed) / name
     start = comparison.concepts.index(name) * config.rank
     interval = Interval(start, config.rank) if find_method(config.method).owns_interval else None
-    concept, base, path = load_concept(name, default_roots()), load_base(comparison.base), _adapter_path(
-        folder, variant, seed, name
-    )  # fmt: skip
-    began, adapter = time.perf_counter(), None
+    concept, base = load_concept(name, default_roots()), _base(comparison.base)
+    path, adapter = _adapter_path(folder, variant, seed, name), None
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
+    began = time.perf_counter()
     for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
         if step.adapter:
             adapter = step.adapter
@@ -121,7 +138,7 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
         "seconds": time.perf_counter() - began,
         "bytes": path.stat().st_size,
         "parameters": num_trained(adapter),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_bytes(base.device),
     }
 
 
@@ -136,8 +153,10 @@ def num_trained(adapter: Adapter) -> int:
     return count
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held (at the moment, where the system does not tell)."""
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held on its GPU, or without one at all (now, where no system tells)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return psutil.Process().memory_info().rss
@@ -145,11 +164,9 @@ def peak_bytes() -> int:
 
 def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined: str) -> dict[str, Any]:
     """Draw and judge each concept of a merge: name -> metric -> a number a prompt."""
-    base = load_base(comparison.base)
+    base, judge = _base(comparison.base), _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
-    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts)
-    known = [load_concept(name, default_roots()) for name in known_concepts(default_roots())]
-    judge = instruct(load_encoder(comparison.judge), reference_pictures(known), None)
+    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
     suite, told, rows = load_suite(comparison.suite), {}, []
     with applied(base, [merged]):
         for part in parts:
@@ -164,6 +181,18 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
     picture.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(picture)
     return told
+
+
+@lru_cache(maxsize=1)
+def _base(name: str) -> Base:
+    """Loaded once a process: trainings and judgements leave it as it was."""
+    return load_base(name)
+
+
+@lru_cache(maxsize=1)
+def _judge_of(encoder: str) -> Judge:
+    known = [load_concept(name, default_roots()) for name in known_concepts(default_roots())]
+    return instruct(load_encoder(encoder), reference_pictures(known), None)
 
 
 def _pictures(base: Base, prompts: Sequence[str], seed: int) -> list[Any]:

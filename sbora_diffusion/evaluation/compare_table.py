@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
-from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
+from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, trained_as
 
 OBJECTS = ("beer-mug", "birthday-cake", "christmas-tree", "pumpkin")  # all other concepts that ship are characters
 METRICS = {"text_mos": "Text", "image": "Image"}
@@ -21,7 +21,7 @@ def summarise(folder: Path, comparison: Comparison) -> list[dict[str, Any]]:
     """A row for each variant and K whose cells are there (all or some: `n` counts them)."""
     rows = []
     for variant in comparison.variants:
-        trained = [_read(path_of(folder, "trained", f"{variant}/{seed}/{name}"))
+        trained = [_read(path_of(folder, "trained", f"{trained_as(variant)}/{seed}/{name}"))
                    for seed in comparison.seeds for name in comparison.concepts]  # fmt: skip
         done = [cell for cell in trained if cell]
         costs = {key: sum(c[key] for c in done) / len(done) for key in done[0]} if done else {}

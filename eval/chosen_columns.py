@@ -1,0 +1,118 @@
+"""Other ways to choose an SBoRA-FA adapter's columns than by chance, as an experiment: what would be gained by them?
+
+The package hands out intervals of seeded permutations. Here, for a whole set of concepts at once and still disjoint:
+
+- energy: the columns with the largest E[x²] of their inputs on the prior prompts, dealt out like cards.
+- gradient: each concept in turn takes, of the columns that are free, those in which the gradient of its own pictures'
+  loss (under captions of its class) is largest.
+- contrast: the same, with the squared gradient over E[x²] on the prior prompts: most learned at the least loudness.
+- width: columns by chance, but in each layer rank · (layer's width / narrowest width) of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.adapter import file
+from sbora_diffusion.adapter import layer as attaching
+from sbora_diffusion.adapter.basis import Interval, canonical, permutation
+from sbora_diffusion.diffusion import injection
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.latents import Batch
+from sbora_diffusion.diffusion.run import mean_error
+from sbora_diffusion.diffusion.samples import prepare_data
+from sbora_diffusion.english import say_plainly
+from sbora_diffusion.methods import lora_config
+
+KINDS = ("energy", "gradient", "contrast", "width")
+BATCHES, BATCH = 16, 8
+
+Columns = dict[str, Tensor]  # canonical layer -> (r,) int64
+
+
+def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, path: Path) -> None:
+    """Choose disjoint columns for all concepts, in their order, and save them: concept -> Columns."""
+    chosen: dict[str, Columns] = {name: {} for name in names}
+    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
+    narrowest = min(widths.values())
+    free = {key: torch.ones(width, dtype=torch.bool) for key, width in widths.items()}
+    for number, name in enumerate(names):
+        scores = {} if kind == "width" else _scores(kind, load_concept(name, default_roots()), base, config)
+        for key, width in widths.items():
+            layer = key.partition(".")[2]
+            if kind == "width":
+                share = width // narrowest * config.rank
+                index = permutation(layer, width, config.basis_seed)[number * share : (number + 1) * share]
+            elif kind == "energy":
+                index = scores[key].argsort(descending=True)[number :: len(names)][: config.rank]
+            else:
+                index = scores[key].masked_fill(~free[key], -torch.inf).topk(config.rank).indices
+            free[key][index] = False
+            chosen[name][layer] = index
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(chosen, path)
+
+
+def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dict[str, Tensor]:
+    """How much each column of each layer is wanted: layer -> (in,) float64."""
+    data = prepare_data(concept, base, config)
+    energy = {key: moments.diagonal() for key, moments in data.moments.items()}
+    if kind == "energy":
+        return energy
+    weights = {key: layer.weight for key, layer in base.layers.items()}
+    squares = {key: torch.zeros(weight.shape[1], dtype=torch.float64) for key, weight in weights.items()}
+    shots, generator = data.shots[0], torch.Generator().manual_seed(config.seed)
+    ids = base.tokenize([say_plainly(text, concept.token, concept.class_noun) for text in shots.captions])
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for _ in range(BATCHES):
+            rows = torch.randint(len(shots.latents), (BATCH,), generator=generator)
+            t = data.noising.timesteps(BATCH, generator).to(base.device)
+            latents = shots.latents[rows]
+            noise = torch.randn(latents.shape, generator=generator).to(base.device)
+            batch = Batch(data.noising.add(latents, noise, t), t, ids[rows], data.noising.target(latents, noise, t))
+            loss = mean_error(base.predict(batch.noisy, batch.t, batch.ids), batch, masked=False)
+            for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                squares[key] += gradient.double().pow(2).sum(0).cpu()
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    if kind == "gradient":
+        return squares
+    return {key: square / (energy[key] + 1e-3 * energy[key].mean()) for key, square in squares.items()}
+
+
+@contextmanager
+def chosen_columns(path: Path, name: str) -> Iterator[None]:
+    """Meanwhile a training of the concept writes the columns that were chosen for it."""
+    columns: Columns = torch.load(path, weights_only=True)[name]
+
+    def indices(layer: str, dim: int, interval: Interval, seed: int) -> Tensor:
+        return columns[canonical(layer)]
+
+    def config(rank: int, targets: Sequence[str], use_dora: bool = False) -> Any:
+        result = lora_config(rank, targets, use_dora)
+        ranks: Mapping[str, int] = {layer: len(index) for layer, index in columns.items()}
+        result.rank_pattern = result.alpha_pattern = {f"^(.*\\.)?{layer}": rank for layer, rank in ranks.items()}
+        return result
+
+    with (
+        patch.object(attaching, "indices", indices),
+        patch.object(attaching, "_check_attachable", lambda *_: None),
+        patch.object(injection, "lora_config", config),
+        any_rank(),
+    ):
+        yield
+
+
+def any_rank() -> AbstractContextManager[Any]:
+    """Meanwhile a concept file may hold another number of columns in each layer."""
+    return patch.object(file, "_check", lambda _: None)

@@ -1,0 +1,225 @@
+"""Many cells at once on one GPU: comparisons of methods, their sweeps, and the retention study, from one plan.
+
+    python eval/pooled_cells.py PLAN.toml OUT [--jobs 14] [--deadline SECONDS]
+
+The cells are those of `sbora-diffusion compare` and eval/retention.py, and lie where these look for them; but here a
+process makes many of them, one after the other, and holds its base model. A cell that is there is not made again; after
+the deadline no new one is begun. A plan names comparisons, in the order of their weight:
+
+    [NAME]
+    variants = ["lora", "sbora-fa:rank=4"]   concepts = ["dog"]   seeds = [0]   sizes = [1, 12]
+    rates_from = "SWEEP"    # each method's learning rates from the best cells of that comparison
+    columns = "gradient"    # see chosen_columns.py
+    [retention]
+    schemes = ["disjoint"]   seeds = [0]   hows = ["sum"]
+"""
+
+import json
+import logging
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+log = logging.getLogger("cells")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Something to do in one of the processes."""
+
+    key: str
+    call: Callable[..., None]
+    arguments: tuple[Any, ...]
+    is_done: Callable[[], bool]
+    needs: frozenset[str] = field(default_factory=frozenset)  # keys
+
+
+def run_cell(folder: Path, kind: str, key: str, columns: Path | None) -> None:
+    """A cell of a comparison."""
+    from chosen_columns import any_rank, chosen_columns
+
+    from sbora_diffusion.evaluation import compare_cells
+
+    if columns is None:
+        return compare_cells.run_cell(folder, kind, key)
+    with chosen_columns(columns, key.rsplit("/", 1)[1]) if kind == "trained" else any_rank():
+        return compare_cells.run_cell(folder, kind, key)
+
+
+def choose_columns(kind: str, folder: Path, path: Path) -> None:
+    """The columns of all concepts of a comparison."""
+    from chosen_columns import choose
+
+    from sbora_diffusion.diffusion.base import load_base
+    from sbora_diffusion.evaluation.compare_cells import Comparison
+
+    comparison = Comparison.load(folder)
+    config = comparison.config(comparison.variants[0], comparison.seeds[0])
+    choose(kind, comparison.concepts, load_base(comparison.base), config, path)
+
+
+def train_retained(study: Any, scheme: str, seed: int, name: str) -> None:
+    """A training of the retention study."""
+    import retention
+
+    retention.load_base = _cached(retention.load_base)
+    retention.train_one(study, scheme, seed, name)
+
+
+def judge_retained(study: Any, scheme: str, seed: int) -> None:
+    """All merges and scores of the retention study's (scheme, seed)."""
+    import retention_bench
+
+    retention_bench.judge_all(study, scheme, seed)
+
+
+_CACHE: dict[Any, Any] = {}
+
+
+def _cached(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda name: _CACHE.setdefault(name, None) or _CACHE.update({name: load(name)}) or _CACHE[name]
+
+
+def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
+    """Cells of a comparison; what it takes from a sweep must be there."""
+    from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, trained_as
+
+    folder, columns = out / name, settings.get("columns")
+    lists = {key: tuple(settings[key]) for key in ("concepts", "seeds", "sizes")}
+    variants = tuple(settings["variants"])
+    if "rates_from" in settings:
+        variants = tuple(with_best_rates(variants, out / settings["rates_from"]))
+    comparison = Comparison(variants=variants, settings=settings.get("settings", {}), **lists)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison.save(folder)
+    path, first = folder / "columns.pt" if columns else None, f"{name}/columns"
+    if path:
+        yield Task(first, choose_columns, (columns, folder, path), path.exists)
+    for kind, keys in (("trained", comparison.trainings()), ("scores", comparison.merges())):
+        for key in keys:
+            variant, seed, joined = key.rsplit("/", 2)
+            parts = [f"{name}/trained/{trained_as(variant)}/{seed}/{part}" for part in joined.split("+")]
+            needs = frozenset(parts if kind == "scores" else [first] if path else [])
+            done = path_of(folder, kind, key).exists
+            yield Task(f"{name}/{kind}/{key}", run_cell, (folder, kind, key, path), done, needs)
+
+
+def with_best_rates(variants: tuple[str, ...], sweep: Path) -> Iterator[str]:
+    """Each variant with the settings of the sweep's best one of its method, its own settings over them."""
+    best = best_of_sweep(sweep)
+    for variant in variants:
+        method, _, own = variant.partition(":")
+        yield f"{method}:{','.join(filter(None, [best[method], own]))}" if method in best else variant
+
+
+def best_of_sweep(sweep: Path) -> dict[str, str]:
+    """Method -> settings with the highest mean of text and image alignment over the sweep's cells."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for path in sorted((sweep / "scores").rglob("*.json")):
+        method, _, own = path.relative_to(sweep / "scores").parts[0].partition(":")
+        for told in json.loads(path.read_bytes()).values():
+            values = [sum(told[metric]) / len(told[metric]) for metric in ("text_mos", "image")]
+            scores.setdefault(method, {}).setdefault(own, []).append(sum(values) / 2)
+    return {method: max(found, key=lambda own: sum(found[own]) / len(found[own])) for method, found in scores.items()}
+
+
+def retention_tasks(settings: dict[str, Any], out: Path) -> Iterator[Task]:
+    """Cells of the retention study."""
+    from retention_study import Study
+
+    study = Study(folder=out / "study", results=out / "retention", hows=tuple(settings["hows"]))
+    for seed in settings["seeds"]:
+        for scheme in settings["schemes"]:
+            keys = []
+            for name in study.concepts:
+                keys.append(f"retention/{scheme}/{seed}/{name}")
+                done = study.adapter_path(scheme, seed, name).exists
+                yield Task(keys[-1], train_retained, (study, scheme, seed, name), done)
+            yield Task(f"retention/{scheme}/{seed}", judge_retained, (study, scheme, seed),
+                       lambda scheme=scheme, seed=seed: not study.missing(scheme, seed), frozenset(keys))  # fmt: skip
+
+
+def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
+    """Do what can be done until a time; a comparison that takes from a sweep is planned when that is through."""
+    pending = {name: settings for name, settings in plan.items()}
+    waiting: list[Task] = []
+    running: dict[Future[None], Task] = {}
+    done: set[str] = set()
+    failed: set[str] = set()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+        while time.monotonic() < ends:
+            for name in [name for name, s in pending.items() if _is_through(s.get("rates_from"), plan, pending, waiting, running)]:
+                settings = pending.pop(name)
+                tasks = list(retention_tasks(settings, out) if name == "retention" else comparison_tasks(name, settings, out))
+                done |= {task.key for task in tasks if task.is_done()}
+                waiting += [task for task in tasks if task.key not in done]
+                order = list(plan)
+                waiting.sort(key=lambda task: order.index(task.key.split("/")[0]))
+            ready = [t for t in waiting if t.needs <= done][: jobs + 2 - len(running)]
+            for task in ready:
+                waiting.remove(task)
+                running[pool.submit(_do, task.key, task.call, task.arguments)] = task
+            if not running:
+                break
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                error = future.exception()
+                if error:
+                    failed.add(task.key)
+                    log.info("FAILED %s: %s", task.key, error)
+                else:
+                    done.add(task.key)
+                    if len(done) % 25 == 0:
+                        log.info("%d done, %d waiting, %d failed", len(done), len(waiting), len(failed))
+        log.info("%d done, %d waiting, %d under way, %d failed", len(done), len(waiting), len(running), len(failed))
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+
+
+def _is_through(sweep: str | None, plan: Any, pending: Any, waiting: list[Task], running: dict[Any, Task]) -> bool:
+    if sweep is None:
+        return True
+    unfinished = [task.key for task in (*waiting, *running.values())]
+    return sweep not in pending and not any(key.startswith(f"{sweep}/") for key in unfinished)
+
+
+def _prepare() -> None:
+    import os
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _do(key: str, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    began = time.perf_counter()
+    try:
+        call(*arguments)
+    except Exception:
+        raise RuntimeError(f"{key}\n{traceback.format_exc()[-1500:]}") from None
+    with Path("times.log").open("a") as times:
+        times.write(f"{time.perf_counter() - began:.2f} {key}\n")
+
+
+def main(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="TOML.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where all cells lie.")],
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 14,
+    deadline: Annotated[float, typer.Option(metavar="SECONDS", help="From now.")] = 1e9,
+) -> None:
+    """Make all cells of a plan."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    out.mkdir(parents=True, exist_ok=True)
+    run_all(tomllib.loads(plan.read_text()), out, jobs, time.monotonic() + deadline)
+
+
+if __name__ == "__main__":
+    typer.run(main)
