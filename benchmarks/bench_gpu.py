@@ -1,11 +1,12 @@
-"""(j) On a GPU, at real size: time and peak memory of a training step of SD1.5 (512²) and SDXL (1024²).
+"""(k) On a GPU, at real size: time and peak memory of a training step of SD1.5 (512²) and SDXL (1024²).
 
     python benchmarks/bench_gpu.py [--device cuda] [--rounds 7] [--tiny] [--out FILE]
 
 U-Nets of those shapes with random weights; a step is forward, backward and AdamW on a rank-8 adapter of all attention
 layers, whose weights are fp32. The base way is the frozen model: forward, and backward to the inputs only. Arithmetic
 in fp32, in bf16 by autocast with the frozen weights in fp32, and with these in bf16, too. The peak is what torch has
-allocated at most during the way's own steps, the frozen weights included.
+allocated at most during the way's own steps, the frozen weights included. Where four pictures take no longer than one,
+the GPU waits for Python, and a ratio compares how much of that each way runs.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ import typer
 from bench_common import RESULTS, Row, new_app
 
 DOCUMENT = RESULTS.parents[1] / "docs" / "benchmarks.md"
-ORDER = ("layers", "step", "memory", "switch", "generation", "startup", "train", "studio", "threads", "gather")
+ORDER = ("layers", "step", "memory", "switch", "generation", "startup", "train", "studio", "threads", "gather", "gpu")
 SIDE_BY_SIDE = ("layers", "step", "generation")  # their ways become columns
 INTRODUCTION = """# Benchmarks
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter import file
 from sbora_diffusion.adapter import layer as attaching
-from sbora_diffusion.adapter.basis import Interval, canonical, permutation
+from sbora_diffusion.adapter.basis import canonical, permutation
 from sbora_diffusion.diffusion import injection
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
@@ -95,12 +95,13 @@ def chosen_columns(path: Path, name: str) -> Iterator[None]:
     """Meanwhile a training of the concept writes the columns that were chosen for it."""
     columns: Columns = torch.load(path, weights_only=True)[name]
 
-    def indices(layer: str, dim: int, interval: Interval, seed: int) -> Tensor:
+    def indices(layer: str, *_: Any) -> Tensor:
         return columns[canonical(layer)]
 
     def config(rank: int, targets: Sequence[str], use_dora: bool = False) -> Any:
         result = lora_config(rank, targets, use_dora)
-        ranks: Mapping[str, int] = {layer: len(index) for layer, index in columns.items()}
+        ends = tuple(f".{target}" for target in targets)
+        ranks: Mapping[str, int] = {layer: len(index) for layer, index in columns.items() if layer.endswith(ends)}
         result.rank_pattern = result.alpha_pattern = {f"^(.*\\.)?{layer}": rank for layer, rank in ranks.items()}
         return result
 

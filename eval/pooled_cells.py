@@ -16,6 +16,7 @@ the deadline no new one is begun. A plan names comparisons, in the order of thei
 
 import json
 import logging
+import multiprocessing
 import time
 import tomllib
 import traceback
@@ -70,7 +71,6 @@ def train_retained(study: Any, scheme: str, seed: int, name: str) -> None:
     """A training of the retention study."""
     import retention
 
-    retention.load_base = _cached(retention.load_base)
     retention.train_one(study, scheme, seed, name)
 
 
@@ -81,11 +81,9 @@ def judge_retained(study: Any, scheme: str, seed: int) -> None:
     retention_bench.judge_all(study, scheme, seed)
 
 
-_CACHE: dict[Any, Any] = {}
-
-
-def _cached(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda name: _CACHE.setdefault(name, None) or _CACHE.update({name: load(name)}) or _CACHE[name]
+def tasks_of(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
+    """All cells of a part of the plan."""
+    return (retention_tasks if name == "retention" else comparison_tasks)(name, settings, out)
 
 
 def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
@@ -93,7 +91,7 @@ def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator
     from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, trained_as
 
     folder, columns = out / name, settings.get("columns")
-    lists = {key: tuple(settings[key]) for key in ("concepts", "seeds", "sizes")}
+    lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("concepts", "seeds", "sizes")}
     variants = tuple(settings["variants"])
     if "rates_from" in settings:
         variants = tuple(with_best_rates(variants, out / settings["rates_from"]))
@@ -131,82 +129,58 @@ def best_of_sweep(sweep: Path) -> dict[str, str]:
     return {method: max(found, key=lambda own: sum(found[own]) / len(found[own])) for method, found in scores.items()}
 
 
-def retention_tasks(settings: dict[str, Any], out: Path) -> Iterator[Task]:
+def retention_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
     """Cells of the retention study."""
     from retention_study import Study
 
-    study = Study(folder=out / "study", results=out / "retention", hows=tuple(settings["hows"]))
+    lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("hows", "concepts", "sizes") if key in settings}
+    study = Study(folder=out / "study", results=out / "retention", overrides=settings.get("settings"), **lists)
     for seed in settings["seeds"]:
         for scheme in settings["schemes"]:
             keys = []
-            for name in study.concepts:
-                keys.append(f"retention/{scheme}/{seed}/{name}")
-                done = study.adapter_path(scheme, seed, name).exists
-                yield Task(keys[-1], train_retained, (study, scheme, seed, name), done)
-            yield Task(f"retention/{scheme}/{seed}", judge_retained, (study, scheme, seed),
+            for concept in study.concepts:
+                keys.append(f"{name}/{scheme}/{seed}/{concept}")
+                done = study.adapter_path(scheme, seed, concept).exists
+                yield Task(keys[-1], train_retained, (study, scheme, seed, concept), done)
+            yield Task(f"{name}/{scheme}/{seed}", judge_retained, (study, scheme, seed),
                        lambda scheme=scheme, seed=seed: not study.missing(scheme, seed), frozenset(keys))  # fmt: skip
 
 
 def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
     """Do what can be done until a time; a comparison that takes from a sweep is planned when that is through."""
-    pending = {name: settings for name, settings in plan.items()}
-    waiting: list[Task] = []
+    unplanned, waiting, done = dict(plan), list[Task](), set[str]()
     running: dict[Future[None], Task] = {}
-    done: set[str] = set()
-    failed: set[str] = set()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while time.monotonic() < ends:
-            for name in [name for name, s in pending.items() if _is_through(s.get("rates_from"), plan, pending, waiting, running)]:
-                settings = pending.pop(name)
-                tasks = list(retention_tasks(settings, out) if name == "retention" else comparison_tasks(name, settings, out))
+            unfinished = {task.key.partition("/")[0] for task in (*waiting, *running.values())} | unplanned.keys()
+            for name in [name for name, each in unplanned.items() if each.get("rates_from") not in unfinished]:
+                tasks = list(tasks_of(name, unplanned.pop(name), out))
                 done |= {task.key for task in tasks if task.is_done()}
                 waiting += [task for task in tasks if task.key not in done]
-                order = list(plan)
-                waiting.sort(key=lambda task: order.index(task.key.split("/")[0]))
-            ready = [t for t in waiting if t.needs <= done][: jobs + 2 - len(running)]
-            for task in ready:
+            waiting.sort(key=lambda task: list(plan).index(task.key.partition("/")[0]))
+            for task in [task for task in waiting if task.needs <= done][: jobs + 2 - len(running)]:
                 waiting.remove(task)
                 running[pool.submit(_do, task.key, task.call, task.arguments)] = task
             if not running:
                 break
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                error = future.exception()
+                task, error = running.pop(future), future.exception()
                 if error:
-                    failed.add(task.key)
-                    log.info("FAILED %s: %s", task.key, error)
+                    log.info("FAILED %s", error)
                 else:
                     done.add(task.key)
-                    if len(done) % 25 == 0:
-                        log.info("%d done, %d waiting, %d failed", len(done), len(waiting), len(failed))
-        log.info("%d done, %d waiting, %d under way, %d failed", len(done), len(waiting), len(running), len(failed))
-        for process in list((pool._processes or {}).values()):
+                    log.info("%d done, %d waiting: %s", len(done), len(waiting), task.key)
+        log.info("%d done, %d waiting, %d under way", len(done), len(waiting), len(running))
+        for process in multiprocessing.active_children():
             process.terminate()
 
 
-def _is_through(sweep: str | None, plan: Any, pending: Any, waiting: list[Task], running: dict[Any, Task]) -> bool:
-    if sweep is None:
-        return True
-    unfinished = [task.key for task in (*waiting, *running.values())]
-    return sweep not in pending and not any(key.startswith(f"{sweep}/") for key in unfinished)
-
-
-def _prepare() -> None:
-    import os
-    import warnings
-
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
 def _do(key: str, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    began = time.perf_counter()
+    """In a process of the pool: what it raises is told as text, for not every exception can travel."""
     try:
         call(*arguments)
     except Exception:
         raise RuntimeError(f"{key}\n{traceback.format_exc()[-1500:]}") from None
-    with Path("times.log").open("a") as times:
-        times.write(f"{time.perf_counter() - began:.2f} {key}\n")
 
 
 def main(

@@ -25,7 +25,7 @@ from sbora_diffusion.evaluation.suite import load_suite
 
 log = logging.getLogger("retention")
 
-PRIOR_WEIGHT = 1.0
+PRIOR_WEIGHT = 1.0  # of every way to merge alike; what is committed was measured with it
 BATCH = 20  # pictures at once
 METRICS = ("text_mos", "image", "success")
 

@@ -126,8 +126,10 @@ def generate(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt, gated (1: each concept acts
-    only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones)."""
+    only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones), precision
+    (fp32, bf16 or fp16; on a GPU SDXL, SD3 and FLUX are drawn in bf16)."""
     kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": flag, "whole_scene": flag}
+    kinds |= {"precision": str}
     options = convert(parse_settings(settings), kinds)
     from sbora_diffusion.cli_generate import pictures
     from sbora_diffusion.diffusion.picture_file import save_numbered
@@ -152,7 +154,7 @@ def merge(
     weights: Numbers = "",
     prior_weight: Annotated[
         float, typer.Option(metavar="NUMBER", help="Of fuse: how much it counts that all else stays as it was.")
-    ] = 1.0,
+    ] = 0.3,
     base: Annotated[str, typer.Option(metavar="ID", help="Of fuse; default: what the first was trained for.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: adapters/NAME+NAME.safetensors.")] = None,
     force: Force = False,

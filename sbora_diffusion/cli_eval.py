@@ -63,7 +63,7 @@ def evaluate_concepts(
     try:
         with EvaluationProgress() as progress:
             report = evaluate(
-                load_base(base_name),
+                load_base(base_name, ""),
                 adapters,
                 suite,
                 _concepts(concept_names),

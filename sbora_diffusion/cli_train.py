@@ -59,7 +59,7 @@ def train_concept(
             lambda: _read(name_or_folder, base_name, method, pinned, overrides, library, force)
         )
         path, run = library.path(concept.name), runs / concept.name
-        base = load_base(base_name)
+        base = load_base(base_name, config.precision)
         interval = processes.from_first(
             lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
         )

@@ -19,7 +19,7 @@ from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.adapter.merge import in_order, put_together
 
-PRIOR_WEIGHT = 1.0
+PRIOR_WEIGHT = 0.3  # of 0 to 1, a little the best on emoji64: docs/results.md
 RIDGE = 1e-3  # of the mean second moment of an input
 
 Inputs = Callable[[Adapter | None, Mapping[str, Tensor]], Mapping[str, Tensor]]

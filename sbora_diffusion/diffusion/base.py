@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,17 +13,24 @@ from torch import Tensor, nn
 from sbora_diffusion.adapter.basis import Side, canonical
 from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader, Text
 from sbora_diffusion.diffusion.families.known import family_of
-from sbora_diffusion.diffusion.loading import full_name, load_pipeline
+from sbora_diffusion.diffusion.loading import drawing_precision, full_name, load_pipeline, to_device, to_half
+from sbora_diffusion.diffusion.precision import TYPES
+from sbora_diffusion.errors import SboraError
 
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it."""
+    """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it.
+
+    Attributes:
+        precision: what all weights but the autoencoder's are held and computed in: fp32, bf16 or fp16.
+    """
 
     id: str
     pipeline: Any
+    precision: str = "fp32"
 
     @cached_property
     def family(self) -> Family:
@@ -55,6 +63,10 @@ class Base:
     def device(self) -> torch.device:
         return self.pipeline.device
 
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Where the model computes: autocast, if its weights are of half precision."""
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, TYPES[self.precision])
+
     @property
     def resolution(self) -> int:
         """Pixels of a picture's side, as the model was trained."""
@@ -79,7 +91,8 @@ class Base:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the adapted layers' names, shapes and sampled entries.
 
-        Entries are rounded to fp16 first, so that the fp32 and fp16 files of one model agree.
+        Entries are rounded to fp16 first, so that the fp32 and fp16 files of one model agree; a model that is loaded in
+        half precision has the fingerprint of its files.
         """
         digest = hashlib.sha256()
         for key, layer in sorted(self.layers.items()):
@@ -119,7 +132,9 @@ class Base:
             negative_prompt=negative_prompt,
             as_latents=as_latents,
         )
-        return self.family.draw(self.pipeline, drawing)
+        with self.arithmetic():
+            drawn = self.family.draw(self.pipeline, drawing)
+        return drawn.float() if as_latents else drawn
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
@@ -127,7 +142,8 @@ class Base:
 
     def read(self, ids: Tensor) -> Text:
         """What the text encoders make of such ids."""
-        return self.family.read(self.pipeline, ids)
+        with self.arithmetic():
+            return self.family.read(self.pipeline, ids)
 
     def predict(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """The answer to noisy latents at the timesteps t (n,), under the text encoders' reading of the ids."""
@@ -135,7 +151,8 @@ class Base:
 
     def answer(self, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
         """The same under what was read before."""
-        return self.family.answer(self.pipeline, noisy, t, text)
+        with self.arithmetic():
+            return self.family.answer(self.pipeline, noisy, t, text)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
         """(n, 3, height, width) from -1 to 1, as the denoiser knows pictures."""
@@ -144,12 +161,24 @@ class Base:
         return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
 
 
-def load_base(name: str) -> Base:
-    """Load a base model in fp32, on the GPU if there is one.
+def load_base(name: str, precision: str = "fp32") -> Base:
+    """Load a base model, on the GPU if there is one.
 
     Args:
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
             checkpoint (see single_file.py for its settings), or a model id of the hub.
+        precision: bf16 or fp16 take half the memory of fp32; the autoencoder stays in fp32. "" is what suits drawing
+            (`loading.drawing_precision`).
+
+    Raises:
+        SboraError: an unknown precision, besides what `load_pipeline` raises.
     """
-    name = full_name(name)
-    return Base(name, load_pipeline(name))
+    name, precision = full_name(name), precision or drawing_precision(name, torch.cuda.is_available())
+    if precision not in TYPES:
+        raise SboraError(f"got precision={precision}, expected one of {', '.join(TYPES)}")
+    base = Base(name, load_pipeline(name), precision)
+    if precision != "fp32":
+        assert base.fingerprint  # of the weights as they are in the files
+        to_half(base.pipeline, base.family, TYPES[precision])
+    to_device(base.pipeline)
+    return base

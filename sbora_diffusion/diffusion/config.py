@@ -70,16 +70,19 @@ class TrainConfig:
 
     @classmethod
     def from_recipe(cls, base: str, method: str, overrides: Mapping[str, str]) -> "TrainConfig":
-        """The recipe of a base and method (or the default one) with `overrides` ("key": "value") over it.
+        """The recipe of a base and method, or the default one as the base needs it, with `overrides` over it.
 
         Args:
             base: "emoji64" or the name of a family, as `loading.recipe_base` knows it of every base model.
+            overrides: "key" -> "value".
         """
         find_method(method)
-        recipe = f"{base}-{method}"
-        if not (_RECIPES / f"{recipe}.toml").is_file():
-            recipe = f"default-{method}"
-        settings = _read_recipe(recipe) | {"method": method}
+        is_there = {name: (_RECIPES / f"{name}.toml").is_file() for name in (f"{base}-{method}", base)}
+        if is_there[f"{base}-{method}"]:
+            settings = _read_recipe(f"{base}-{method}")
+        else:
+            settings = _read_recipe(f"default-{method}") | (_read_recipe(base) if is_there[base] else {})
+        settings["method"] = method
         return cls.from_dict(settings | {key: _parse(key, text) for key, text in overrides.items()})
 
     @classmethod
@@ -100,10 +103,12 @@ _RECIPES = files("sbora_diffusion") / "recipes"
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
-    """A recipe; `like` names another one whose settings hold where this one is silent."""
+    """A recipe; `like` names one or several, whose settings hold where this one is silent, the last one's first."""
     settings = tomllib.loads((_RECIPES / f"{name}.toml").read_text())
-    like = settings.pop("like", None)
-    return (_read_recipe(like) if like else {}) | settings
+    like, inherited = settings.pop("like", []), {}
+    for other in [like] if isinstance(like, str) else like:
+        inherited |= _read_recipe(other)
+    return inherited | settings
 
 
 def _kind(key: str) -> Any:

@@ -46,8 +46,9 @@ class Erasure:
         shares = []
         for key, layer in self._layers.items():
             x, base = self._inputs[key], self._weights[key]
+            x = x.float()
             added = F.linear(x[..., layer.index], layer.delta()) if layer.side == "fa" else F.linear(x, layer.delta())
             with torch.no_grad():
-                before = F.linear(x, base.weight).pow(2).sum()
+                before = F.linear(x, base.weight.float()).pow(2).sum()
             shares.append(added.pow(2).sum() / before)
         return torch.stack(shares).mean()

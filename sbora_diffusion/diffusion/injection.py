@@ -72,6 +72,7 @@ def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Inje
         for component, targets in _learning(base, config).items():
             model: Any = base.component(component)
             model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
+            _to_fp32(model)
             layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
         trained = {part: [layer.trained for layer in found.values()] for part, found in layers.items()}
         with ExitStack() as directly:
@@ -93,6 +94,7 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
             for component, targets in _learning(base, config).items():
                 model: Any = base.component(component)
                 model.add_adapter(lora_config(config.rank, targets, kind == "dora"), adapter_name=ADAPTER)
+                _to_fp32(model)
                 found[component] = {canonical(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
         if kind == "orthogonal":
             for component, layers in found.items():
@@ -105,6 +107,14 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
         yield Injected(trained, dense=lambda: _read(found))
     finally:
         base.pipeline.unload_lora_weights()
+
+
+def _to_fp32(model: nn.Module) -> None:
+    """Keep in fp32 what PEFT has made in the dtype of frozen weights."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for parameter in _own(module):
+                parameter.data = parameter.data.float()
 
 
 def _own(module: Any) -> list[nn.Parameter]:
@@ -152,7 +162,7 @@ class _Added(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros_like(weight))
+        self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.delta
@@ -174,7 +184,7 @@ def _whole(base: Base) -> Iterator[Injected]:
 
     try:
         for key, layer in layers.items():
-            parametrize.register_parametrization(layer, "weight", added[key])
+            parametrize.register_parametrization(layer, "weight", added[key], unsafe=True)  # half weights, fp32 change
         yield Injected({"unet": [each.delta for each in added.values()]}, dense=read)
     finally:
         for layer in layers.values():

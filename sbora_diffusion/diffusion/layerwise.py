@@ -33,8 +33,9 @@ class LayerwiseEmbedding(nn.Module):
         """(layers · batch, length) int64, layer by layer, to (layers · batch, length, hidden)."""
         size, count = self.base.num_embeddings, len(self.learned)
         layer = torch.arange(count, device=ids.device).repeat_interleave(len(ids) // count).unsqueeze(1)
-        new = self.learned[layer, (ids - size).clamp(min=0)]
-        return torch.where((ids >= size).unsqueeze(-1), new, self.base(ids.clamp(max=size - 1)))
+        known = self.base(ids.clamp(max=size - 1))
+        new = self.learned[layer, (ids - size).clamp(min=0)].to(known.dtype)
+        return torch.where((ids >= size).unsqueeze(-1), new, known)
 
 
 def cross_attentions(base: Base) -> list[nn.Module]:

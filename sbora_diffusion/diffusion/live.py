@@ -61,6 +61,8 @@ def live_concept(concept: Concept, base: Base, interval: Interval | None, config
     """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
     start = class_embedding(base, concept.class_noun, config.token_vectors)
     with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as tokens:
+        for embedding in tokens.values():
+            embedding.learned.data = embedding.learned.data.float()  # of a vocabulary in half precision
         if find_method(config.method).fixed_noun and config.token_vectors > 1:
             for embedding in tokens.values():
                 embedding.learned.register_hook(_without_last)

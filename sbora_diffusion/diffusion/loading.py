@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download
+from torch import Tensor
 
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
@@ -22,6 +23,7 @@ from sbora_diffusion.interrupts import interrupts_held
 log = logging.getLogger(__name__)
 
 EMBEDDED = "emoji64"
+LARGE = ("sdxl", "sd3", "flux")
 INDEX = "model_index.json"  # of every pipeline in diffusers' format: its class
 
 
@@ -33,6 +35,11 @@ def full_name(name: str) -> str:
 def recipe_base(name: str) -> str:
     """Whose recipes a base model's trainings follow: emoji64's, or its family's. No weights are loaded for it."""
     return EMBEDDED if name == EMBEDDED else find_family(name).name
+
+
+def drawing_precision(name: str, has_gpu: bool) -> str:
+    """What pictures are drawn in where nobody says: bf16 on a GPU, of families that are published in half precision."""
+    return "bf16" if has_gpu and recipe_base(name) in LARGE else "fp32"
 
 
 def find_family(name: str) -> Family:
@@ -50,7 +57,7 @@ def find_family(name: str) -> Family:
 
 
 def load_pipeline(name: str) -> Any:
-    """A pipeline in fp32, on the GPU if there is one, frozen.
+    """A pipeline in fp32 on the CPU, frozen.
 
     Raises:
         SboraError: as `find_family`.
@@ -62,7 +69,29 @@ def load_pipeline(name: str) -> Any:
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # convolutions are faster so
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline
+
+
+def to_device(pipeline: Any) -> None:
+    """Move it to the GPU, if there is one."""
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
+    """Round all weights but the autoencoder's to half precision; it keeps decoding in fp32, for fp16 overflows there.
+
+    The pipeline is to be used under autocast: learned tokens and adapters are fp32 all the same.
+    """
+    for module in family.modules(pipeline):
+        if module is not pipeline.vae:
+            module.to(dtype)
+    decode = pipeline.vae.decode
+
+    def decode_in_fp32(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **kwargs)
+
+    pipeline.vae.decode = decode_in_fp32
 
 
 def _load(name: str, family: Family) -> Any:

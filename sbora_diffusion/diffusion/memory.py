@@ -61,10 +61,16 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     half = config.precision != "fp32"
     numbers = sum(config.rank * shape[config.method == "sbora-fb"] for shape in base.layer_shapes.values())
     return Estimate(
-        weights=sum(_bytes(p) for module in base.family.modules(base.pipeline) for p in module.parameters()),
+        weights=_num_weights(base, in_vae=True) * 4 + _num_weights(base, in_vae=False) * (2 if half else 4),
         trained=numbers * 4 * 4,
         activations=samples * each // (2 if half else 1),
     )
+
+
+def _num_weights(base: Base, in_vae: bool) -> int:
+    """Of the autoencoder, which stays in fp32, or of all the rest."""
+    modules = [module for module in base.family.modules(base.pipeline) if (module is base.pipeline.vae) == in_vae]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
@@ -104,6 +110,7 @@ def activations(base: Base) -> Activations:
     with count.counting(), _FusedAttention():
         base.family.answer(pipeline, noisy, t, text)
     checkpointed = count.outside + count.inputs + max(count.by_block.values())
+    of_text *= 1 if base.precision == "fp32" else 2  # counted in half precision
     return Activations(everything=count.total, checkpointed=checkpointed, text=of_text)
 
 
@@ -117,8 +124,8 @@ def _read(base: Base) -> tuple[Text, int]:
             stack.callback(hook.remove)
         stack.enter_context(count.counting())
         text = base.read(base.tokenize([""]))
-    pooled = None if text.pooled is None else text.pooled.detach().to("meta")
-    return Text(text.states.detach().to("meta"), pooled), count.total
+    pooled = None if text.pooled is None else text.pooled.detach().to("meta", torch.float32)
+    return Text(text.states.detach().to("meta", torch.float32), pooled), count.total
 
 
 def _without_numbers(denoiser: Any) -> nn.Module:

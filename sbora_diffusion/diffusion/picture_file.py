@@ -28,6 +28,7 @@ class Settings:
     seed: int = 0
     steps: int = 20
     guidance: float = 3.0
+    precision: str = "fp32"  # of the base model's weights and arithmetic
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
     regions: tuple[str, ...] = ()  # as `parse_region` reads them
     whole_scene: bool = True  # each region was told of all of the picture
@@ -92,6 +93,7 @@ def _parse(content: Mapping[str, Any]) -> Settings:
         seed=int(content["seed"]),
         steps=int(content["steps"]),
         guidance=float(content["guidance"]),
+        precision=str(content.get("precision", "fp32")),
         concepts={str(name): float(strength) for name, strength in content["concepts"].items()},
         regions=tuple(str(region) for region in content.get("regions", ())),
         whole_scene=bool(content.get("whole_scene", True)),

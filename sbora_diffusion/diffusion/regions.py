@@ -128,7 +128,7 @@ def generate_regions(
     """
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
-    with live_concepts(base, adapters, strengths) as live:
+    with live_concepts(base, adapters, strengths) as live, base.arithmetic():
         check_tokens(base, [negative_prompt])
         side = base.resolution
         weights = region_weights(regions, (side, side))

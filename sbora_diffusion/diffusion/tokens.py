@@ -33,7 +33,7 @@ class TokenEmbedding(nn.Module):
         """(batch, length) int64 to (batch, length, hidden)."""
         size = self.base.num_embeddings
         known = self.base(ids.clamp(max=size - 1))
-        new = F.embedding((ids - size).clamp(min=0), self.learned)
+        new = F.embedding((ids - size).clamp(min=0), self.learned).to(known.dtype)
         return torch.where((ids >= size).unsqueeze(-1), new, known)
 
 

@@ -72,7 +72,7 @@ class LiveModel:
         if self._base is None or self._base.id != name:
             self._base = self._written = None  # its memory first
             self._loaded = {}
-            self._base = load_base(name)
+            self._base = load_base(name, "")
             self._written = WrittenConcepts(self._base)
         return self._base
 

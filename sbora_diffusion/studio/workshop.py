@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from PIL import Image
+
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import TOKEN, generate
@@ -90,9 +92,10 @@ class Workshop:
                 seeds=seeds,
                 **settings.sampling,
             )
-            pictures = self.with_model(settings.base, settings.concepts, drawing)
+            pictures, precision = self.with_model(settings.base, settings.concepts, partial(_drawn, drawing))
             for seed, picture in zip(seeds, pictures, strict=True):
-                paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
+                made = replace(settings, seed=seed, precision=precision)
+                paths.append(save_numbered(picture, self.folders.outputs, made))
             yield list(paths)
 
     def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
@@ -122,8 +125,9 @@ class Workshop:
                 strengths=list(strengths.values()),
                 **settings.sampling,
             )
-            (picture,) = self.with_model(settings.base, {}, drawing)
-            paths.append(save_numbered(picture, self.folders.outputs, replace(settings, seed=seed)))
+            (picture,), precision = self.with_model(settings.base, {}, partial(_drawn, drawing))
+            made = replace(settings, seed=seed, precision=precision)
+            paths.append(save_numbered(picture, self.folders.outputs, made))
             yield list(paths)
 
     def tokens(self, base: str) -> dict[str, str]:
@@ -179,3 +183,8 @@ class Workshop:
 def _untaught(base: str, token: str, known: Iterable[str]) -> SboraError:
     told = ", ".join(dict.fromkeys(known)) or "none"
     return SboraError(f"nobody has taught {base} the token {token} (known: {told})", "Train it first.")
+
+
+def _drawn(drawing: Callable[[Base], Sequence[Image.Image]], base: Base) -> tuple[Sequence[Image.Image], str]:
+    """Pictures, and the precision that they were drawn in."""
+    return drawing(base), base.precision

@@ -10,6 +10,7 @@ from typing import Any
 import bench_common as common
 import bench_gather
 import bench_generation
+import bench_gpu
 import bench_layers
 import bench_memory
 import bench_models as models
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "memory": bench_memory,
     "switch": bench_switch,
     "generation": bench_generation,
+    "gpu": bench_gpu,
     "startup": bench_startup,
     "threads": bench_threads,
     "gather": bench_gather,
@@ -49,7 +51,7 @@ def threads() -> Any:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_each_runs_and_says_on_what(name: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    arguments = ["--tiny", "--out", str(out)] + ([] if name == "memory" else ["--rounds", "1"])
+    arguments = ["--tiny", "--device", "cpu", "--out", str(out)] + ([] if name == "memory" else ["--rounds", "1"])
     outcome = CliRunner().invoke(BENCHMARKS[name].app, arguments, catch_exceptions=False)
     assert outcome.exit_code == 0
     assert outcome.stdout.strip().endswith(str(out))

@@ -38,7 +38,7 @@ KINDS = (*SAVERS, "sdxl-file")
 SETTINGS = {
     "rank": "4", "steps": "3", "save_every": "2", "preview_every": "0", "sampling_steps": "2", "crops": "1",
     "warmup_steps": "1", "learning_rate": "0.05", "text_encoder_learning_rate": "0.05", "token_learning_rate": "0.1",
-    "token_vectors": "2", "preview_prompts": "a {token}", "prior_prompts": "a cat",
+    "token_vectors": "2", "precision": "fp32", "preview_prompts": "a {token}", "prior_prompts": "a cat",
 }  # fmt: skip
 
 

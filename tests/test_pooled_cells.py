@@ -1,0 +1,74 @@
+"""Many cells from one plan: what is there is not made again, rates come from a sweep, columns are disjoint."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.train import train
+
+EVAL = Path(__file__).parents[1] / "eval"
+QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "preview_every": "0"}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(EVAL))
+    yield
+    for name in ("pooled_cells", "chosen_columns"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base("emoji64")
+
+
+def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
+    from pooled_cells import run_all
+
+    settings = {"steps": "1", "crops": "1", "sampling_steps": "1"}
+    plan = {"one": {"variants": ["lora"], "concepts": ["dog"], "seeds": [0], "sizes": [], "settings": settings}}
+    run_all(plan, tmp_path, 1, float("inf"))
+    path = tmp_path / "one" / "trained" / "lora" / "0" / "dog.json"
+    told, made = json.loads(path.read_bytes()), path.stat().st_mtime_ns
+    assert told["parameters"] > 0 < told["peak_bytes"]
+    run_all(plan, tmp_path, 1, float("inf"))
+    assert path.stat().st_mtime_ns == made
+
+
+def test_the_best_of_a_sweep_has_the_highest_mean_of_text_and_image(tmp_path: Path) -> None:
+    from pooled_cells import with_best_rates
+
+    for variant, text, image in (("lora:learning_rate=1", 0.5, 0.5), ("lora:learning_rate=2", 0.4, 0.7)):
+        path = tmp_path / "scores" / variant / "9" / "dog.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"dog": {"text_mos": [text, text], "image": [image, image]}}))
+    found = list(with_best_rates(("lora", "lora:rank=4", "dora"), tmp_path))
+    assert found == ["lora:learning_rate=2", "lora:learning_rate=2,rank=4", "dora"]
+
+
+@pytest.mark.parametrize("kind", ["energy", "gradient", "contrast", "width"])
+def test_columns_are_chosen_disjoint_and_are_what_a_training_writes(base: Base, kind: str, tmp_path: Path) -> None:
+    from chosen_columns import choose, chosen_columns
+
+    config, path = TrainConfig.from_recipe("emoji64", "sbora-fa", QUICK), tmp_path / "columns.pt"
+    choose(kind, ["dog", "cat"], base, config, path)
+    chosen = torch.load(path, weights_only=True)
+    for key, (_, width) in base.layer_shapes.items():
+        dog, cat = (chosen[name][key.partition(".")[2]] for name in ("dog", "cat"))
+        expected = width // min(shape[1] for shape in base.layer_shapes.values()) * 8 if kind == "width" else 8
+        assert len(torch.cat([dog, cat]).unique()) == len(dog) + len(cat) == 2 * expected
+    with chosen_columns(path, "cat"):
+        concept = load_concept("cat", default_roots())
+        *_, last = train(concept, base, Interval(0, 8), config, tmp_path / "run")
+    assert last.adapter is not None
+    for key, factor in last.adapter.factors.items():
+        assert torch.equal(factor.index.sort().values, chosen["cat"][key.partition(".")[2]].sort().values)
