@@ -69,8 +69,8 @@ class Bench:
         began = time.perf_counter()
         if how == "sum":
             result = merge(adapters, weights, "sum")
-        elif how == "fuse":
-            result = fuse(adapters, weights, self.inputs, prior_weight=PRIOR_WEIGHT)
+        elif how.startswith("fuse"):
+            result = fuse(adapters, weights, self.inputs, prior_weight=float(how.partition(":")[2] or PRIOR_WEIGHT))
         else:
             factors = {key: Factor(torch.arange(shape[1]), self._dense(how, key, adapters).float())
                        for key, shape in self.base.layer_shapes.items()}  # fmt: skip

@@ -11,7 +11,7 @@ from sbora_diffusion.adapter.file import write_atomically
 CONCEPTS = ("dog", "penguin", "octopus", "cat", "horse", "rooster")
 CONCEPTS += ("dragon", "monkey", "elephant", "tiger", "snail", "pumpkin")
 SCHEMES = ("disjoint", "random", "shared")
-HOWS = ("sum", "fuse", "full", "lbfgs")
+HOWS = ("sum", "fuse", "full", "lbfgs")  # "fuse:0.3" is of that prior weight
 SIZES = (3, 6, 12)
 RANK = 8
 

@@ -110,7 +110,7 @@ def test_fuse(adapters: Path) -> None:
     fused = run("merge", "dog", "cat", "--how", "fuse")
     assert fused.stdout.splitlines() == ["adapters/cat+dog.safetensors"], fused.output
     recipe = Adapter.load(adapters / "cat+dog.safetensors").spec.recipe
-    assert (recipe["how"], recipe["prior_weight"]) == ("fuse", 1.0)
+    assert (recipe["how"], recipe["prior_weight"]) == ("fuse", 0.3)
     assert run("merge", "dog", "cat", "--how", "fuse").exit_code == 1
     without = run("merge", "dog", "cat", "--how", "fuse", "--prior-weight", "0", "--force")
     assert without.exit_code == 0, without.output
