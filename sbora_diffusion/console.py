@@ -50,7 +50,7 @@ def told_in_a_line() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        _fail("out of memory", "Use a smaller batch (--set batch_size=1), or close other programs.")
+        _fail("out of memory", "Set batch_size=1 or precision=bf16 (--set), or close other programs.")
 
 
 _DISK_HINT = "Make room and run the command again; what was complete before is still there."

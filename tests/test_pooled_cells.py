@@ -1,4 +1,4 @@
-"""Many cells from one plan: what is there is not made again, rates come from a sweep, columns are disjoint."""
+"""Many cells from one plan: what is there is not made again, columns are disjoint."""
 
 import json
 import sys
@@ -42,17 +42,6 @@ def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
     assert told["parameters"] > 0 < told["peak_bytes"]
     run_all(plan, tmp_path, 1, float("inf"))
     assert path.stat().st_mtime_ns == made
-
-
-def test_the_best_of_a_sweep_has_the_highest_mean_of_text_and_image(tmp_path: Path) -> None:
-    from pooled_cells import with_best_rates
-
-    for variant, text, image in (("lora:learning_rate=1", 0.5, 0.5), ("lora:learning_rate=2", 0.4, 0.7)):
-        path = tmp_path / "scores" / variant / "9" / "dog.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"dog": {"text_mos": [text, text], "image": [image, image]}}))
-    found = list(with_best_rates(("lora", "lora:rank=4", "dora"), tmp_path))
-    assert found == ["lora:learning_rate=2", "lora:learning_rate=2,rank=4", "dora"]
 
 
 @pytest.mark.parametrize("kind", ["energy", "gradient", "contrast", "width"])

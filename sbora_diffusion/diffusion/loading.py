@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
@@ -84,7 +84,7 @@ def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     """
     for module in family.modules(pipeline):
         if module is not pipeline.vae:
-            module.to(dtype)
+            nn.Module.to(module, dtype)  # diffusers' own warns of an empty list
     decode = pipeline.vae.decode
 
     def decode_in_fp32(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
