@@ -14,8 +14,12 @@ from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.train import train
 
+from .tiny_pipeline import save_tiny_pipeline
+
 EVAL = Path(__file__).parents[1] / "eval"
-QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "preview_every": "0"}
+RANK = 4
+QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "preview_every": "0", "rank": str(RANK)}
+QUICK |= {"prior_prompts": "a cat", "preview_prompts": "a {token}"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +31,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
-    return load_base("emoji64")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(str(save_tiny_pipeline(tmp_path_factory.mktemp("tiny"))))
 
 
 def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
@@ -53,11 +57,11 @@ def test_columns_are_chosen_disjoint_and_are_what_a_training_writes(base: Base, 
     chosen = torch.load(path, weights_only=True)
     for key, (_, width) in base.layer_shapes.items():
         dog, cat = (chosen[name][key.partition(".")[2]] for name in ("dog", "cat"))
-        expected = width // min(shape[1] for shape in base.layer_shapes.values()) * 8 if kind == "width" else 8
+        expected = width // min(shape[1] for shape in base.layer_shapes.values()) * RANK if kind == "width" else RANK
         assert len(torch.cat([dog, cat]).unique()) == len(dog) + len(cat) == 2 * expected
     with chosen_columns(path, "cat"):
         concept = load_concept("cat", default_roots())
-        *_, last = train(concept, base, Interval(0, 8), config, tmp_path / "run")
+        *_, last = train(concept, base, Interval(0, RANK), config, tmp_path / "run")
     assert last.adapter is not None
     for key, factor in last.adapter.factors.items():
         assert torch.equal(factor.index.sort().values, chosen["cat"][key.partition(".")[2]].sort().values)
