@@ -18,12 +18,13 @@ from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.fast import FastForward, has_known_frozen_weight
 from sbora_diffusion.adapter.kernel import (
     add_to_input_gradient,
+    column_places,
     factor_gradient,
-    gathered_inputs,
     is_quantised,
     overwrite,
+    without_autocast,
 )
-from sbora_diffusion.adapter.variant import SboraVariant, trained_factor
+from sbora_diffusion.adapter.variant import SboraVariant
 
 
 @contextmanager
@@ -89,7 +90,10 @@ class DirectWeight:
         self._variant: SboraVariant = module.lora_variant[adapter]
         self._base = module.get_base_layer()
         self._dim = 1 if self.side == "fa" else 0
-        self._original = self._base.weight.detach().index_select(self._dim, self._index)
+        self._trained: nn.Linear = (module.lora_B if self.side == "fa" else module.lora_A)[adapter]
+        weight, factor = self._base.weight.detach(), self._trained.weight
+        self._original = weight.index_select(self._dim, self._index).to(torch.promote_types(weight.dtype, factor.dtype))
+        self._places = column_places(weight, self._index)
         self._written_scaling: float | None = None  # None while the original entries are in place
 
     @property
@@ -102,8 +106,7 @@ class DirectWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output (..., out) for x (..., in)."""
-        factor, scaling = trained_factor(self.module, self.adapter, self.side), self.module.scaling[self.adapter]
-        index = self._index
+        factor, scaling, index = self._trained.weight, self.module.scaling[self.adapter], self._index
         self._write(factor.detach(), scaling, index)
         result = _DirectLinear.apply(x, factor, scaling, self, self._base, index)
         assert isinstance(result, Tensor)
@@ -119,9 +122,10 @@ class DirectWeight:
         """`.data`, for autograd must not take this for a change of the weight: whatever is in these entries, the
         backward pass knows it from the factor, whose changes autograd does see."""
         weight = self._base.weight.data
-        original = self._original.to(weight.device, torch.promote_types(weight.dtype, factor.dtype))
-        written = torch.add(original, factor, alpha=scaling)
-        overwrite(weight, self._dim, index, written.to(weight))
+        if self._original.device != weight.device:
+            self._original, self._places = self._original.to(weight.device), column_places(weight, index)
+        written = torch.add(self._original, factor, alpha=scaling).to(weight.dtype)
+        overwrite(weight, self._dim, index, written, self._places)
         self._written_scaling = scaling
 
     def restore(self) -> None:
@@ -141,8 +145,11 @@ class _DirectLinear(Function):
         needs_x, needs_factor, *_ = ctx.needs_input_grad
         kept = None
         if needs_factor:
-            kept = gathered_inputs(x, index, y.dtype) if direct.side == "fa" else x
-        ctx.shape, ctx.dtype, ctx.scaling, ctx.direct = x.shape, x.dtype, scaling, direct
+            kept = x
+            if direct.side == "fa":
+                kept = x.index_select(-1, index)
+                kept = kept if kept.dtype == y.dtype else kept.to(y.dtype)
+        ctx.about = x.shape, x.dtype, scaling, direct
         ctx.save_for_backward(kept, base.weight if needs_x else None, factor, index)
         return y
 
@@ -152,16 +159,17 @@ class _DirectLinear(Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         kept, weight, factor, index = ctx.saved_tensors  # raises if the factor has changed
-        grad, side = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1]), ctx.direct.side
+        shape, dtype, scaling, direct = ctx.about
+        grad, side = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1]), direct.side
         grad_x = grad_factor = None
-        with torch.autocast(grad.device.type, enabled=False):  # every cast below is explicit
+        with without_autocast(grad.device.type):  # every cast below is explicit
             if kept is not None:
                 grad_factor = factor_gradient(side, grad, kept, index)
-                grad_factor = grad_factor if ctx.scaling == 1 else grad_factor * ctx.scaling
+                grad_factor = grad_factor if scaling == 1 else grad_factor * scaling
             if weight is not None:
-                is_written = ctx.direct.holds(ctx.scaling)
+                is_written = direct.holds(scaling)
                 grad_x = grad @ weight.to(grad.dtype)
                 if not is_written:
-                    add_to_input_gradient(side, grad_x, grad, factor * ctx.scaling, index)
-                grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+                    add_to_input_gradient(side, grad_x, grad, factor * scaling, index)
+                grad_x = grad_x.view(shape).to(dtype)
         return grad_x, grad_factor, None, None, None, None

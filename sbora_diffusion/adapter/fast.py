@@ -20,7 +20,8 @@ class FastForward:
     joiners: dict[Side, Joiner]
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        known = self.lora_A
+        active = [name for name in self.active_adapters if name in known]
         is_usual = not args and not kwargs and bool(active) and _is_usual(self, active)
         if self.direct is not None:
             if is_usual and active == [self.direct.adapter] and not torch.compiler.is_compiling():
@@ -71,21 +72,28 @@ def _new(plain: type) -> Any:
 
 
 def _is_usual(module: Any, active: list[str]) -> bool:
-    if module.disable_adapters or module.merged:
+    """Asked at every call: each attribute that is looked up costs a small layer something."""
+    if module.disable_adapters or module.merged_adapters:
         return False
-    if not all(isinstance(module.lora_variant.get(name), SboraVariant) for name in active):
-        return False
-    if module.training and any(getattr(module.lora_dropout[name], "p", 0.0) for name in active):
-        return False
+    variants = module.lora_variant
+    for name in active:
+        if not isinstance(variants.get(name), SboraVariant):
+            return False
+    if module.training:
+        dropouts = module.lora_dropout
+        for name in active:
+            if vars(dropouts[name]).get("p", 0.0):
+                return False
     return has_known_frozen_weight(module.base_layer)
 
 
 def has_known_frozen_weight(base: nn.Module) -> bool:
     """The kernel's backward reads the base weight itself, so it must be there, known and frozen."""
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if not isinstance(weight, Tensor) or weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
+    own = base._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    if hasattr(base, "_hf_hook"):  # accelerate's offloading takes the weight away between forward and backward
+    if "_hf_hook" in vars(base):  # accelerate's offloading takes the weight away between forward and backward
         return False
     is_plain = type(base).forward is nn.Linear.forward and type(weight) is nn.Parameter and weight.is_floating_point()
     return is_plain or getattr(weight, "quant_state", None) is not None

@@ -1,5 +1,6 @@
 """The forward and backward pass of a linear layer with SBoRA adapters, as one autograd Function."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class _SboraLinear(Function):
         x, gathered, weight, fa_index, fa_weight, fb_index, fb_weight = ctx.saved_tensors
         grad = _rows(grad_outputs[0])  # (tokens, out)
         grad_x = grad_fa = grad_fb = None
-        with torch.autocast(grad.device.type, enabled=False):  # every cast below is explicit
+        with without_autocast(grad.device.type):  # every cast below is explicit
             if gathered is not None:
                 grad_fa = factor_gradient("fa", grad, gathered, fa_index)
             if x is not None:
@@ -110,6 +111,11 @@ class _SboraLinear(Function):
         return grad_x, None, None, grad_fa, None, grad_fb
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Within it nothing is cast by itself. Autocast is off in most backward passes, and this asks before it acts."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def gathered_inputs(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """The columns `index` (r,) of x (..., in), as rows (tokens, r) of `dtype`."""
     return x.index_select(-1, index).reshape(-1, len(index)).to(dtype)
@@ -120,10 +126,10 @@ def factor_gradient(side: Side, grad: Tensor, kept: Tensor, index: Tensor) -> Te
 
     Args:
         grad: (tokens, out), of the layer's output.
-        kept: the gathered inputs (tokens, r) for fa, the inputs (..., in) for fb.
+        kept: the gathered inputs (..., r) for fa, the inputs (..., in) for fb.
     """
     if side == "fa":
-        return _narrow_product(grad.t(), kept.t().to(grad.dtype))
+        return _narrow_product(grad.t(), _rows(kept).t().to(grad.dtype))
     return grad.index_select(-1, index).t() @ _rows(kept).to(grad.dtype)
 
 
@@ -145,12 +151,21 @@ def _narrow_product(rows: Tensor, factor: Tensor) -> Tensor:
     return (factor @ rows.t()).t()
 
 
-def overwrite(weight: Tensor, dim: int, index: Tensor, values: Tensor) -> None:
-    """Put values (r, in) into the rows `index` of a weight (out, in), or (out, r) into its columns if `dim` is 1."""
+def overwrite(weight: Tensor, dim: int, index: Tensor, values: Tensor, places: Tensor | None = None) -> None:
+    """Put values (r, in) into the rows `index` of a weight (out, in), or (out, r) into its columns if `dim` is 1.
+
+    Args:
+        places: `column_places(weight, index)`, if it is known.
+    """
     if dim == 0:
         weight.index_copy_(0, index, values)
     else:  # two to three times faster than index_copy_ on CPUs
-        weight.scatter_(1, index.expand(len(weight), -1), values)
+        weight.scatter_(1, column_places(weight, index) if places is None else places, values)
+
+
+def column_places(weight: Tensor, index: Tensor) -> Tensor:
+    """The columns `index` (r,) of each row of a weight (out, in): a view (out, r)."""
+    return index.expand(weight.shape[0], -1)
 
 
 def is_quantised(weight: Tensor) -> bool:
