@@ -49,6 +49,7 @@ class Interval:
         return cls(start, stop - start)
 
 
+@lru_cache(maxsize=16384)  # every switch of a concept asks for the names of all layers
 def canonical(layer: str) -> str:
     """One name for one layer, whatever wraps the model: PEFT, torch.compile, or transformers before 5.6.
 

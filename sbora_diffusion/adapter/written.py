@@ -22,13 +22,13 @@ class _Written:
 
 
 @dataclass(frozen=True, eq=False)
-class _Original:
-    """The untouched entries of one weight: whole columns (out, c) and whole rows (r, in)."""
+class _Block:
+    """The untouched entries of one weight in the columns (dim 1) or rows (dim 0) that are written."""
 
-    columns: Tensor
-    rows: Tensor
-    column_values: Tensor
-    row_values: Tensor
+    dim: int
+    index: Tensor  # (c,), of one adapter in its own order, of several sorted
+    values: Tensor  # (out, c) or (c, in)
+    is_shared: bool  # by several adapters
 
 
 class WrittenWeights:
@@ -43,7 +43,7 @@ class WrittenWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._written: dict[str, _Written] = {}
-        self._originals: dict[str, _Original] = {}
+        self._originals: dict[str, list[_Block]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class WrittenWeights:
         """Write an adapter, in place of an earlier one of the same name.
 
         Args:
-            factors: by canonical layer, as `Adapter.component` gives them.
+            factors: by canonical layer, as `Adapter.component` gives them; no index occurs twice in one.
             strength: multiplies the whole adapter, may be negative or above one.
 
         Raises:
@@ -116,40 +116,39 @@ def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str
     check_factor(layer, factor, side, (weight.shape[0], weight.shape[1]))
 
 
-def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> _Original:
+def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> list[_Block]:
     """Add the adapters to an original weight (out, in), and return what they replace.
 
-    Where a column and a row cross, both blocks below sum the same numbers in the same order.
+    Where a column and a row cross, both blocks sum the same numbers in the same order.
     """
-    columns = _union([entry.factors[layer].index for entry in written if entry.side == "fa"]).to(weight.device)
-    rows = _union([entry.factors[layer].index for entry in written if entry.side == "fb"]).to(weight.device)
-    original = _Original(columns, rows, weight.index_select(1, columns), weight.index_select(0, rows))
-    blocks = ((1, columns, original.column_values), (0, rows, original.row_values))
-    for dim, index, values in blocks:
-        if len(index):
-            overwrite(weight, dim, index, _sum_block(values, dim, index, written, layer).to(weight.dtype))
-    return original
+    blocks = []
+    for dim, side in ((1, "fa"), (0, "fb")):
+        indices = [entry.factors[layer].index for entry in written if entry.side == side]
+        if indices:
+            index = (indices[0] if len(indices) == 1 else torch.cat([i.cpu() for i in indices]).unique()).to(
+                weight.device
+            )
+            blocks.append(_Block(dim, index, weight.index_select(dim, index), len(indices) > 1))
+    for block in blocks:
+        overwrite(weight, block.dim, block.index, _sum_block(block, written, layer).to(weight.dtype))
+    return blocks
 
 
-def _sum_block(values: Tensor, dim: int, index: Tensor, written: Sequence[_Written], layer: str) -> Tensor:
-    """The original columns (dim 1) or rows (dim 0) `index`, plus what all adapters add there, in float32 at least."""
-    total = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+def _sum_block(block: _Block, written: Sequence[_Written], layer: str) -> Tensor:
+    """The original columns or rows, plus what all adapters add there, in float32 at least."""
+    total = block.values.to(torch.promote_types(block.values.dtype, torch.float32), copy=True)
     for entry in written:
         own, delta = entry.factors[layer].index.to(total.device), entry.factors[layer].weight.to(total)
-        delta = delta * entry.strength
-        if dim == (1 if entry.side == "fa" else 0):
-            total.index_add_(dim, torch.searchsorted(index, own), delta)
+        delta = delta if entry.strength == 1 else delta * entry.strength
+        if block.dim != (1 if entry.side == "fa" else 0):
+            total.index_add_(1 - block.dim, own, delta.index_select(block.dim, block.index))
+        elif block.is_shared:
+            total.index_add_(block.dim, torch.searchsorted(block.index, own), delta)
         else:
-            total.index_add_(1 - dim, own, delta.index_select(dim, index))
+            total.add_(delta)
     return total
 
 
-def _put_back(weight: Tensor, original: _Original) -> None:
-    blocks = ((1, original.columns, original.column_values), (0, original.rows, original.row_values))
-    for dim, index, values in blocks:
-        if len(index):
-            overwrite(weight, dim, index.to(weight.device), values.to(weight))
-
-
-def _union(indices: list[Tensor]) -> Tensor:
-    return torch.cat([index.cpu() for index in indices]).unique() if indices else torch.empty(0, dtype=torch.int64)
+def _put_back(weight: Tensor, blocks: Sequence[_Block]) -> None:
+    for block in blocks:
+        overwrite(weight, block.dim, block.index.to(weight.device), block.values.to(weight))

@@ -134,8 +134,7 @@ def test_only_the_touched_columns_and_rows_are_kept() -> None:
 
 def stashed(written: WrittenWeights) -> int:
     """Entries in memory of their own."""
-    originals = written._originals.values()
-    values = [tensor for original in originals for tensor in (original.column_values, original.row_values)]
+    values = [block.values for blocks in written._originals.values() for block in blocks]
     assert all(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() for tensor in values)
     return sum(tensor.numel() for tensor in values)
 
