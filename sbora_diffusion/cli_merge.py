@@ -25,7 +25,7 @@ def fuse_drawn(adapters: Sequence[Adapter], weights: Sequence[float], base_name:
     """
     if not 0 <= prior_weight < float("inf"):
         raise SboraError(f"got --prior-weight {prior_weight}, expected a number from 0 on")
-    inputs = DrawnInputs(load_base(base_name or adapters[0].spec.base_id), adapters)
+    inputs = DrawnInputs(load_base(base_name or adapters[0].spec.base_id, ""), adapters)
     drawn = iter(
         track(range(len(adapters) + bool(prior_weight)), "drawing what to fuse for", console=Console(stderr=True))
     )

@@ -124,7 +124,7 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     config, run = comparison.config(variant, seed), folder / "runs" / variant / str(seed) / name
     start = comparison.concepts.index(name) * config.rank
     interval = Interval(start, config.rank) if find_method(config.method).owns_interval else None
-    concept, base = load_concept(name, default_roots()), _base(comparison.base)
+    concept, base = load_concept(name, default_roots()), _base(comparison.base, config.precision)
     path, adapter = _adapter_path(folder, variant, seed, name), None
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
@@ -164,7 +164,8 @@ def peak_bytes(device: torch.device) -> int:
 
 def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined: str) -> dict[str, Any]:
     """Draw and judge each concept of a merge: name -> metric -> a number a prompt."""
-    base, judge = _base(comparison.base), _judge_of(comparison.judge)
+    base = _base(comparison.base, comparison.config(variant, seed).precision)
+    judge = _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
     merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
     suite, told, rows = load_suite(comparison.suite), {}, []
@@ -184,9 +185,9 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
 
 
 @lru_cache(maxsize=1)
-def _base(name: str) -> Base:
+def _base(name: str, precision: str) -> Base:
     """Loaded once a process: trainings and judgements leave it as it was."""
-    return load_base(name)
+    return load_base(name, precision)
 
 
 @lru_cache(maxsize=1)
