@@ -50,9 +50,8 @@ def main(device: Device = "cpu", rounds: Rounds = 15, tiny: Tiny = False, out: O
     """Measure, and save the numbers."""
     target = prepare(device)
     cases = [(shape, "fp32") for shape in SHAPES]
-    cases += [(shape, "bf16") for shape in (HALF if target.type == "cpu" else SHAPES)] + [
-        (shape, "nf4") for shape in QUANTISED
-    ]
+    cases += [(shape, "bf16") for shape in (HALF if target.type == "cpu" else SHAPES)]
+    cases += [(shape, "nf4") for shape in QUANTISED]
     rows = []
     for shape, kind in cases[-4:] if tiny else cases:
         for rank in RANKS:

@@ -117,8 +117,8 @@ def sdxl_unet() -> Any:
         layers_per_block=2,
         block_out_channels=(320, 640, 1280),
         cross_attention_dim=2048,
-        attention_head_dim=(5, 10, 20),  # pyright: ignore[reportArgumentType]  # the same
-        transformer_layers_per_block=(1, 2, 10),  # pyright: ignore[reportArgumentType]  # its annotation is too narrow
+        attention_head_dim=(5, 10, 20),  # pyright: ignore[reportArgumentType]  # the annotation is too narrow
+        transformer_layers_per_block=(1, 2, 10),  # pyright: ignore[reportArgumentType]  # the same
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,

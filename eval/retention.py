@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +20,11 @@ from retention_bench import judge_all
 from retention_study import HOWS, RANK, SCHEMES, Study, columns_of
 from retention_summary import summarise, write_summary
 
-from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.evaluation.compare_cells import base_of_process
 
 log = logging.getLogger("retention")
 
@@ -35,16 +35,10 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
     interval, basis_seed = columns_of(scheme, seed, study.concepts.index(name))
     settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"}
     config = TrainConfig.from_recipe(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
-    concept, base = load_concept(name, default_roots()), _base(study.base)
+    concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.precision)
     for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
         if step.adapter:
             step.adapter.save(path, True)
-
-
-@lru_cache(maxsize=1)
-def _base(name: str) -> Base:
-    """Loaded once a process: trainings leave it as it was."""
-    return load_base(name)
 
 
 def run(study: Study, schemes: Sequence[str], seeds: Sequence[int], jobs: int, out: Path) -> None:

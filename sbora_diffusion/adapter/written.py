@@ -125,9 +125,7 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> lis
     for dim, side in ((1, "fa"), (0, "fb")):
         indices = [entry.factors[layer].index for entry in written if entry.side == side]
         if indices:
-            index = (indices[0] if len(indices) == 1 else torch.cat([i.cpu() for i in indices]).unique()).to(
-                weight.device
-            )
+            index = _union(indices).to(weight.device)
             blocks.append(_Block(dim, index, weight.index_select(dim, index), len(indices) > 1))
     for block in blocks:
         overwrite(weight, block.dim, block.index, _sum_block(block, written, layer).to(weight.dtype))
@@ -152,3 +150,8 @@ def _sum_block(block: _Block, written: Sequence[_Written], layer: str) -> Tensor
 def _put_back(weight: Tensor, blocks: Sequence[_Block]) -> None:
     for block in blocks:
         overwrite(weight, block.dim, block.index.to(weight.device), block.values.to(weight))
+
+
+def _union(indices: Sequence[Tensor]) -> Tensor:
+    """Of one adapter's index itself, in its order; of several, sorted."""
+    return indices[0] if len(indices) == 1 else torch.cat([index.cpu() for index in indices]).unique()

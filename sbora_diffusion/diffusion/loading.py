@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
 from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
@@ -23,7 +24,6 @@ from sbora_diffusion.interrupts import interrupts_held
 log = logging.getLogger(__name__)
 
 EMBEDDED = "emoji64"
-LARGE = ("sdxl", "sd3", "flux")
 INDEX = "model_index.json"  # of every pipeline in diffusers' format: its class
 
 
@@ -38,8 +38,8 @@ def recipe_base(name: str) -> str:
 
 
 def drawing_precision(name: str, has_gpu: bool) -> str:
-    """What pictures are drawn in where nobody says: bf16 on a GPU, of families that are published in half precision."""
-    return "bf16" if has_gpu and recipe_base(name) in LARGE else "fp32"
+    """What pictures are drawn in where nobody says: on a GPU what the base model is trained in."""
+    return TrainConfig.from_recipe(recipe_base(name), "sbora-fa", {}).precision if has_gpu else "fp32"
 
 
 def find_family(name: str) -> Family:

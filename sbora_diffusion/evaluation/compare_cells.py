@@ -64,7 +64,7 @@ class Comparison:
 
     def config(self, variant: str, seed: int) -> TrainConfig:
         """The recipe of a variant, with the common settings and its own over it."""
-        method, own = parts_of(trained_as(variant))
+        method, own = _parts_of(trained_as(variant))
         settings = self.settings | own | {"seed": str(seed), "preview_every": "0"}
         return TrainConfig.from_recipe(recipe_base(self.base), method, settings)
 
@@ -85,7 +85,7 @@ class Comparison:
                     yield from (f"{variant}/{seed}/{'+'.join(names)}" for names in self.groups(size))
 
 
-def parts_of(variant: str) -> tuple[str, dict[str, str]]:
+def _parts_of(variant: str) -> tuple[str, dict[str, str]]:
     """Its method, and what it sets."""
     method, _, own = variant.partition(":")
     pairs = [pair.partition("=") for pair in own.split(",") if pair]
@@ -96,7 +96,7 @@ def parts_of(variant: str) -> tuple[str, dict[str, str]]:
 
 def trained_as(variant: str) -> str:
     """The variant that trains its adapters: itself, but for how it merges."""
-    method, own = parts_of(variant)
+    method, own = _parts_of(variant)
     settings = ",".join(f"{key}={value}" for key, value in own.items() if key != "merge")
     return f"{method}:{settings}" if settings else method
 
@@ -124,7 +124,7 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     config, run = comparison.config(variant, seed), folder / "runs" / variant / str(seed) / name
     start = comparison.concepts.index(name) * config.rank
     interval = Interval(start, config.rank) if find_method(config.method).owns_interval else None
-    concept, base = load_concept(name, default_roots()), _base(comparison.base, config.precision)
+    concept, base = load_concept(name, default_roots()), base_of_process(comparison.base, config.precision)
     path, adapter = _adapter_path(folder, variant, seed, name), None
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
@@ -164,10 +164,10 @@ def peak_bytes(device: torch.device) -> int:
 
 def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined: str) -> dict[str, Any]:
     """Draw and judge each concept of a merge: name -> metric -> a number a prompt."""
-    base = _base(comparison.base, comparison.config(variant, seed).precision)
+    base = base_of_process(comparison.base, comparison.config(variant, seed).precision)
     judge = _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
-    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
+    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=_parts_of(variant)[1].get("merge", ""))
     suite, told, rows = load_suite(comparison.suite), {}, []
     with applied(base, [merged]):
         for part in parts:
@@ -185,7 +185,7 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
 
 
 @lru_cache(maxsize=1)
-def _base(name: str, precision: str) -> Base:
+def base_of_process(name: str, precision: str) -> Base:
     """Loaded once a process: trainings and judgements leave it as it was."""
     return load_base(name, precision)
 
