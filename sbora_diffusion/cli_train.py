@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,15 @@ def train_concept(
     Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
     """
     with joined() as processes:
+        processes.check(method)  # before a large base model is read for nothing
         if not processes.is_first:
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
         concept, config, wanted = processes.from_first(
             lambda: _read(name_or_folder, base_name, method, pinned, overrides, library, force)
         )
         path, run = library.path(concept.name), runs / concept.name
-        base = load_base(base_name, config.precision)
+        load = partial(load_base, base_name, config.precision, processes.sharded)
+        base = processes.in_turn(load) if processes.sharded else load()
         interval = processes.from_first(
             lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
         )

@@ -34,6 +34,11 @@ class Method:
         """Whether the ledger hands out its columns or rows."""
         return self.kind in ("fa", "fb")
 
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether it reads more of the base model than its answers."""
+        return self.kind in ("dora", "full")
+
 
 _ALL = (
     Method(name="sbora-fa", kind="fa", merges=("sum", "fuse")),

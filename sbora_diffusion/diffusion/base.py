@@ -15,6 +15,7 @@ from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, F
 from sbora_diffusion.diffusion.families.known import family_of
 from sbora_diffusion.diffusion.loading import drawing_precision, full_name, load_pipeline, to_device, to_half
 from sbora_diffusion.diffusion.precision import TYPES
+from sbora_diffusion.diffusion.sharding import is_sharded
 from sbora_diffusion.errors import SboraError
 
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
@@ -54,6 +55,11 @@ class Base:
     def learners(self) -> list[Reader]:
         """The text encoders that are adapted and learn tokens."""
         return [reader for reader in self.family.present(self.pipeline) if reader.learns]
+
+    @property
+    def reads_together(self) -> bool:
+        """Whether a text encoder is kept in shares, so that all processes have to read the same captions."""
+        return any(is_sharded(self.component(reader.component)) for reader in self.family.present(self.pipeline))
 
     def tokenizer(self, reader: Reader) -> Any:
         """A text encoder's tokenizer."""
@@ -161,7 +167,7 @@ class Base:
         return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
 
 
-def load_base(name: str, precision: str = "fp32") -> Base:
+def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base:
     """Load a base model, on the GPU if there is one.
 
     Args:
@@ -169,6 +175,7 @@ def load_base(name: str, precision: str = "fp32") -> Base:
             checkpoint (see single_file.py for its settings), or a model id of the hub.
         precision: bf16 or fp16 take half the memory of fp32; the autoencoder stays in fp32. "" is what suits drawing
             (`loading.drawing_precision`).
+        sharded: keep this process's share of the frozen weights only (sharding.py).
 
     Raises:
         SboraError: an unknown precision, besides what `load_pipeline` raises.
@@ -176,9 +183,9 @@ def load_base(name: str, precision: str = "fp32") -> Base:
     name, precision = full_name(name), precision or drawing_precision(name, torch.cuda.is_available())
     if precision not in TYPES:
         raise SboraError(f"got precision={precision}, expected one of {', '.join(TYPES)}")
-    base = Base(name, load_pipeline(name), precision)
+    base = Base(name, load_pipeline(name, TYPES[precision]), precision)
+    assert base.fingerprint  # of the weights as they are in the files
     if precision != "fp32":
-        assert base.fingerprint  # of the weights as they are in the files
         to_half(base.pipeline, base.family, TYPES[precision])
-    to_device(base.pipeline)
+    to_device(base.pipeline, base.family, sharded)
     return base

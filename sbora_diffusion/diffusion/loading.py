@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Family
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
+from sbora_diffusion.diffusion.sharding import shard
 from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
+from sbora_diffusion.diffusion.stored import fetched, stored_in
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.hub import cache_if_offline, why
 from sbora_diffusion.interrupts import interrupts_held
@@ -56,15 +58,19 @@ def find_family(name: str) -> Family:
     return family_named(kind)
 
 
-def load_pipeline(name: str) -> Any:
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline in fp32 on the CPU, frozen.
+
+    Args:
+        dtype: what its weights will be rounded to (`to_half`): components that are stored in it are left in it, for
+            in fp32 they would take twice the memory for nothing.
 
     Raises:
         SboraError: as `find_family`.
     """
     family = find_family(name)
     with interrupts_held(), _told(name):
-        pipeline = _load(name, family)
+        pipeline = _load(name, family, dtype)
     pipeline.set_progress_bar_config(disable=True)
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
@@ -72,9 +78,19 @@ def load_pipeline(name: str) -> Any:
     return pipeline
 
 
-def to_device(pipeline: Any) -> None:
-    """Move it to the GPU, if there is one."""
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+def to_device(pipeline: Any, family: Family, sharded: bool = False) -> None:
+    """Move it to the GPU, if there is one.
+
+    Args:
+        sharded: only this process's share of what learns nothing; every process calls this alike.
+    """
+    learning = [reader.component for reader in family.present(pipeline) if reader.learns]
+    kept_whole = [pipeline.vae, *(getattr(pipeline, name) for name in learning)]
+    for module in family.modules(pipeline):
+        if sharded and module not in kept_whole:
+            shard(module)
+        else:
+            module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
@@ -94,11 +110,14 @@ def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
     pipeline.vae.decode = decode_in_fp32
 
 
-def _load(name: str, family: Family) -> Any:
+def _load(name: str, family: Family, dtype: torch.dtype) -> Any:
     if Path(name).is_file():
         return load_checkpoint(Path(name), family.pipeline)
     options = {"safety_checker": None} if family.name == "sd" else {}
-    return DiffusionPipeline.from_pretrained(_path(name), dtype=torch.float32, **options)
+    folder = fetched(_path(name), **options)
+    halves = [] if dtype == torch.float32 else [part for part in stored_in(folder, dtype) if part != "vae"]
+    types = dict.fromkeys(halves, dtype) | {"default": torch.float32}
+    return DiffusionPipeline.from_pretrained(folder, dtype=types, **options)
 
 
 def _path(name: str) -> str:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Text
+from sbora_diffusion.diffusion.sharding import num_held
 
 # what gradient checkpointing computes again: it keeps their inputs only
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
@@ -68,9 +69,9 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
 
 
 def _num_weights(base: Base, in_vae: bool) -> int:
-    """Of the autoencoder, which stays in fp32, or of all the rest."""
+    """This process's, of the autoencoder, which stays in fp32, or of all the rest."""
     modules = [module for module in base.family.modules(base.pipeline) if (module is base.pipeline.vae) == in_vae]
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return sum(num_held(parameter) for module in modules for parameter in module.parameters())
 
 
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, distributed
 
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.methods import find_method
 
 PATIENCE = timedelta(hours=2)  # while the first process fetches a base model, the others wait
-SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+REFUSED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS")
 
 T = TypeVar("T")
 
@@ -28,11 +29,20 @@ class Processes:
 
     index: int = 0
     count: int = 1
+    sharded: bool = False  # whether each of them is to keep a share of the frozen weights only
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes files and logs."""
         return self.index == 0
+
+    def check(self, method: str) -> None:
+        """SboraError for a method that cannot be trained so."""
+        if self.sharded and find_method(method).needs_whole_weights:
+            raise SboraError(
+                f"{method} reads whole weights, of which each process would hold a share",
+                "accelerate launch --multi_gpu, or another --method",
+            )
 
     def share(self, rows: Tensor) -> Tensor:
         """This process's part of what was drawn for all: (count · n, …) to (n, …)."""
@@ -60,6 +70,16 @@ class Processes:
             distributed.broadcast_object_list(made)
         return made[0]  # type: ignore[return-value]
 
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What each process makes for itself, one after the other."""
+        made = []
+        for turn in range(self.count):
+            if turn == self.index:
+                made.append(make())
+            with _others_there():
+                distributed.barrier()
+        return made[0]
+
 
 ALONE = Processes()
 
@@ -73,7 +93,11 @@ def current() -> Processes:
     """All by itself, unless `joined` or somebody else has brought several together."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return ALONE
-    return Processes(distributed.get_rank(), distributed.get_world_size())
+    return Processes(distributed.get_rank(), distributed.get_world_size(), _is_said("ACCELERATE_USE_FSDP"))
+
+
+def _is_said(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
 
 
 @contextmanager
@@ -86,10 +110,10 @@ def joined() -> Iterator[Processes]:
     if num_launched() == 1 or distributed.is_initialized():
         yield current()
         return
-    if sharded := [name for name in SHARDED if os.environ.get(name, "").lower() in ("1", "true")]:
+    if refused := [name for name in REFUSED if _is_said(name)]:
         raise SboraError(
-            f"got {sharded[0]}, but a training keeps the whole model in every process",
-            "accelerate launch --multi_gpu, or torchrun",
+            f"got {refused[0]}, but models are sharded by FSDP alone, and nothing is offloaded",
+            "accelerate launch --use_fsdp, or --multi_gpu for the whole model in every process",
         )
     if torch.cuda.is_available():
         place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

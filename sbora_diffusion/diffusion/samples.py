@@ -117,8 +117,8 @@ class Samples:
     def of_prior(self, generator: torch.Generator) -> Batch:
         """The base model's own answers."""
         prior, count = self._data.prior, self._config.prior_batch * self._processes.count
-        rows = self._processes.share(torch.randint(len(prior.t), (count,), generator=generator))
-        return Batch(prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows])
+        rows = torch.randint(len(prior.t), (count,), generator=generator)
+        return self._share(Batch(prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows]))
 
     def held_out(self) -> list[Sample]:
         """Always the same noisy versions of the pictures that are not learned from."""
@@ -130,7 +130,10 @@ class Samples:
             found.append(self._noised(shots, rows, ids, generator))
         return found
 
+    @torch.no_grad()
     def _share(self, batch: B) -> B:
+        if self._base.reads_together and len(batch.ids):
+            self._base.read(batch.ids)  # an encoder in shares remembers what it reads, and asks nobody again
         parts = {key: None if part is None else self._processes.share(part) for key, part in vars(batch).items()}
         return replace(batch, **parts)
 

@@ -63,9 +63,11 @@ def train(
             asked every `config.eval_every` steps and at the end.
 
     Raises:
-        SboraError: a folder in use or with another training in it, a loss that is not finite.
+        SboraError: a folder in use or with another training in it, a loss that is not finite, a method that cannot be
+            trained in shares.
     """
     processes = current()
+    processes.check(config.method)
     folder = RunFolder(run_folder, processes.is_first)
     description = describe_run(concept, base, interval, config, processes.count)
     with folder.claimed():

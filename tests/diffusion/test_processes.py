@@ -73,6 +73,16 @@ def command(base: Path, each: int) -> list[str]:
     return words + [word for setting in settings for word in ("--set", setting)]
 
 
+def torchrun(folder: Path, worker: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes on the CPU, in a folder."""
+    (folder / "worker.py").write_text(worker)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*start, *words], cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of the same training: `one` in one process, `two` in two, and `stopped`, which was resumed in two."""
@@ -81,13 +91,7 @@ def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "one")
         assert CliRunner().invoke(app, command(tiny_folder, each=2)).exit_code == 0
-    (folder / "worker.py").write_text(WORKER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*torchrun, *command(tiny_folder, each=1)],
-        cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    done = torchrun(folder, WORKER, command(tiny_folder, each=1))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -153,10 +157,11 @@ def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setti
         Run(live, data, config, base, Processes(0, 2))
 
 
-def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"])
+def test_other_ways_to_shard_are_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(SboraError, match="got ACCELERATE_USE_FSDP, but"), processes.joined():
+    monkeypatch.setenv(asked, "true")
+    with pytest.raises(SboraError, match=f"got {asked}, but"), processes.joined():
         pass
 
 

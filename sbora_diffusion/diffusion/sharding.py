@@ -1,0 +1,43 @@
+"""A base model's frozen weights in shares, one a process (PyTorch's FSDP2): a block is whole only while it computes.
+
+Adapters and tokens are put in afterwards and are whole in every process, as are the autoencoder and the text encoders
+that learn tokens. So nothing of a training has to know of it, but what reads a weight by itself: that is `whole`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def shard(model: Any) -> None:
+    """Keep this process's share of a model's weights, on its GPU if there is one; every process calls this alike.
+
+    Args:
+        model: of diffusers or transformers, with the same weights in every process; its repeated blocks, which
+            these libraries name, are put together one at a time.
+    """
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.get_world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    repeated = set(model._no_split_modules or ())
+    for module in reversed(list(model.modules())):  # inner ones first
+        if type(module).__name__ in repeated:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight as it was before; of a share, every process has to ask for it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def num_held(weight: Tensor) -> int:
+    """How many of a weight's entries this process holds."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
