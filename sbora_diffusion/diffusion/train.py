@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -85,18 +86,8 @@ def train(
                 scores, validation = _judge(run, done, config, score)
                 if done % config.save_every == 0 and done < config.steps:
                     folder.save(description, run.state())
-                is_shown = config.preview_every and done % config.preview_every == 0 and done < config.steps
-                yield StepLog(
-                    step=done,
-                    steps=config.steps,
-                    loss=loss,
-                    learning_rate=run.learning_rate,
-                    samples_per_second=run.samples_per_second,
-                    memory_bytes=memory_bytes(base.device),
-                    preview=_shown(run, preview, done) if is_shown else None,
-                    scores=scores,
-                    validation=validation,
-                )
+                picture = _shown(run, preview, done) if _is_shown(done, config) else None
+                yield _log(run, config, base, loss=loss, preview=picture, scores=scores, validation=validation)
             metrics = {"loss": run.mean_loss}
             if config.keep == "best" and run.best:
                 run.go_back_to(run.best)
@@ -104,16 +95,7 @@ def train(
             with nullcontext() if config.keep == "best" and run.best else run.at_rest():
                 before_after, metrics["class_drift"] = preview.draw_after()
                 adapter = _result(concept, base, interval, config, live, metrics)
-        yield StepLog(
-            step=config.steps,
-            steps=config.steps,
-            loss=run.mean_loss,
-            learning_rate=run.learning_rate,
-            samples_per_second=run.samples_per_second,
-            memory_bytes=memory_bytes(base.device),
-            adapter=adapter,
-            before_after=before_after,
-        )
+        yield _log(run, config, base, loss=run.mean_loss, adapter=adapter, before_after=before_after)
         folder.finish()
 
 
@@ -137,9 +119,26 @@ def _is_due(done: int, every: int, steps: int) -> bool:
     return every > 0 and (done % every == 0 or done == steps)
 
 
+def _is_shown(done: int, config: TrainConfig) -> bool:
+    """Not at the end, where there is the sheet of before and after."""
+    return config.preview_every > 0 and done % config.preview_every == 0 and done < config.steps
+
+
 def _shown(run: Run, preview: Preview, done: int) -> Path:
     with run.at_rest():
         return preview.draw(done)
+
+
+def _log(run: Run, config: TrainConfig, base: Base, **told: Any) -> StepLog:
+    """What there is to tell of a training as it stands, and what else is known."""
+    return StepLog(
+        step=run.step,
+        steps=config.steps,
+        learning_rate=run.learning_rate,
+        samples_per_second=run.samples_per_second,
+        memory_bytes=memory_bytes(base.device),
+        **told,
+    )
 
 
 def memory_bytes(device: torch.device) -> int:

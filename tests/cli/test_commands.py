@@ -1,18 +1,13 @@
-"""Every command end to end on a tiny base model, every way of giving it nonsense, and every way of stopping it."""
+"""Every command end to end on a tiny base model."""
 
-import errno
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -22,67 +17,7 @@ from sbora_diffusion.cli import app
 from sbora_diffusion.diffusion.picture_file import read_settings
 from sbora_diffusion.library import Library
 
-from .tiny_pipeline import save_tiny_pipeline
-
-SETTINGS = ("steps=6", "save_every=2", "sampling_steps=2", "crops=1", "preview_every=3")
-QUICK = [word for setting in SETTINGS for word in ("--set", setting)]
-CLI = [sys.executable, "-c", "from sbora_diffusion.cli import main; main()"]
-KILLED_AT = """
-import os, signal, sys
-from pathlib import Path
-from sbora_diffusion.cli import main
-
-replace, (when, name), sys.argv = Path.replace, sys.argv[1:3], sys.argv[:1] + sys.argv[3:]
-
-def replace_or_die(self, target):
-    if Path(target).name == name and Path(target).exists() == (when == "again"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(self, target)
-
-Path.replace = replace_or_die
-main()
-"""
-
-
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as file:
-        return file.tobytes()
-
-
-def train(base: Path, concept: str | Path, *words: str | Path) -> Result:
-    return run("train", "--concept", concept, "--base", base, *QUICK, *words)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
-    """A folder in which dog and cat were trained, and what the two commands answered."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return folder, [train(base, "dog"), train(base, "cat")]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return Path()
-
-
-@pytest.fixture
-def adapters(here: Path, trained: tuple[Path, list[Result]]) -> Path:
-    """The same with the concepts dog and cat in it."""
-    return Path(shutil.copytree(trained[0] / "adapters", here / "adapters"))
+from .running import CLI, pixels, run, train
 
 
 def test_train(trained: tuple[Path, list[Result]]) -> None:
@@ -282,199 +217,6 @@ def test_help_is_quick(words: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert __version__ in done.stdout or "Usage:" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["train"],
-        ["train", "--concept", "dog", "--nonsense"],
-        ["train", "--concept", "dog", "--set", "steps"],
-        ["train", "--concept", "dog", "--rank", "many"],
-        ["generate", "a dog", "--count", "0"],
-        ["ledger", "--interval", "0:8"],
-        ["generate", "a dog", "--set", "nonsense=1"],
-        ["generate", "a dog", "--set", "steps=many"],
-        ["nonsense"],
-    ],
-)
-def test_usage_errors(here: Path, words: list[str]) -> None:
-    done = run(*words)
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert "Error" in done.stderr
-    assert not list(here.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("train --concept nosuch", "nosuch"),
-        ("train --concept empty", "no picture in empty"),
-        ("train --concept unreadable --base TINY", "unreadable/a.png"),
-        ("train --concept horse --base nosuch", "could not load base model 'nosuch'"),
-        ("train --concept dog --base TINY", "adapters/dog.safetensors exists"),
-        ("train --concept horse --base TINY --interval 30:38", "30:38 does not fit"),
-        ("train --concept horse --base TINY --interval 4:12", "4:12 is taken"),
-        ("train --concept horse --base TINY --interval 16:20", "rank 8 needs 8"),
-        ("train --concept horse --base TINY --interval nonsense", "got interval 'nonsense'"),
-        ("train --concept horse --base TINY --rank 20", "no 20 consecutive positions"),
-        ("train --concept horse --base TINY --rank 0", "rank=0"),
-        ("train --concept horse --base TINY --method nonsense", "unknown method 'nonsense'"),
-        ("train --concept horse --base TINY --set nonsense=1", "unknown setting 'nonsense'"),
-        ("generate x --adapter nosuch", "no adapter 'nosuch'"),
-        ("generate x --adapter posing.safetensors", "posing.safetensors: cannot be read as safetensors"),
-        ("generate <dog> --adapter dog --base OTHER", "trained for"),
-        ("generate <dog> --base TINY", "no loaded concept brings the token <dog>"),
-        ("generate <dog> --adapter dog --adapter dog", "two adapters bring"),
-        ("generate <dog> --adapter dog --strengths 1,1", "1 adapters and 2 strengths"),
-        ("merge dog posing.safetensors", "posing.safetensors: cannot be read"),
-        ("merge dog cat --weights 1", "2 adapters and the weights"),
-        ("merge dog cat --how nonsense", "got --how nonsense"),
-        ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
-        ("bake dog nosuch", "no adapter 'nosuch'"),
-        ("bake dog cat --strengths 1", "2 adapters and 1 strengths"),
-        ("bake dog --base OTHER", "trained for"),
-        ("bake dog --out empty", "empty exists, and is no pipeline"),
-        ("inspect posing.safetensors", "posing.safetensors: cannot be read"),
-        ("ledger --reserve a/b --base TINY", "without slashes"),
-        ("ledger --reserve dog --base TINY", "dog has the interval 0:8 already (trained)"),
-        ("ledger --reserve horse --base TINY --interval 0:4", "rank 8 needs 8"),
-        ("ledger --reserve horse --base nosuch", "could not load base model 'nosuch'"),
-        ("remove nosuch --yes", "nothing of the name 'nosuch' in adapters (there: cat, dog)"),
-    ],
-)
-def test_bad_input(adapters: Path, base: Path, tmp_path: Path, words: str, message: str) -> None:
-    Path("empty").mkdir()
-    Path("unreadable").mkdir()
-    for name in ("posing.safetensors", "unreadable/a.png"):
-        Path(name).write_text("two lines\nof text\n")
-    other = save_tiny_pipeline(tmp_path / "other", seed=1) if "OTHER" in words else base
-    places = {"TINY": str(base), "OTHER": str(other)}
-    before = {path: path.read_bytes() for path in adapters.glob("*.safetensors")}
-    done = run(*(places.get(word, word) for word in words.split()))
-    assert (done.exit_code, done.stdout) == (1, ""), done.output
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert message in lines[0]
-    assert [line.split(":")[0] for line in lines] in (["error"], ["error", "hint"])
-    assert before == {path: path.read_bytes() for path in adapters.glob("*.safetensors")}
-    assert Library(adapters).owners("", "fa") == ()
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "f.png"),
-            "error: No space left on device: f.png\nhint: Make",
-        ),
-        (PermissionError(errno.EACCES, "Permission denied", "f.png"), "error: Permission denied: f.png\n"),
-        (MemoryError(), "error: out of memory\nhint: "),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory\nhint: "),
-    ],
-)
-def test_the_machine_says_no(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
-    def fail(_: Library) -> None:
-        raise error
-
-    monkeypatch.setattr(Library, "ledgers", fail)
-    done = run("ledger")
-    assert done.exit_code == 1
-    assert done.stderr.startswith(message)
-
-
-def test_our_own_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Library) -> None:
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(Library, "ledgers", fail)
-    assert isinstance(run("ledger").exception, RuntimeError)
-
-
-def test_a_run_folder_in_use(here: Path, base: Path) -> None:
-    (here / "runs/dog").mkdir(parents=True)
-    with FileLock(here / "runs/dog/.lock"):
-        done = train(base, "dog")
-    assert done.exit_code == 1
-    assert "error: another training is running in runs/dog" in done.stderr
-    assert train(base, "dog").exit_code == 0
-
-
-def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real SIGINT in the middle of a step."""
-    from sbora_diffusion.diffusion import train as module
-
-    steps = iter(range(1, step + 1))
-
-    def memory_bytes(_: object) -> int:
-        if next(steps) == step:
-            monkeypatch.undo()
-            signal.raise_signal(signal.SIGINT)
-        return 0
-
-    monkeypatch.setattr(module, "memory_bytes", memory_bytes)
-
-
-@pytest.mark.parametrize(
-    ("step", "message"),
-    [(1, "stopped before the first checkpoint"), (5, "the last checkpoint is kept in runs/dog, go on with:")],
-)
-def test_ctrl_c_and_resume(here: Path, base: Path, trained: tuple[Path, list[Result]], step: int, message: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(step, patch)
-        stopped = train(base, "dog")
-    assert stopped.exit_code == 130
-    assert message in stopped.stderr
-    assert Library("adapters").ledgers() == []
-    if step > 1:
-        refused = train(base, "dog")
-        assert (refused.exit_code, "--resume" in refused.stderr) == (1, True)
-    assert train(base, "dog", "--resume").exit_code == 0
-    uninterrupted = trained[0] / "adapters/dog.safetensors"
-    assert (here / "adapters/dog.safetensors").read_bytes() == uninterrupted.read_bytes()
-
-
-def test_resume_keeps_the_columns(here: Path, base: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(5, patch)
-        train(base, "dog", "--interval", "16:24")
-    assert train(base, "dog", "--resume").exit_code == 0
-    assert str(Adapter.load(here / "adapters/dog.safetensors").spec.intervals[0]) == "16:24"
-
-
-def test_force_begins_anew(adapters: Path, base: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(5, patch)
-        train(base, "dog", "--force")
-    anew = train(base, "dog", "--force", "--set", "seed=1")
-    assert anew.exit_code == 0, anew.output
-    assert Adapter.load(adapters / "dog.safetensors").spec.recipe["seed"] == 1
-
-
-@pytest.mark.parametrize("killed_at", ["first checkpoint.pt", "again checkpoint.pt", "first dog.safetensors"])
-def test_kill_and_resume(here: Path, base: Path, trained: tuple[Path, list[Result]], killed_at: str) -> None:
-    words = ["train", "--concept", "dog", "--base", str(base), *QUICK]
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT, *killed_at.split(), *words], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert Library("adapters").names() == []
-    assert train(base, "dog", "--resume").exit_code == 0
-    uninterrupted = trained[0] / "adapters/dog.safetensors"
-    assert (here / "adapters/dog.safetensors").read_bytes() == uninterrupted.read_bytes()
-
-
-def test_ctrl_c_at_the_console(here: Path, base: Path) -> None:
-    words = ["train", "--concept", "dog", "--base", str(base), *QUICK, "--set", "steps=1000000"]
-    with subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: (here / "runs/dog/checkpoint.pt").exists() or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate()
-    assert (process.returncode, stdout) == (130, ""), stderr
-    assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1].endswith("--resume")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("adapters")
