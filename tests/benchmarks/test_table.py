@@ -24,11 +24,13 @@ def test_targets_stand_beside_what_was_measured() -> None:
     rows = [
         {"layers": 128, "rank": 8, "way": "peft", "ms": 100.0, "of peft": 1.0},
         {"layers": 128, "rank": 8, "way": "fa, set_adapter", "ms": 1.0, "of peft": 0.01},
+        {"layers": 128, "rank": 8, "way": "base", "ms": 0.5, "of peft": 0.005},
     ]
     results = [{"benchmark": "switch", "machine": {"device": "a CPU"}, "rows": rows}]
     line = table.targets(results).splitlines()[-1]
     assert line == (
-        "| a CPU | switching a live concept, of PEFT's unmerge and merge: ≤ 0.05 | 0.010 (fa, set_adapter, r = 8) |"
+        "| a CPU | switching a live concept, of PEFT's unmerge and merge: ≤ 0.05 | 0.010 (fa, set_adapter, r = 8) | "
+        "0.005 (base, r = 8) |"
     )
     assert table.targets([]) == ""
 
