@@ -7,6 +7,7 @@ from torch import nn
 
 from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.file import Adapter, Factor
+from sbora_diffusion.adapter.whole import whole
 
 
 def written_side(adapter: Adapter) -> Side:
@@ -20,7 +21,7 @@ def written_factors(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[s
     Args:
         layers: "<component>.<canonical layer>" -> layer, with nothing written into it (DoRA reads its weight).
     """
-    changes = {key: dense.delta(layers[key].weight) for key, dense in adapter.dense.items()}
+    changes = {key: dense.delta(whole(layers[key].weight)) for key, dense in adapter.dense.items()}
     return adapter.factors | {key: Factor(torch.arange(delta.shape[1]), delta) for key, delta in changes.items()}
 
 

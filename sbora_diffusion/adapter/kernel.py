@@ -57,7 +57,8 @@ def _forward(
         gathered = gathered_inputs(x, fa_index, y.dtype)
         rows.addmm_(gathered, fa_weight.to(y.dtype).t())
     if fb_index is not None and fb_weight is not None:
-        rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
+        with without_autocast(y.device.type):  # a quantised layer answers in its input's dtype, a product would not
+            rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
     return rows.view(y.shape), gathered
 
 

@@ -76,7 +76,7 @@ def generate(
 ) -> None:
     """Make pictures, with any concepts. --set takes steps, guidance, negative_prompt, gated (1: each concept acts
     only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones), precision
-    (fp32, bf16 or fp16; on a GPU SDXL, SD3 and FLUX are drawn in bf16)."""
+    (fp32, bf16, fp16 or nf4; on a GPU SDXL, SD3 and FLUX are drawn in bf16)."""
     kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": flag, "whole_scene": flag}
     kinds |= {"precision": str}
     options = convert(parse_settings(settings), kinds)

@@ -15,6 +15,7 @@ from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, F
 from sbora_diffusion.diffusion.families.known import family_of
 from sbora_diffusion.diffusion.loading import drawing_precision, full_name, load_pipeline, to_device, to_half
 from sbora_diffusion.diffusion.precision import TYPES
+from sbora_diffusion.diffusion.quantised import to_nf4
 from sbora_diffusion.diffusion.sharding import is_sharded
 from sbora_diffusion.errors import SboraError
 
@@ -26,7 +27,8 @@ class Base:
     """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it.
 
     Attributes:
-        precision: what all weights but the autoencoder's are held and computed in: fp32, bf16 or fp16.
+        precision: what all weights but the autoencoder's are held and computed in: fp32, bf16 or fp16; nf4 is bf16 with
+            most of what is frozen in four bits.
     """
 
     id: str
@@ -173,8 +175,8 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
     Args:
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
             checkpoint (see single_file.py for its settings), or a model id of the hub.
-        precision: bf16 or fp16 take half the memory of fp32; the autoencoder stays in fp32. "" is what suits drawing
-            (`loading.drawing_precision`).
+        precision: bf16 or fp16 take half the memory of fp32, nf4 about a seventh; the autoencoder stays in fp32. "" is
+            what suits drawing (`loading.drawing_precision`).
         sharded: keep this process's share of the frozen weights only (sharding.py).
 
     Raises:
@@ -187,5 +189,9 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
     assert base.fingerprint  # of the weights as they are in the files
     if precision != "fp32":
         to_half(base.pipeline, base.family, TYPES[precision])
+    if precision == "nf4":
+        for model in base.family.frozen(base.pipeline):
+            to_nf4(model)
+        del vars(base)["layers"]  # they are others now
     to_device(base.pipeline, base.family, sharded)
     return base

@@ -19,7 +19,7 @@ _SWITCHES = ("layerwise_tokens", "gradient_checkpointing", "masked_loss", "shuff
 _CHOICES = {
     "optimizer": ("adamw", "adamw-8bit", "prodigy", "schedule-free"),
     "scheduler": ("linear", "cosine", "constant"),
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("fp32", "bf16", "fp16", "nf4"),
     "keep": ("last", "best"),
 }
 
@@ -53,6 +53,8 @@ def _check_together(config: "TrainConfig") -> None:
         raise SboraError("erasure_weight needs prior samples", "--set prior_batch=4")
     if config.erasure_weight and config.buckets:
         raise SboraError("erasure_weight looks at pictures of one shape, buckets are of many", "set one of them to 0")
+    if config.precision == "nf4" and (find_method(config.method).needs_whole_weights or config.erasure_weight):
+        raise SboraError(f"{config.method} reads whole weights, nf4 has none", "--set precision=bf16")
     if config.validation_pictures and not config.validation_every:
         raise SboraError(f"got validation_pictures={config.validation_pictures} and validation_every=0: never asked")
     if config.keep == "best" and not (config.eval_every or config.validation_pictures):

@@ -18,6 +18,7 @@ from sbora_diffusion.adapter.file import Adapter, Factor
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.families.family import Text
 from sbora_diffusion.diffusion.generate import check_base, check_distinct, check_tokens
+from sbora_diffusion.diffusion.quantised import DTYPE
 from sbora_diffusion.diffusion.tokens import added_tokens
 from sbora_diffusion.errors import SboraError
 
@@ -194,7 +195,8 @@ def live_concepts(
 
 
 def _ready(factor: Factor, strength: float, weight: Tensor) -> Factor:
-    return Factor(factor.index.to(weight.device), (factor.weight * strength).to(weight))
+    dtype = weight.dtype if weight.is_floating_point() else DTYPE
+    return Factor(factor.index.to(weight.device), (factor.weight * strength).to(weight.device, dtype))
 
 
 def _token_ids(pipeline: Any, prompt: str) -> list[int]:

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 from PIL import Image
 
+from sbora_diffusion.adapter.beside import PlacedWeights
 from sbora_diffusion.adapter.columns import needs_original, written_factors, written_side
 from sbora_diffusion.adapter.file import Adapter, Factor, check_fits
-from sbora_diffusion.adapter.written import WrittenWeights
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.layerwise import layerwise_tokens
 from sbora_diffusion.diffusion.tokens import added_tokens
@@ -24,12 +24,13 @@ class WrittenConcepts:
     """The concepts that are written into a base model, weights and tokens; any of them can be taken out again.
 
     The weights depend only on which concepts are written and how strongly, not on what happened before; without any,
-    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token.
+    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token. To
+    layers whose weights are quantised, concepts add what they would add to the weights to the output instead.
     """
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._weights = {component: WrittenWeights(base.component(component)) for component in base.adapted}
+        self._weights = {component: PlacedWeights(base.component(component)) for component in base.adapted}
         self._concepts: dict[str, tuple[Adapter, float]] = {}
         self._factors: dict[str, dict[str, Factor]] = {}
         self._tokens = ExitStack()

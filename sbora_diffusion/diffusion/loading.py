@@ -82,12 +82,11 @@ def to_device(pipeline: Any, family: Family, sharded: bool = False) -> None:
     """Move it to the GPU, if there is one.
 
     Args:
-        sharded: only this process's share of what learns nothing; every process calls this alike.
+        sharded: of what is frozen only this process's share; every process calls this alike.
     """
-    learning = [reader.component for reader in family.present(pipeline) if reader.learns]
-    kept_whole = [pipeline.vae, *(getattr(pipeline, name) for name in learning)]
+    frozen = family.frozen(pipeline)
     for module in family.modules(pipeline):
-        if sharded and module not in kept_whole:
+        if sharded and module in frozen:
             shard(module)
         else:
             module.to("cuda" if torch.cuda.is_available() else "cpu")

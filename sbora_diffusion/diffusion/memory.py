@@ -12,15 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sbora_diffusion.adapter.whole import num_held
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Text
-from sbora_diffusion.diffusion.sharding import num_held
+from sbora_diffusion.diffusion.quantised import BYTES, packable
+from sbora_diffusion.methods import find_method
 
 # what gradient checkpointing computes again: it keeps their inputs only
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
           "FluxSingleTransformerBlock")  # fmt: skip
-LEAN = {"batch_size": 1, "prior_batch": 0, "class_pictures": 0, "gradient_checkpointing": 1, "precision": "bf16"}
+LEAN = (("batch_size", 1), ("prior_batch", 0), ("class_pictures", 0), ("gradient_checkpointing", 1),
+        ("precision", "bf16"), ("precision", "nf4"))  # fmt: skip
 GIGABYTE = 2**30
 
 
@@ -59,26 +62,32 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     """
     samples = config.batch_size * (2 if config.class_pictures else 1) + config.prior_batch
     each = kept.text + (kept.checkpointed if config.gradient_checkpointing else kept.everything)
-    half = config.precision != "fp32"
+    half = config.precision != "fp32"  # nf4 computes in bf16
     numbers = sum(config.rank * shape[config.method == "sbora-fb"] for shape in base.layer_shapes.values())
     return Estimate(
-        weights=_num_weights(base, in_vae=True) * 4 + _num_weights(base, in_vae=False) * (2 if half else 4),
+        weights=_weights(base, config.precision),
         trained=numbers * 4 * 4,
         activations=samples * each // (2 if half else 1),
     )
 
 
-def _num_weights(base: Base, in_vae: bool) -> int:
-    """This process's, of the autoencoder, which stays in fp32, or of all the rest."""
-    modules = [module for module in base.family.modules(base.pipeline) if (module is base.pipeline.vae) == in_vae]
-    return sum(num_held(parameter) for module in modules for parameter in module.parameters())
+def _weights(base: Base, precision: str) -> int:
+    """Bytes of this process's weights; the autoencoder's stay in fp32."""
+    total, each = 0.0, 4 if precision == "fp32" else 2
+    for module in base.family.modules(base.pipeline):
+        held = sum(map(num_held, module.parameters()))
+        total += held * (4 if module is base.pipeline.vae else each)
+        if precision == "nf4" and module in base.family.frozen(base.pipeline):
+            total -= sum(num_held(layer.weight) for layer in packable(module).values()) * (each - BYTES)
+    return int(total)
 
 
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
     """One line: which settings would make it smaller, and what each of them alone saves."""
     before, told = estimate(base, config, kept).total, []
-    for key, value in LEAN.items():
-        if getattr(config, key) != value and not (key == "precision" and config.precision == "fp16"):
+    for key, value in LEAN:
+        is_possible = value != "nf4" or not find_method(config.method).needs_whole_weights
+        if getattr(config, key) != value and is_possible and not (value == "bf16" and config.precision == "fp16"):
             saved = before - estimate(base, replace(config, **{key: value}), kept).total
             if saved > before // 50:
                 told.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))

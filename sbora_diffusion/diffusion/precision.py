@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.errors import SboraError
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "nf4": torch.bfloat16}
 PATIENCE = 20  # steps that fp16 may skip in a row while its scale is being found
 
 

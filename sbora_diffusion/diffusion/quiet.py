@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.fuse import response
 from sbora_diffusion.adapter.layer import SboraLayer
+from sbora_diffusion.adapter.whole import whole
 from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.sharding import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Loudness:
         by_shape: dict[tuple[object, ...], list[tuple[SboraLayer, Tensor]]] = {}
         for component, by_name in layers.items():
             for name, layer in by_name.items():
-                weight = whole(base.layers[f"{component}.{name}"].weight.detach()).float()
+                weight = whole(base.layers[f"{component}.{name}"].weight).detach().float()
                 seen = moments[f"{component}.{name}"].to(weight)
                 own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
                 shape = (*layer.trained.shape, *own.shape)

@@ -1,16 +1,15 @@
 """A base model's frozen weights in shares, one a process (PyTorch's FSDP2): a block is whole only while it computes.
 
 Adapters and tokens are put in afterwards and are whole in every process, as are the autoencoder and the text encoders
-that learn tokens. So nothing of a training has to know of it, but what reads a weight by itself: that is `whole`.
+that learn tokens. So nothing of a training has to know of it, but what reads a weight by itself (adapter/whole.py).
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 
 def shard(model: Any) -> None:
@@ -31,13 +30,3 @@ def shard(model: Any) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight as it was before; of a share, every process has to ask for it."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def num_held(weight: Tensor) -> int:
-    """How many of a weight's entries this process holds."""
-    return (weight.to_local() if isinstance(weight, DTensor) else weight).numel()

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from sbora_diffusion import cli_train
 from sbora_diffusion.cli import app
 from sbora_diffusion.diffusion import train
-from sbora_diffusion.diffusion.sharding import num_held
+from sbora_diffusion.adapter.whole import num_held
 
 def run(folder, *words):
     Path(folder).mkdir(exist_ok=True)

@@ -86,6 +86,11 @@ class Family:
         names = [self.denoiser, "vae", *(reader.component for reader in self.present(pipeline))]
         return [getattr(pipeline, name) for name in names]
 
+    def frozen(self, pipeline: Any) -> list[nn.Module]:
+        """The large part: what learns nothing but an adapter, the denoiser and the text encoders without tokens."""
+        names = [reader.component for reader in self.present(pipeline) if not reader.learns]
+        return [getattr(pipeline, name) for name in (self.denoiser, *names)]
+
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> Tensor:
         """(len(captions), length) int64: the ids of all text encoders side by side.
 
