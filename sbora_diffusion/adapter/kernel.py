@@ -114,7 +114,8 @@ class _SboraLinear(Function):
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Within it nothing is cast by itself. Autocast is off in most backward passes, and this asks before it acts."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def gathered_inputs(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,8 @@ from sbora_diffusion.methods import find_method
 # what gradient checkpointing computes again: it keeps their inputs only
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
           "FluxSingleTransformerBlock")  # fmt: skip
-LEAN = (("batch_size", 1), ("prior_batch", 0), ("class_pictures", 0), ("gradient_checkpointing", 1),
-        ("precision", "bf16"), ("precision", "nf4"))  # fmt: skip
+LEAN = {"batch_size": 1, "prior_batch": 0, "class_pictures": 0, "gradient_checkpointing": 1}
+LEANER = {"fp32": "bf16", "bf16": "nf4", "fp16": "nf4"}  # what takes less memory
 GIGABYTE = 2**30
 
 
@@ -85,9 +85,11 @@ def _weights(base: Base, precision: str) -> int:
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
     """One line: which settings would make it smaller, and what each of them alone saves."""
     before, told = estimate(base, config, kept).total, []
-    for key, value in LEAN:
-        is_possible = value != "nf4" or not find_method(config.method).needs_whole_weights
-        if getattr(config, key) != value and is_possible and not (value == "bf16" and config.precision == "fp16"):
+    leaner = LEANER.get(config.precision, config.precision)
+    if leaner == "nf4" and find_method(config.method).needs_whole_weights:
+        leaner = config.precision
+    for key, value in (LEAN | {"precision": leaner}).items():
+        if getattr(config, key) != value:
             saved = before - estimate(base, replace(config, **{key: value}), kept).total
             if saved > before // 50:
                 told.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))

@@ -21,6 +21,7 @@ from ..tiny_transformers import save_tiny_sd3
 from .conftest import short_config
 
 KEPT = Activations(everything=2 * 2**30, checkpointed=2**29)
+NONE = Activations(everything=0, checkpointed=0)
 
 
 class Held:
@@ -118,7 +119,11 @@ def test_advice_names_what_saves_most_first(base: Base) -> None:
         "--set prior_batch=0 (saves 2.0 GB)",
         "--set batch_size=1 (saves 2.0 GB)",
     ]
-    lean = {"batch_size": "1", "prior_batch": "0", "gradient_checkpointing": "1", "precision": "bf16"}
+    half = advice(
+        base, short_config(batch_size="1", prior_batch="0", precision="bf16", gradient_checkpointing="1"), NONE
+    )
+    assert half.startswith("--set precision=nf4 (saves ")
+    lean = {"batch_size": "1", "prior_batch": "0", "gradient_checkpointing": "1", "precision": "nf4"}
     assert "smaller base model" in advice(base, short_config(**lean), KEPT)
 
 
