@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -36,7 +35,8 @@ class PlacedWeights:
                 check_factor(layer, factor, side, self._beside[layer].shape)
         self._inside.write(name, {key: f for key, f in factors.items() if key not in self._beside}, side, strength)
         for key, layer in self._beside.items():
-            layer.put(name, _Term(factors[key], side, strength) if key in factors else None)
+            factor = factors.get(key)
+            layer.put(name, factor and _Term(factor.index, factor.weight * strength, side))
 
     def restore(self, name: str) -> None:
         """Take an adapter out."""
@@ -47,13 +47,11 @@ class PlacedWeights:
 
 @dataclass(frozen=True, eq=False)
 class _Term:
-    factor: Factor
-    side: Side
-    strength: float
+    """Columns (fa) or rows (fb) with their scaled factor."""
 
-    def on(self, device: torch.device) -> "_Term":
-        index, weight = self.factor.index.to(device), self.factor.weight.to(device) * self.strength
-        return _Term(Factor(index, weight), self.side, 1.0)
+    index: Tensor
+    weight: Tensor
+    side: Side
 
 
 class _Layer:
@@ -72,7 +70,9 @@ class _Layer:
         """Have this term under this name, or none."""
         self._terms.pop(name, None)
         if term is not None:
-            self._terms = dict(sorted([*self._terms.items(), (name, term.on(self._module.weight.device))]))
+            device = self._module.weight.device
+            term = _Term(term.index.to(device), term.weight.to(device), term.side)
+            self._terms = dict(sorted([*self._terms.items(), (name, term)]))
         if self._terms and self._handle is None:
             self._handle = self._module.register_forward_hook(self._added)
         elif not self._terms and self._handle is not None:
@@ -84,11 +84,11 @@ class _Layer:
         (x,), rows = inputs, output.flatten(0, -2).clone()  # (tokens, out)
         with without_autocast(rows.device.type):
             for term in self._terms.values():
-                index, weight = term.factor.index, term.factor.weight.to(rows.dtype)
+                weight = term.weight.to(rows.dtype)
                 if term.side == "fa":
-                    rows += gathered_inputs(x, index, rows.dtype) @ weight.t()
+                    rows += gathered_inputs(x, term.index, rows.dtype) @ weight.t()
                 else:
-                    rows.index_add_(-1, index, x.flatten(0, -2).to(rows.dtype) @ weight.t())
+                    rows.index_add_(-1, term.index, x.flatten(0, -2).to(rows.dtype) @ weight.t())
         return rows.view(output.shape)
 
 

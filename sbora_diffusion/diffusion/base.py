@@ -180,11 +180,13 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
         sharded: keep this process's share of the frozen weights only (sharding.py).
 
     Raises:
-        SboraError: an unknown precision, besides what `load_pipeline` raises.
+        SboraError: an unknown precision, nf4 in shares, besides what `load_pipeline` raises.
     """
     name, precision = full_name(name), precision or drawing_precision(name, torch.cuda.is_available())
     if precision not in TYPES:
         raise SboraError(f"got precision={precision}, expected one of {', '.join(TYPES)}")
+    if sharded and precision == "nf4":
+        raise SboraError("weights in nf4 cannot be kept in shares", "--set precision=bf16, or whole in every process")
     base = Base(name, load_pipeline(name, TYPES[precision]), precision)
     assert base.fingerprint  # of the weights as they are in the files
     if precision != "fp32":

@@ -110,3 +110,8 @@ def test_regions_draw_with_it(tmp_path: Path) -> None:
     regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a <rex>")]
     (picture,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
     assert picture.width == base.resolution
+
+
+def test_not_in_shares() -> None:
+    with pytest.raises(SboraError, match="nf4 cannot be kept in shares"):
+        load_base("emoji64", "nf4", sharded=True)
