@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
+from sbora_diffusion.adapter.layer import keep_linear4bit_unpacked
 from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader, Text
 from sbora_diffusion.diffusion.families.known import family_of
 from sbora_diffusion.diffusion.loading import drawing_precision, full_name, load_pipeline, to_device, to_half
@@ -175,7 +176,7 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
     Args:
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
             checkpoint (see single_file.py for its settings), or a model id of the hub.
-        precision: bf16 or fp16 take half the memory of fp32, nf4 about a seventh; the autoencoder stays in fp32. "" is
+        precision: bf16 or fp16 take half the memory of fp32, what nf4 packs an eighth; the autoencoder stays in fp32. "" is
             what suits drawing (`loading.drawing_precision`).
         sharded: keep this process's share of the frozen weights only (sharding.py).
 
@@ -188,7 +189,7 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
     if sharded and precision == "nf4":
         raise SboraError("weights in nf4 cannot be kept in shares", "--set precision=bf16, or whole in every process")
     base = Base(name, load_pipeline(name, TYPES[precision]), precision)
-    assert base.fingerprint  # of the weights as they are in the files
+    _ = base.fingerprint  # kept from now on: of the weights as they are in the files
     if precision != "fp32":
         to_half(base.pipeline, base.family, TYPES[precision])
     if precision == "nf4":
@@ -196,4 +197,5 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
             to_nf4(model)
         del vars(base)["layers"]  # they are others now
     to_device(base.pipeline, base.family, sharded)
+    keep_linear4bit_unpacked(base.denoiser)
     return base

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.beside import PlacedWeights
 from sbora_diffusion.adapter.file import Factor
+from sbora_diffusion.adapter.layer import keep_linear4bit_unpacked
 from sbora_diffusion.adapter.whole import num_held, whole
 from sbora_diffusion.errors import SboraError
 
@@ -24,7 +25,9 @@ def model() -> nn.Module:
     plain = nn.Linear(WIDTH, OUT)
     packed: Any = Linear4bit(WIDTH, OUT, compute_dtype=torch.float32, quant_type="nf4")
     packed.load_state_dict(plain.state_dict())
-    return nn.ModuleDict({"plain": plain, "packed": packed.to("cpu")}).requires_grad_(False)
+    model = nn.ModuleDict({"plain": plain, "packed": packed.to("cpu")}).requires_grad_(False)
+    keep_linear4bit_unpacked(model)
+    return model
 
 
 def factors(side: Side, seed: int) -> dict[str, Factor]:

@@ -56,6 +56,10 @@ class Life:
         """Names both concepts; SD3's pipeline does not write out a token of several vectors."""
         return "a <rex> <rex>_1 and a <tom> <tom>_1" if self.base.family.name == "sd3" else "a <rex> and a <tom>"
 
+    def load(self, precision: str) -> Base:
+        """The same base model in another precision."""
+        return _small(load_base(self.base.id, precision))
+
     def config(self, **settings: str) -> TrainConfig:
         return TrainConfig.from_recipe(self.base.family.name, "sbora-fa", SETTINGS | settings)
 
@@ -64,6 +68,10 @@ def tiny_base(kind: str, folder: Path) -> Base:
     """A base model of one of KINDS, saved under `folder`, in diffusers' format as `tiny`."""
     tiny = SAVERS[kind.removesuffix("-file")](folder / "tiny")
     base = load_base(str(save_original_sdxl(tiny, folder / "one.safetensors") if kind == "sdxl-file" else tiny))
+    return _small(base)
+
+
+def _small(base: Base) -> Base:
     if base.family.name == "flux":
         base.pipeline.default_sample_size = 8  # latents; no file says it, FLUX's own is 128
     return base

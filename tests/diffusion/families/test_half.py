@@ -23,10 +23,7 @@ from .conftest import SETTINGS, Life, make_concept, tiny_base
 @pytest.fixture(scope="module")
 def half(life: Life) -> Base:
     """The same base model in bf16."""
-    base = load_base(life.base.id, "bf16")
-    if base.family.name == "flux":
-        base.pipeline.default_sample_size = 8
-    return base
+    return life.load("bf16")
 
 
 def weights_of(base: Base) -> dict[str, torch.Tensor]:

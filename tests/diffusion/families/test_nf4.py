@@ -1,4 +1,4 @@
-"""Base models in four bits: a seventh of the memory, the same concept files, and nothing left behind."""
+"""Base models in four bits: less memory, the same concept files, and nothing left behind."""
 
 from pathlib import Path
 
@@ -26,10 +26,7 @@ from .test_half import weights_of
 @pytest.fixture(scope="module")
 def packed(life: Life) -> Base:
     """The same base model in nf4."""
-    base = load_base(life.base.id, "nf4")
-    if base.family.name == "flux":
-        base.pipeline.default_sample_size = 8
-    return base
+    return life.load("nf4")
 
 
 def drawn(base: Base, prompt: str) -> np.ndarray:
