@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sbora_diffusion.diffusion.blocks import repeated_blocks
 from sbora_diffusion.errors import SboraError
 
 DTYPE = torch.bfloat16  # that layers compute in
@@ -39,8 +40,7 @@ def to_nf4(model: Any) -> None:
 
 def packable(model: Any) -> dict[str, nn.Linear]:
     """The layers that `to_nf4` packs, or has packed, by name."""
-    repeated, kept = set(model._no_split_modules or ()), tuple(model._keep_in_fp32_modules or ())
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if type(module).__name__ in repeated)
+    kept, blocks = tuple(model._keep_in_fp32_modules or ()), tuple(f"{name}." for name in repeated_blocks(model))
     return {
         name: module
         for name, module in model.named_modules()

@@ -11,20 +11,20 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from sbora_diffusion.diffusion.blocks import repeated_blocks
+
 
 def shard(model: Any) -> None:
     """Keep this process's share of a model's weights, on its GPU if there is one; every process calls this alike.
 
     Args:
-        model: of diffusers or transformers, with the same weights in every process; its repeated blocks, which
-            these libraries name, are put together one at a time.
+        model: of diffusers or transformers, with the same weights in every process; its repeated blocks are put
+            together one at a time.
     """
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.get_world_size(),))
     model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
-    repeated = set(model._no_split_modules or ())
-    for module in reversed(list(model.modules())):  # inner ones first
-        if type(module).__name__ in repeated:
-            fully_shard(module, mesh=mesh)
+    for module in reversed(repeated_blocks(model).values()):  # inner ones first
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
