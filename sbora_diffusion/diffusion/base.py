@@ -176,8 +176,8 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
     Args:
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
             checkpoint (see single_file.py for its settings), or a model id of the hub.
-        precision: bf16 or fp16 take half the memory of fp32, what nf4 packs an eighth; the autoencoder stays in fp32. ""
-            is what suits drawing (`loading.drawing_precision`).
+        precision: bf16 or fp16 take half the memory of fp32, what nf4 packs an eighth; the autoencoder stays in fp32.
+            "" is what suits drawing (`loading.drawing_precision`).
         sharded: keep this process's share of the frozen weights only (sharding.py).
 
     Raises:
