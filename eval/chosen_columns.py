@@ -1,16 +1,18 @@
-"""Other ways to choose an SBoRA-FA adapter's columns than by chance, as an experiment: what would be gained by them?
+"""Other ways to choose an SBoRA adapter's columns (or rows) than by chance, as an experiment: what is gained by them?
 
 The package hands out intervals of seeded permutations. Here, for a whole set of concepts at once and still disjoint:
 
 - energy: the columns with the largest E[x²] of their inputs on the prior prompts, dealt out like cards.
 - gradient: each concept in turn takes, of the columns that are free, those in which the gradient of its own pictures'
-  loss (under captions of its class) is largest.
-- contrast: the same, with the squared gradient over E[x²] on the prior prompts: most learned at the least loudness.
+  loss (under captions of its class) is largest; of SBoRA-FB the rows.
+- contrast: the same, with the squared gradient over E[x²] on the prior prompts: most learned at the least loudness. Of
+  SBoRA-FB the rows, over the squared gradient on the base model's own pictures of the prior prompts.
 - width: columns by chance, but in each layer rank · (layer's width / narrowest width) of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,11 +27,12 @@ from sbora_diffusion.diffusion import injection
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.latents import Batch
+from sbora_diffusion.diffusion.families.noising import Noising
+from sbora_diffusion.diffusion.latents import Batch, Shots, draw_latents
 from sbora_diffusion.diffusion.run import mean_error
 from sbora_diffusion.diffusion.samples import prepare_data
 from sbora_diffusion.english import say_plainly
-from sbora_diffusion.methods import lora_config
+from sbora_diffusion.methods import lora_config, method_side
 
 KINDS = ("energy", "gradient", "contrast", "width")
 BATCHES, BATCH = 16, 8
@@ -40,7 +43,8 @@ Columns = dict[str, Tensor]  # canonical layer -> (r,) int64
 def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, path: Path) -> None:
     """Choose disjoint columns for all concepts, in their order, and save them: concept -> Columns."""
     chosen: dict[str, Columns] = {name: {} for name in names}
-    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
+    side = method_side(config.method)
+    widths = {key: shape[1 if side == "fa" else 0] for key, shape in base.layer_shapes.items()}
     narrowest = min(widths.values())
     free = {key: torch.ones(width, dtype=torch.bool) for key, width in widths.items()}
     for number, name in enumerate(names):
@@ -61,33 +65,44 @@ def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, pat
 
 
 def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dict[str, Tensor]:
-    """How much each column of each layer is wanted: layer -> (in,) float64."""
-    data = prepare_data(concept, base, config)
+    """How much each column (or row) of each layer is wanted: layer -> (in,) or (out,) float64."""
+    data, side = prepare_data(concept, base, config), method_side(config.method)
     energy = {key: moments.diagonal() for key, moments in data.moments.items()}
     if kind == "energy":
         return energy
+    said = [say_plainly(text, concept.token, concept.class_noun) for text in data.shots[0].captions]
+    squares = _squared_gradients(replace(data.shots[0], captions=said), data.noising, base, config)
+    if kind == "gradient":
+        return squares
+    if side == "fb":
+        drawn = Shots(draw_latents(base, config.prior_prompts, config), list(config.prior_prompts))
+        energy = _squared_gradients(drawn, data.noising, base, config)
+    return {key: square / (energy[key] + 1e-3 * energy[key].mean()) for key, square in squares.items()}
+
+
+def _squared_gradients(shots: Shots, noising: Noising, base: Base, config: TrainConfig) -> dict[str, Tensor]:
+    """Of the base model's loss on pictures: summed over each column (fa) or row (fb) of each layer's weight."""
+    side = method_side(config.method)
     weights = {key: layer.weight for key, layer in base.layers.items()}
-    squares = {key: torch.zeros(weight.shape[1], dtype=torch.float64) for key, weight in weights.items()}
-    shots, generator = data.shots[0], torch.Generator().manual_seed(config.seed)
-    ids = base.tokenize([say_plainly(text, concept.token, concept.class_noun) for text in shots.captions])
+    squares = {key: torch.zeros(weight.shape[1 if side == "fa" else 0], dtype=torch.float64)
+               for key, weight in weights.items()}  # fmt: skip
+    ids, generator = base.tokenize(shots.captions), torch.Generator().manual_seed(config.seed)
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
         for _ in range(BATCHES):
             rows = torch.randint(len(shots.latents), (BATCH,), generator=generator)
-            t = data.noising.timesteps(BATCH, generator).to(base.device)
+            t = noising.timesteps(BATCH, generator).to(base.device)
             latents = shots.latents[rows]
             noise = torch.randn(latents.shape, generator=generator).to(base.device)
-            batch = Batch(data.noising.add(latents, noise, t), t, ids[rows], data.noising.target(latents, noise, t))
+            batch = Batch(noising.add(latents, noise, t), t, ids[rows], noising.target(latents, noise, t))
             loss = mean_error(base.predict(batch.noisy, batch.t, batch.ids), batch, masked=False)
             for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                squares[key] += gradient.double().pow(2).sum(0).cpu()
+                squares[key] += gradient.double().pow(2).sum(0 if side == "fa" else 1).cpu()
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
-    if kind == "gradient":
-        return squares
-    return {key: square / (energy[key] + 1e-3 * energy[key].mean()) for key, square in squares.items()}
+    return squares
 
 
 @contextmanager

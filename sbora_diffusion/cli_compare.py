@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
-from sbora_diffusion.evaluation.compare_table import write_comparison
+from sbora_diffusion.evaluation.compare_report import write_comparison
 
 log = logging.getLogger(__name__)
 

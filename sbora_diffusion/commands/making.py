@@ -12,6 +12,7 @@ from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
 
+MANY = 6  # concepts of which a plain sum keeps nearly all (docs/results.md)
 FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
 taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
 
@@ -140,5 +141,7 @@ def merge(
         log.info("merged by %s, as %s is; nothing is guaranteed", how, spec.method)
     else:
         log.info(certify(adapters, widths).describe() if how == "sum" else FUSED)
+        if how == "sum" and len(spec.parents) > MANY:
+            log.info("a plain sum of %d concepts loses more of them than --how fuse does", len(spec.parents))
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(spec.tokens), path)
     typer.echo(path)

@@ -1,4 +1,4 @@
-"""A comparison's table in the published form, its scatter of text against image, and its retention over K."""
+"""A comparison's rows, and its table in the published form."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, trained_as
 
@@ -26,13 +25,14 @@ def summarise(folder: Path, comparison: Comparison) -> list[dict[str, Any]]:
         done = [cell for cell in trained if cell]
         costs = {key: sum(c[key] for c in done) / len(done) for key in done[0]} if done else {}
         for size in comparison.sizes:
-            found = _cells(folder, comparison, variant, size)
+            found = read_cells(folder, comparison, variant, size)
             if found:
                 rows.append({"variant": variant, "size": size, "n": len(found), **costs, **_scores(found)})
     return rows
 
 
-def _cells(folder: Path, comparison: Comparison, variant: str, size: int) -> dict[tuple[str, int], dict[str, Any]]:
+def read_cells(folder: Path, comparison: Comparison, variant: str, size: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """What is there of a variant at a K: (concept, seed) -> metric -> a number a prompt."""
     cells = {}
     for seed in comparison.seeds:
         for names in comparison.groups(size):
@@ -48,11 +48,11 @@ def _scores(cells: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
         for (name, _), cell in cells.items():
             kinds["object" if name in OBJECTS else "character"].append(cell[metric])
             kinds["mean"].append(cell[metric])
-        scores[metric] = {kind: _estimate(torch.tensor(values).T) for kind, values in kinds.items() if values}
+        scores[metric] = {kind: estimate(torch.tensor(values).T) for kind, values in kinds.items() if values}
     return scores
 
 
-def _estimate(values: Tensor) -> dict[str, float]:
+def estimate(values: Tensor) -> dict[str, float]:
     """Of (prompts, cells): the mean and its bootstrap 95 % interval over both."""
     low, high = bootstrap_interval(values)
     return {"mean": values.mean().item(), "low": low, "high": high}
@@ -76,49 +76,3 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _told(estimate: dict[str, float] | None) -> str:
     return "–" if estimate is None else f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
-
-
-def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:
-    """comparison table.md, table.json, scatter.png and retention.png in the folder; the table."""
-    rows = summarise(folder, comparison)
-    told = {"command": command, "rows": rows}
-    write_atomically(folder / "table.json", (json.dumps(told, indent=1) + "\n").encode())
-    write_atomically(folder / "table.md", table(rows).encode())
-    if rows:
-        _scatter(rows, folder / "scatter.png")
-        _retention(rows, folder / "retention.png")
-    return table(rows)
-
-
-def _scatter(rows: list[dict[str, Any]], path: Path) -> None:
-    """Text against image alignment, a point a variant and K."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axis = figure.subplots()
-    for row in rows:
-        x, y = row["text_mos"]["mean"], row["image"]["mean"]
-        errors = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
-        axis.errorbar(x["mean"], y["mean"], errors[1], errors[0], marker="o", capsize=2, linewidth=1)
-        axis.annotate(f"{row['variant']} K={row['size']}", (x["mean"], y["mean"]), (4, 4), textcoords="offset points")
-    axis.set_xlabel("text alignment (mos)")
-    axis.set_ylabel("image alignment")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
-def _retention(rows: list[dict[str, Any]], path: Path) -> None:
-    """Both metrics over K, a line a variant."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axis, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
-        for variant in dict.fromkeys(row["variant"] for row in rows):
-            own = [row for row in rows if row["variant"] == variant]
-            axis.plot([r["size"] for r in own], [r[metric]["mean"]["mean"] for r in own], marker="o", label=variant)
-        axis.set_xticks(sorted({row["size"] for row in rows}))
-        axis.set_xlabel("concepts merged (K)")
-        axis.set_ylabel(f"{title.lower()} alignment")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=120)

@@ -137,6 +137,16 @@ def test_merge_renames_a_token_that_two_have(adapters: Path, caplog: pytest.LogC
     assert run("merge", "dog", "cat", "--out", "both.safetensors", "--force").exit_code == 0
 
 
+def test_a_sum_of_many_is_told_of_fuse(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"dog{number}" for number in range(7)]
+    for name in names:
+        shutil.copy(adapters / "dog.safetensors", adapters / f"{name}.safetensors")
+    assert run("merge", *names[:6], "--out", "six.safetensors").exit_code == 0
+    assert "--how fuse" not in caplog.text
+    assert run("merge", *names, "--out", "seven.safetensors").exit_code == 0
+    assert "a plain sum of 7 concepts loses more of them than --how fuse does" in caplog.text
+
+
 @pytest.mark.usefixtures("adapters")
 def test_inspect() -> None:
     one = run("inspect", "dog").stdout

@@ -7,7 +7,9 @@ import pytest
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
-from sbora_diffusion.evaluation.compare_table import summarise, write_comparison
+from sbora_diffusion.evaluation.compare_paired import differences, differences_table
+from sbora_diffusion.evaluation.compare_report import write_comparison
+from sbora_diffusion.evaluation.compare_table import summarise
 
 
 def comparison(**changes: object) -> Comparison:
@@ -73,3 +75,22 @@ def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
     assert Comparison.load(tmp_path).variants == ("dora",)
     with pytest.raises(SboraError, match="holds a comparison of settings"):
         comparison(settings={"steps": "9"}).save(tmp_path)
+
+
+def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
+    told = comparison(seeds=(0, 1, 2), sizes=(1,))
+    fill(tmp_path, told)
+    for seed in told.seeds:  # the second variant is better by 0.1 at every prompt, while concepts differ by 0.4
+        for name, mean in (("dog", 0.2), ("pumpkin", 0.6)):
+            cell = {name: {"text_mos": [mean + 0.1, mean + 0.2], "image": [0.5 + 0.2 * seed, 0.3], "success": [1, 0]}}
+            path_of(tmp_path, "scores", f"lora:rank=2/{seed}/{name}").write_text(json.dumps(cell))
+    path_of(tmp_path, "scores", "lora/1/dog").unlink()
+    (row,) = differences(tmp_path, told)
+    assert (row["variant"], row["minus"], row["size"], row["n"]) == ("lora:rank=2", "lora", 1, 5)
+    assert [row["text_mos"][key] for key in ("mean", "low", "high")] == pytest.approx([0.1, 0.1, 0.1], abs=1e-6)
+    seeds = [0, 0, 1, 2, 2]  # of the five pairs
+    assert row["image"]["mean"] == pytest.approx(sum(0.2 * seed - 0.2 for seed in seeds) / 10, abs=1e-6)
+    assert row["image"]["low"] < row["image"]["mean"] < row["image"]["high"]
+    written = differences_table([row])
+    assert "**+0.100 [+0.100, +0.100]**" in written
+    assert f"| {row['image']['mean']:+.3f} [" in written, "an interval with 0 in it is not bold"

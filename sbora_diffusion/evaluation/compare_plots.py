@@ -1,0 +1,65 @@
+"""A comparison to look at: text against image alignment at each K, and both over K."""
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from sbora_diffusion.evaluation.compare_table import METRICS
+
+_MARKS = "osD^vP*X"  # with ten colours, so that no two of many variants look the same
+
+
+def scatter(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each K, a point with its intervals for each variant."""
+    from matplotlib.figure import Figure
+
+    sizes, looks = sorted({row["size"] for row in rows}), _looks(rows)
+    figure = Figure(figsize=(1 + 3.5 * len(sizes), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, size in zip(panels, sizes, strict=True):
+        for row in (row for row in rows if row["size"] == size):
+            x, y = row["text_mos"]["mean"], row["image"]["mean"]
+            spread = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
+            bars = {"ecolor": (*looks[row["variant"]]["color"], 0.2), "linestyle": "none"}
+            panel.errorbar(x["mean"], y["mean"], spread[1], spread[0], **looks[row["variant"]], **bars)
+        panel.set_title("alone" if size == 1 else f"{size} merged", fontsize="medium")
+        panel.set_xlabel("text alignment (mos)")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("image alignment")
+    _legend(figure, looks)
+    figure.savefig(path, dpi=120)
+
+
+def retention(rows: list[dict[str, Any]], path: Path) -> None:
+    """Both metrics over K, a line a variant."""
+    from matplotlib.figure import Figure
+
+    looks = _looks(rows)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for panel, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+        for variant, look in looks.items():
+            own = [row for row in rows if row["variant"] == variant]
+            panel.plot([r["size"] for r in own], [r[metric]["mean"]["mean"] for r in own], **look)
+        panel.set_xticks(sorted({row["size"] for row in rows}))
+        panel.set_xlabel("concepts merged (K)")
+        panel.set_ylabel(f"{title.lower()} alignment")
+        panel.spines[["top", "right"]].set_visible(False)
+    _legend(figure, looks)
+    figure.savefig(path, dpi=120)
+
+
+def _looks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Colour and mark of each variant."""
+    from matplotlib import colormaps
+
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    colours, marks = cycle(colormaps["tab10"].colors), cycle(_MARKS)  # pyright: ignore[reportAttributeAccessIssue]
+    return {v: {"color": c, "marker": m, "label": v} for v, c, m in zip(variants, colours, marks, strict=False)}
+
+
+def _legend(figure: Any, looks: dict[str, dict[str, Any]]) -> None:
+    """One for all panels, below them, whatever each of them shows."""
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], linestyle="none", **look) for look in looks.values()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
