@@ -43,8 +43,7 @@ Columns = dict[str, Tensor]  # canonical layer -> (r,) int64
 def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, path: Path) -> None:
     """Choose disjoint columns for all concepts, in their order, and save them: concept -> Columns."""
     chosen: dict[str, Columns] = {name: {} for name in names}
-    side = method_side(config.method)
-    widths = {key: shape[1 if side == "fa" else 0] for key, shape in base.layer_shapes.items()}
+    widths = base.widths(method_side(config.method))
     narrowest = min(widths.values())
     free = {key: torch.ones(width, dtype=torch.bool) for key, width in widths.items()}
     for number, name in enumerate(names):
@@ -66,7 +65,7 @@ def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, pat
 
 def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dict[str, Tensor]:
     """How much each column (or row) of each layer is wanted: layer -> (in,) or (out,) float64."""
-    data, side = prepare_data(concept, base, config), method_side(config.method)
+    data = prepare_data(concept, base, config)
     energy = {key: moments.diagonal() for key, moments in data.moments.items()}
     if kind == "energy":
         return energy
@@ -74,18 +73,18 @@ def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dic
     squares = _squared_gradients(replace(data.shots[0], captions=said), data.noising, base, config)
     if kind == "gradient":
         return squares
-    if side == "fb":
+    of_others = energy
+    if method_side(config.method) == "fb":
         drawn = Shots(draw_latents(base, config.prior_prompts, config), list(config.prior_prompts))
-        energy = _squared_gradients(drawn, data.noising, base, config)
-    return {key: square / (energy[key] + 1e-3 * energy[key].mean()) for key, square in squares.items()}
+        of_others = _squared_gradients(drawn, data.noising, base, config)
+    return {key: square / (of_others[key] + 1e-3 * of_others[key].mean()) for key, square in squares.items()}
 
 
 def _squared_gradients(shots: Shots, noising: Noising, base: Base, config: TrainConfig) -> dict[str, Tensor]:
     """Of the base model's loss on pictures: summed over each column (fa) or row (fb) of each layer's weight."""
     side = method_side(config.method)
     weights = {key: layer.weight for key, layer in base.layers.items()}
-    squares = {key: torch.zeros(weight.shape[1 if side == "fa" else 0], dtype=torch.float64)
-               for key, weight in weights.items()}  # fmt: skip
+    squares = {key: torch.zeros(width, dtype=torch.float64) for key, width in base.widths(side).items()}
     ids, generator = base.tokenize(shots.captions), torch.Generator().manual_seed(config.seed)
     try:
         for weight in weights.values():

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from sbora_diffusion.evaluation.compare_cells import Comparison
-from sbora_diffusion.evaluation.compare_table import estimate, read_cells
+from sbora_diffusion.evaluation.compare_table import METRICS, estimate, read_cells
 
-METRICS = {"text_mos": "Text", "image": "Image", "success": "Success"}
+_COMPARED = METRICS | {"success": "Success"}
 
 
 def differences(folder: Path, comparison: Comparison) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def differences(folder: Path, comparison: Comparison) -> list[dict[str, Any]]:
             shared = [key for key in ours if key in theirs]
             if shared:
                 row: dict[str, Any] = {"variant": variant, "minus": first, "size": size, "n": len(shared)}
-                for metric in METRICS:
+                for metric in _COMPARED:
                     both = [(ours[key].get(metric), theirs[key].get(metric)) for key in shared]
                     if all(None not in pair for pair in both):
                         scores = torch.tensor(both)  # (cells, 2, prompts)
@@ -38,14 +38,15 @@ def differences_table(rows: list[dict[str, Any]]) -> str:
     """Markdown; a difference whose interval leaves out 0 is bold."""
     if not rows:
         return ""
-    head = [f"minus {rows[0]['minus']}", "K", "n", *METRICS.values()]
+    head = [f"minus {rows[0]['minus']}", "K", "n", *_COMPARED.values()]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        told = [_told(row[metric]) if metric in row else "–" for metric in METRICS]
+        told = [_told(row[metric]) if metric in row else "–" for metric in _COMPARED]
         lines.append([row["variant"], str(row["size"]), str(row["n"]), *told])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _told(estimate: dict[str, float]) -> str:
-    told = f"{estimate['mean']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
-    return f"**{told}**" if estimate["low"] > 0 or estimate["high"] < 0 else told
+def _told(difference: dict[str, float]) -> str:
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text

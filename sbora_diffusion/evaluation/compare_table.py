@@ -74,5 +74,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _told(estimate: dict[str, float] | None) -> str:
-    return "–" if estimate is None else f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+def _told(score: dict[str, float] | None) -> str:
+    return "–" if score is None else f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
