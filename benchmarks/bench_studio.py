@@ -31,7 +31,7 @@ from sbora_diffusion.diffusion.run_folder import read_log
 from sbora_diffusion.studio.workshop import Folders, Workshop
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Locator, Page
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -99,8 +99,7 @@ def measured(page: "Page", address: str, rounds: int, tiny: bool, beside: str) -
         page.locator("#count").get_by_label("1", exact=True).check()
         if tiny:
             page.locator("#generate-more button").first.click()
-            page.get_by_label("number input for Steps").fill("1")
-            page.get_by_label("number input for Steps").press("Tab")
+            type_number(page.get_by_label("number input for Steps"), 1)
         for way in ("base", "with a concept"):
             page.locator("#concepts").get_by_label("dog", exact=True).set_checked(way != "base")
             page.wait_for_timeout(500)  # the page shows the concept's slider
@@ -108,6 +107,18 @@ def measured(page: "Page", address: str, rounds: int, tiny: bool, beside: str) -
         for way, value in turn.items() if number else ():
             times.setdefault(way, []).append(value)
     return compared(times, beside=beside)
+
+
+def type_number(field: "Locator", value: float) -> None:
+    """Until it stays: Gradio writes the first value again just after it has shown a field."""
+
+    def stays() -> bool:
+        field.fill(str(value))
+        field.press("Tab")
+        field.page.wait_for_timeout(500)
+        return field.input_value() == str(value)
+
+    _wait(stays)
 
 
 @contextmanager
@@ -137,7 +148,7 @@ def training(page: "Page", folder: Path) -> Iterator[None]:
     page.locator("#source input").click()
     page.get_by_role("option", name="horse", exact=True).click()
     page.locator("#train-more button").first.click()
-    page.locator("#train-steps input").fill("20000")
+    type_number(page.locator("#train-steps input").first, 20000)
     page.locator("#start").click()
     _wait(lambda: len(read_log(folder / "runs" / "horse")) > 1)
     try:
@@ -176,11 +187,11 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(is_there: Callable[[], bool]) -> None:
+def _wait(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
-    while not is_there():
+    while not holds():
         if time.monotonic() > end:
-            raise TimeoutError("a process did not start")
+            raise TimeoutError(f"not so after {PATIENCE} s")
         time.sleep(0.2)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from bench_studio import type_number
 from PIL import Image
 
 from sbora_diffusion.adapter.file import Adapter, read_spec
@@ -45,8 +46,7 @@ def choose(page: "Page", dropdown: str, option: str) -> None:
 
 def fewer_steps(page: "Page") -> None:
     page.get_by_role("button", name="More").first.click()
-    page.get_by_label("number input for Steps").fill("2")
-    page.get_by_label("number input for Steps").press("Tab")
+    type_number(page.get_by_label("number input for Steps"), 2)
 
 
 def drawn(page: "Page", number: int, note: str = "note") -> None:
@@ -71,8 +71,7 @@ def test_generate_download_and_take_up_again(page: "Page", here: Path) -> None:
     field(page, "prompt").evaluate("area => area.setSelectionRange(1, 1)")
     page.get_by_role("button", name="<dog>", exact=True).click()
     said(page, "prompt", "a <dog> on the beach")
-    page.get_by_label("number input for Strength of dog").fill("0.5")
-    page.get_by_label("number input for Strength of dog").press("Tab")
+    type_number(page.get_by_label("number input for Strength of dog"), 0.5)
     fewer_steps(page)
     draw(page, 4)
     page.locator("#gallery img").first.click()
@@ -172,8 +171,7 @@ def test_concepts_of_boxes_without_a_pointer(page: "Page", here: Path) -> None:
     field(page, "region-2").fill("a <cat> in a hat")
     field(page, "region-2").press("Tab")
     page.wait_for_function("document.querySelectorAll('#concepts-2 input:checked').length === 1")
-    page.get_by_label("number input for Strength of cat").fill("0.5")
-    page.get_by_label("number input for Strength of cat").press("Tab")
+    type_number(page.get_by_label("number input for Strength of cat"), 0.5)
     page.locator("#generate-regions").press("Enter")
     drawn(page, 1, "regions-note")
     made = read_settings(next((here / "outputs").glob("*.png")))
@@ -193,7 +191,7 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     field(page, "captions").fill("a <stripes> one\na <stripes> two\na <stripes> three")
     page.locator("#train-more button").first.click()
     choose(page, "train-base", str(tiny_folder))
-    field(page, "train-steps").fill("400")
+    type_number(field(page, "train-steps"), 400)
     page.locator("#start").click()
     page.locator("#status [data-state=running]").wait_for()
     page.get_by_text("of 400").wait_for()
