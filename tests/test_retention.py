@@ -1,12 +1,15 @@
 """The retention study end to end on a tiny base model: every cell made once, summed up from what is there."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import retention
 import retention_bench
+from fuse_layers import GROUPS, score_groups, with_own_layers
 from PIL import Image
 from retention_study import HOWS, Interval, Study, columns_of
 from retention_summary import summarise
@@ -76,6 +79,24 @@ def test_every_cell_once(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
     assert summarise(study, ["disjoint"], [0])["missing cells"] == 1
     shutil.rmtree(study.folder)  # as on another machine: what was found is enough
     retention.run(study, ["shared"], [0], 1, out)
+
+
+def test_layers_given_back(study: Study) -> None:
+    """No layer is the merge, all are the concept alone; every group is scored, once."""
+    retention.run(study, ["disjoint"], [0], 1, study.folder / "out.json")
+    groups = replace(study, results=study.folder / "layers", hows=tuple(GROUPS))
+    score_groups(groups, 0)
+    assert not groups.missing("disjoint", 0)
+    found, merged = groups.found("disjoint", 0), study.found("disjoint", 0)
+    assert found.scores("single", 1, "dog") == merged.scores("single", 1, "dog")
+
+    bench = retention_bench.Bench(study, "disjoint", 0)
+    fused, own = bench.merged("fuse", NAMES)[0], bench.adapters["dog"]
+    assert with_own_layers(fused, own, GROUPS["no layer"]).factors == fused.factors
+    half = with_own_layers(fused, own, GROUPS["text encoder"]).factors
+    assert {key for key in half if half[key] is own.factors[key]} == {key for key in half if key.startswith("text")}
+    matching = [key for key in half for name in ("text encoder", "U-Net") if re.search(GROUPS[name], key)]
+    assert sorted(matching) == sorted(half)
 
 
 def test_columns() -> None:

@@ -1,0 +1,77 @@
+"""Which layers a `fuse` of twelve loses in: each concept drawn with one group of layers as it was trained alone.
+
+One command: `python eval/fuse_layers.py FOLDER [--seeds 1]`, for a FOLDER in which `eval/retention.py` has trained the
+concepts of disjoint columns. What the scores rise by is what the merge of that group of layers costs, as far as groups
+add up. Scores go to the folder beside --out as they are found (killed and run again, it goes on), the summary to --out.
+"""
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from retention_bench import Bench
+from retention_study import Study
+from retention_summary import summarise, table
+
+from sbora_diffusion.adapter.file import Adapter, write_atomically
+
+log = logging.getLogger("fuse_layers")
+
+FUSE = "fuse:0.3"  # the default of `merge --how fuse`
+GROUPS = {  # of the layers whose names have this in them
+    "no layer": r"(?!)",
+    "text encoder": r"^text_encoder\.",
+    "U-Net": r"^unet\.",
+    "self-attention": r"\.attn1\.",
+    "cross-attention": r"\.attn2\.",
+    "queries and keys": r"\.to_[qk]$",
+    "values and outputs": r"\.to_(v|out\.0)$",
+    "going down": r"\.down_blocks\.",
+    "in the middle": r"\.mid_block\.",
+    "going up": r"\.up_blocks\.",
+}
+
+
+def with_own_layers(fused: Adapter, own: Adapter, pattern: str) -> Adapter:
+    """The merge, but for the layers whose names match, which are as in one of its concepts alone."""
+    factors = {key: (own if re.search(pattern, key) else fused).factors[key] for key in fused.factors}
+    return replace(fused, factors=factors)
+
+
+def score_groups(study: Study, seed: int) -> None:
+    """What is not there yet of a seed, concept by concept."""
+    missing, found = study.missing("disjoint", seed), study.found("disjoint", seed)
+    if not missing:
+        return
+    bench = Bench(study, "disjoint", seed)
+    fused, _ = bench.merged(FUSE, study.concepts)
+    for how, size, names in missing:
+        for name in [name for name in names if not found.scores(how, size, name)]:
+            own = bench.adapters[name]
+            adapter = own if how == "single" else with_own_layers(fused, own, GROUPS[how])
+            log.info("disjoint-%d: %s, %s", seed, name, how)
+            found.add((how, size, (name,)), bench.score(adapter, (how, size, (name,))), {})
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the trainings lie.")],
+    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "1",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/fuse-layers.json"),
+) -> None:
+    """Measure which layers lose what a merge loses."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    study = Study(folder=folder, results=out.with_suffix(""), hows=tuple(GROUPS), sizes=(12,))
+    numbers = [int(seed) for seed in seeds.split(",")]
+    for seed in numbers:
+        score_groups(study, seed)
+    summary = summarise(study, ["disjoint"], numbers)
+    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".md"), table(summary).encode())
+
+
+if __name__ == "__main__":
+    typer.run(main)
