@@ -4,8 +4,9 @@
 
 The cells are those of `sbora-diffusion compare` and eval/retention.py, and lie where these look for them; but here a
 process makes many of them, one after the other, and holds its base model. A cell that is there is not made again; after
-the deadline none is begun. NVIDIA's MPS has to run (`nvidia-cuda-mps-control -d`): without it the processes take turns
-on the GPU, with it they share it (on an H200 14 trainings of 60 steps were done in 47 s with it, in 50 s without none).
+the deadline none is begun, and the tables of the comparisons are written (--deadline 0: only these). NVIDIA's MPS has
+to run (`nvidia-cuda-mps-control -d`): without it the processes take turns on the GPU, with it they share it (on an H200
+14 trainings of 60 steps were done in 47 s with it, in 50 s without). `eval/gpu/run.sh` does that on a bare machine.
 A plan names its parts in the order in which they are wanted:
 
     [NAME]
@@ -17,6 +18,8 @@ A plan names its parts in the order in which they are wanted:
 
 import logging
 import multiprocessing
+import shlex
+import sys
 import time
 import tomllib
 import traceback
@@ -25,9 +28,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sbora_diffusion.evaluation.compare_cells import Comparison
 
 log = logging.getLogger("cells")
 
@@ -86,25 +92,32 @@ def tasks_of(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
     return (retention_tasks if name == "retention" else comparison_tasks)(name, settings, out)
 
 
-def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
-    """Cells of a comparison."""
-    from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, trained_as
+def comparison_of(settings: dict[str, Any]) -> "Comparison":
+    """What a part of the plan compares."""
+    from sbora_diffusion.evaluation.compare_cells import Comparison
 
-    folder, columns = out / name, settings.get("columns")
     lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("variants", "concepts", "seeds", "sizes")}
-    comparison = Comparison(settings=settings.get("settings", {}), **lists)
+    return Comparison(settings=settings.get("settings", {}), **lists)
+
+
+def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
+    """Cells of a comparison, variant by variant: a deadline leaves whole rows."""
+    from sbora_diffusion.evaluation.compare_cells import path_of, trained_as
+
+    folder, columns, comparison = out / name, settings.get("columns"), comparison_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     comparison.save(folder)
     path, first = folder / "columns.pt" if columns else None, f"{name}/columns"
     if path:
         yield Task(first, choose_columns, (columns, folder, path), path.exists)
-    for kind, keys in (("trained", comparison.trainings()), ("scores", comparison.merges())):
-        for key in keys:
-            variant, seed, joined = key.rsplit("/", 2)
-            parts = [f"{name}/trained/{trained_as(variant)}/{seed}/{part}" for part in joined.split("+")]
-            needs = frozenset(parts if kind == "scores" else [first] if path else [])
-            done = path_of(folder, kind, key).exists
-            yield Task(f"{name}/{kind}/{key}", run_cell, (folder, kind, key, path), done, needs)
+    cells = [("trained", key) for key in comparison.trainings()] + [("scores", key) for key in comparison.merges()]
+    order = [trained_as(variant) for variant in comparison.variants]
+    for kind, key in sorted(cells, key=lambda cell: order.index(trained_as(cell[1].rsplit("/", 2)[0]))):
+        variant, seed, joined = key.rsplit("/", 2)
+        parts = [f"{name}/trained/{trained_as(variant)}/{seed}/{part}" for part in joined.split("+")]
+        needs = frozenset(parts if kind == "scores" else [first] if path else [])
+        done = path_of(folder, kind, key).exists
+        yield Task(f"{name}/{kind}/{key}", run_cell, (folder, kind, key, path), done, needs)
 
 
 def retention_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
@@ -148,6 +161,15 @@ def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
             process.terminate()
 
 
+def write_tables(plan: dict[str, Any], out: Path) -> None:
+    """Of every comparison, from the cells that are there."""
+    from sbora_diffusion.evaluation.compare_report import write_comparison
+
+    for name, settings in plan.items():
+        if name != "retention" and (out / name / "scores").exists():
+            write_comparison(out / name, comparison_of(settings), shlex.join(["python", *sys.argv]))
+
+
 def _do(key: str, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """In a process of the pool: what it raises is told as text, for not every exception can travel."""
     try:
@@ -165,7 +187,9 @@ def main(
     """Make all cells of a plan."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     out.mkdir(parents=True, exist_ok=True)
-    run_all(tomllib.loads(plan.read_text()), out, jobs, time.monotonic() + deadline)
+    parts = tomllib.loads(plan.read_text())
+    run_all(parts, out, jobs, time.monotonic() + deadline)
+    write_tables(parts, out)
 
 
 if __name__ == "__main__":

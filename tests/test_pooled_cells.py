@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
-    from pooled_cells import run_all
+    from pooled_cells import run_all, write_tables
 
     settings = {"steps": "1", "crops": "1", "sampling_steps": "1"}
     plan = {"one": {"variants": ["lora"], "concepts": ["dog"], "seeds": [0], "sizes": [], "settings": settings}}
@@ -46,6 +46,24 @@ def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
     assert told["parameters"] > 0 < told["peak_bytes"]
     run_all(plan, tmp_path, 1, float("inf"))
     assert path.stat().st_mtime_ns == made
+
+    score = tmp_path / "one" / "scores" / "lora" / "0" / "dog.json"
+    score.parent.mkdir(parents=True)
+    score.write_text(json.dumps({"dog": {"text_mos": [1.0], "image": [0.25], "success": [1.0]}}))
+    write_tables({"one": plan["one"] | {"sizes": [1]}}, tmp_path)
+    assert "0.250" in (tmp_path / "one" / "table.md").read_text()
+
+
+def test_variant_by_variant(tmp_path: Path) -> None:
+    """A deadline leaves whole rows: a merge comes before the next variant's trainings."""
+    from pooled_cells import comparison_tasks
+
+    variants = ["lora", "sbora-fa:merge=fuse", "sbora-fa"]
+    plan = {"variants": variants, "concepts": ["dog", "cat"], "seeds": [0, 1], "sizes": [1, 2]}
+    keys = [task.key.split("/")[1:3] for task in comparison_tasks("one", plan, tmp_path)]
+    assert [kind for kind, variant in keys if variant == "lora"] == ["trained"] * 4 + ["scores"] * 6
+    assert [variant for _, variant in keys[:10]] == ["lora"] * 10
+    assert [kind for kind, _ in keys[10:]] == ["trained"] * 4 + ["scores"] * 12
 
 
 @pytest.mark.parametrize("kind", ["energy", "gradient", "contrast", "width"])

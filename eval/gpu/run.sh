@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# eval/gpu/run.sh KIT PLAN OUT [SECONDS]: the cells of a plan on a bare machine with one GPU; what is to be kept goes to OUT.
+# Adapters stay behind but for those of the folders named in ADAPTERS ("table/adapters/lora …"), in pieces of 15 MB.
+set -euo pipefail
+began=$SECONDS
+kit=$1 plan=$2 out=$3 deadline=${4:-500}
+here=$(cd "$(dirname "$0")/../.." && pwd)
+work=${WORK:-/tmp/cells}
+python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target /tmp/site "$kit"/*.whl
+export PYTHONPATH=$here:/tmp/site OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+command -v nvidia-cuda-mps-control && nvidia-cuda-mps-control -d || echo "no MPS: the processes take turns"
+cd "$here"
+mkdir -p "$work" "$out"
+python3 eval/pooled_cells.py "$plan" "$work" --jobs "${JOBS:-16}" --deadline $((deadline - (SECONDS - began))) \
+    >"$work/log.txt" 2>&1 || echo "pooled_cells.py ended with $?"
+grep -A 20 FAILED "$work/log.txt" | head -n 60 || true
+tail -n 3 "$work/log.txt"
+cd "$work"
+find . -name log.txt -o -name "table.*" -o -name "*.json" -not -path "*/runs/*" | tar -cJf "$out/cells.tar.xz" --files-from=-
+if [[ ${ADAPTERS:-} ]]; then
+    tar -c $ADAPTERS | split --bytes=15M - "$out/adapters.tar."
+fi
+ls -l "$out"
