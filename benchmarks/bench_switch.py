@@ -101,14 +101,15 @@ def _written(model: nn.Module, side: Side) -> Callable[[], None]:
 
 
 def random_factors(model: nn.Module, side: Side, number: int) -> dict[str, Factor]:
-    """An adapter for every attention layer, at the interval with this number."""
+    """An adapter for every attention layer, at the interval with this number; on the model's device, as PEFT's are."""
     factors = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name.endswith(TARGETS):
             dim = layer.in_features if side == "fa" else layer.out_features
             size = (layer.out_features, RANK) if side == "fa" else (RANK, layer.in_features)
             index = indices(name, dim, Interval(RANK * number, RANK), 0)
-            factors[name] = Factor(index, 0.01 * torch.randn(size, device="cpu"))
+            weight = 0.01 * torch.randn(size, device="cpu")
+            factors[name] = Factor(index.to(layer.weight.device), weight.to(layer.weight.device))
     return factors
 
 

@@ -16,7 +16,7 @@ from sbora_diffusion.errors import SboraError
 
 @dataclass(frozen=True, eq=False)
 class _Written:
-    factors: Mapping[str, Factor]
+    factors: dict[str, Factor]  # each moved to its weight's device once, and again if the model has moved
     side: Side
     strength: float
 
@@ -100,8 +100,15 @@ class WrittenWeights:
             if layer in self._originals:
                 _put_back(weight, self._originals.pop(layer))
             written = [entry for entry in everything if layer in entry.factors]
+            for entry in written:
+                entry.factors[layer] = _beside(weight, entry.factors[layer])
             if written:
                 self._originals[layer] = _write_layer(weight, written, layer)
+
+
+def _beside(weight: Tensor, factor: Factor) -> Factor:
+    """The factor on the device of its weight."""
+    return Factor(factor.index.to(weight.device), factor.weight.to(weight.device))
 
 
 def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str, Tensor]) -> None:
@@ -125,7 +132,7 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> lis
     for dim, side in ((1, "fa"), (0, "fb")):
         indices = [entry.factors[layer].index for entry in written if entry.side == side]
         if indices:
-            index = _union(indices).to(weight.device)
+            index = _union(indices)
             blocks.append(_Block(dim, index, weight.index_select(dim, index), len(indices) > 1))
     for block in blocks:
         overwrite(weight, block.dim, block.index, _sum_block(block, written, layer).to(weight.dtype))
@@ -136,7 +143,7 @@ def _sum_block(block: _Block, written: Sequence[_Written], layer: str) -> Tensor
     """The original columns or rows, plus what all adapters add there, in float32 at least."""
     total = block.values.to(torch.promote_types(block.values.dtype, torch.float32), copy=True)
     for entry in written:
-        own, delta = entry.factors[layer].index.to(total.device), entry.factors[layer].weight.to(total)
+        own, delta = entry.factors[layer].index, entry.factors[layer].weight.to(total)
         delta = delta if entry.strength == 1 else delta * entry.strength
         if block.dim != (1 if entry.side == "fa" else 0):
             total.index_add_(1 - block.dim, own, delta.index_select(block.dim, block.index))
@@ -154,4 +161,4 @@ def _put_back(weight: Tensor, blocks: Sequence[_Block]) -> None:
 
 def _union(indices: Sequence[Tensor]) -> Tensor:
     """Of one adapter's index itself, in its order; of several, sorted."""
-    return indices[0] if len(indices) == 1 else torch.cat([index.cpu() for index in indices]).unique()
+    return indices[0] if len(indices) == 1 else torch.cat(list(indices)).unique()
