@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,31 +38,30 @@ from sbora_diffusion.methods import find_method, method_side
 log = logging.getLogger(__name__)
 
 
-def train_concept(
-    name_or_folder: str,
-    base_name: str,
-    method: str,
-    pinned: str,
-    overrides: Mapping[str, str],
-    *,
-    library: Library,
-    runs: Path,
-    resume: bool,
-    force: bool,
-) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be trained, in a user's own words."""
+
+    concept: str  # a name or a folder
+    base: str
+    method: str
+    interval: str = ""  # pinned; empty: the first free one
+    overrides: Mapping[str, str] = field(default_factory=dict)  # of the recipe
+    force: bool = False  # in place of what there is
+
+
+def train_concept(request: Request, *, library: Library, runs: Path, resume: bool = False) -> list[Path]:
     """Train a concept; the paths of what was written: the concept file and the picture of before and after.
 
     Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
     """
     with joined() as processes:
-        processes.check(method)  # before a large base model is read for nothing
+        processes.check(request.method)  # before a large base model is read for nothing
         if not processes.is_first:
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
-        concept, config, wanted = processes.from_first(
-            lambda: _read(name_or_folder, base_name, method, pinned, overrides, library, force)
-        )
+        concept, config, wanted = processes.from_first(lambda: _read(request, library))
         path, run = library.path(concept.name), runs / concept.name
-        load = partial(load_base, base_name, config.precision, processes.sharded)
+        load = partial(load_base, request.base, config.precision, processes.sharded)
         base = processes.in_turn(load) if processes.sharded else load()
         interval = processes.from_first(
             lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
@@ -70,11 +70,11 @@ def train_concept(
         _tell_memory(base, config, kept)
         score = _scorer(base, concept, config) if config.eval_every else None
         try:
-            if force and not resume and processes.is_first:
+            if request.force and not resume and processes.is_first:
                 RunFolder(run).finish()
             steps = train(concept, base, interval, config, run, resume, score)
             if processes.is_first:
-                return _write(steps, config, path, run, force)
+                return _write(steps, config, path, run, request.force)
             deque(steps, maxlen=0)
             return []
         except KeyboardInterrupt:
@@ -104,21 +104,13 @@ def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path,
     return written
 
 
-def _read(
-    name_or_folder: str,
-    base_name: str,
-    method: str,
-    pinned: str,
-    overrides: Mapping[str, str],
-    library: Library,
-    force: bool,
-) -> tuple[Concept, TrainConfig, Interval | None]:
+def _read(request: Request, library: Library) -> tuple[Concept, TrainConfig, Interval | None]:
     """What a user asks for, checked as far as it can be without the base model."""
-    config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)
-    interval = Interval.parse(pinned) if pinned else None
-    concept = load_concept(name_or_folder, default_roots())
+    config = TrainConfig.from_recipe(recipe_base(request.base), request.method, request.overrides)
+    interval = Interval.parse(request.interval) if request.interval else None
+    concept = load_concept(request.concept, default_roots())
     path = library.path(concept.name)
-    if path.exists() and not force:
+    if path.exists() and not request.force:
         raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
     return concept, config, interval
 

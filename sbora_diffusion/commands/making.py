@@ -52,11 +52,12 @@ def train(
         how = convert({"jobs": "1", "cluster": "0"} | own, {"jobs": int, "cluster": int})
         paths = fan_out(concept, base, method, overrides, library=library, runs=RUNS, force=force, **how)
     else:
-        from sbora_diffusion.cli_train import train_concept
+        from sbora_diffusion.cli_train import Request, train_concept
 
-        paths = train_concept(
-            concept[0], base, method, interval, overrides, library=library, runs=RUNS, resume=resume, force=force
+        request = Request(
+            concept=concept[0], base=base, method=method, interval=interval, overrides=overrides, force=force
         )
+        paths = train_concept(request, library=library, runs=RUNS, resume=resume)
     for path in paths:
         typer.echo(path)
 

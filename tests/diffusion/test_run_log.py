@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.cli_train import train_concept
+from sbora_diffusion.cli_train import Request, train_concept
 from sbora_diffusion.diffusion.concept import default_roots
 from sbora_diffusion.diffusion.run_folder import LOG, append_log, read_log
 from sbora_diffusion.library import Library
@@ -32,7 +32,8 @@ def test_a_training_tells_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     packaged = default_roots()[1]
     shutil.copytree(packaged / "dog", tmp_path / "concepts" / "dog")
     library, runs = Library(tmp_path / "adapters"), tmp_path / "runs"
-    train_concept("dog", str(base), "sbora-fa", "", QUICK, library=library, runs=runs, resume=False, force=False)
+    request = Request(concept="dog", base=str(base), method="sbora-fa", overrides=QUICK)
+    train_concept(request, library=library, runs=runs)
     log = read_log(runs / "dog")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert {entry["steps"] for entry in log} == {4}
