@@ -87,31 +87,35 @@ def plot(summary: Mapping, path: Path) -> None:
     from matplotlib.figure import Figure
 
     schemes = list(dict.fromkeys(row["scheme"] for row in summary["rows"]))
+    hows = list(dict.fromkeys(row["how"] for row in summary["rows"] if row["how"] != "single"))
     figure = Figure(figsize=(4 * len(METRICS), 2.8 * max(1, len(schemes))), layout="constrained")
     axes = figure.subplots(max(1, len(schemes)), len(METRICS), squeeze=False, sharex=True, sharey="col")
     for panels, scheme in zip(axes, schemes, strict=False):
         for axis, metric in zip(panels, METRICS, strict=True):
-            _draw(axis, metric, [row for row in summary["rows"] if row["scheme"] == scheme])
+            _draw(axis, metric, [row for row in summary["rows"] if row["scheme"] == scheme], hows)
             axis.set_title(f"{TITLES[metric]}, {scheme} columns", fontsize="medium")
     for axis in axes[-1]:
         axis.set_xlabel("concepts merged (K)")
     for panels in axes:
         panels[0].set_ylabel("merged − alone")
-    axes[0][0].legend(frameon=False, fontsize="small", loc="lower left")
+    drawn = {how: line for axis in axes.flat for line, how in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][0].legend(drawn.values(), drawn, frameon=False, fontsize="small", loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _draw(axis: Any, metric: str, rows: Sequence[Mapping]) -> None:
+def _draw(axis: Any, metric: str, rows: Sequence[Mapping], hows: Sequence[str]) -> None:
     """One panel: how far each concept's scores are from its own alone, on the mean, with intervals of that mean."""
     axis.axhline(0, color="0.7", linewidth=1)
-    for shift, how in enumerate(dict.fromkeys(row["how"] for row in rows if row["how"] != "single")):
+    for number, how in enumerate(hows):
         line = [row for row in rows if row["how"] == how]
+        if not line:
+            continue
         changes = [row[f"{metric} change"] for row in line]
         means = [change["mean"] for change in changes]
         below = [change["mean"] - change["low"] for change in changes]
         above = [change["high"] - change["mean"] for change in changes]
-        places = [row["size"] + 0.12 * (shift - 1) for row in line]
-        axis.errorbar(places, means, [below, above], label=how, marker="o", markersize=3, capsize=2, linewidth=1)
+        places, look = [row["size"] + 0.12 * (number - 1) for row in line], {"color": f"C{number}", "label": how}
+        axis.errorbar(places, means, [below, above], **look, marker="o", markersize=3, capsize=2, linewidth=1)
     axis.set_xticks(sorted({row["size"] for row in rows}))
     axis.spines[["top", "right"]].set_visible(False)
