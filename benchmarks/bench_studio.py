@@ -118,7 +118,7 @@ def type_number(field: "Locator", value: float) -> None:
         field.page.wait_for_timeout(500)
         return field.input_value() == str(value)
 
-    _wait(stays)
+    _wait(f"{value} stays in its field", stays)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def studio(folder: Path) -> Iterator[str]:
             command, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log
         )
     try:
-        _wait(lambda: _answers(port))
+        _wait("the studio answers", lambda: _answers(port))
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def training(page: "Page", folder: Path) -> Iterator[None]:
     page.locator("#train-more button").first.click()
     type_number(page.locator("#train-steps input").first, 20000)
     page.locator("#start").click()
-    _wait(lambda: len(read_log(folder / "runs" / "horse")) > 1)
+    _wait("the training is at work", lambda: len(read_log(folder / "runs" / "horse")) > 1)
     try:
         yield
     finally:
@@ -187,11 +187,11 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(holds: Callable[[], bool]) -> None:
+def _wait(what: str, holds: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > end:
-            raise TimeoutError(f"not so after {PATIENCE} s")
+            raise TimeoutError(f"waited {PATIENCE} s until {what}")
         time.sleep(0.2)
 
 

@@ -5,7 +5,6 @@ concepts of disjoint columns. What the scores rise by is what the merge of that 
 add up. Scores go to the folder beside --out as they are found (killed and run again, it goes on), the summary to --out.
 """
 
-import json
 import logging
 import re
 from dataclasses import replace
@@ -15,9 +14,9 @@ from typing import Annotated
 import typer
 from retention_bench import Bench
 from retention_study import Study
-from retention_summary import summarise, table
+from retention_summary import summarise, write_table
 
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 
 log = logging.getLogger("fuse_layers")
 
@@ -68,9 +67,7 @@ def main(
     numbers = [int(seed) for seed in seeds.split(",")]
     for seed in numbers:
         score_groups(study, seed)
-    summary = summarise(study, ["disjoint"], numbers)
-    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
-    write_atomically(out.with_suffix(".md"), table(summary).encode())
+    write_table(summarise(study, ["disjoint"], numbers), out)
 
 
 if __name__ == "__main__":

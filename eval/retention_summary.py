@@ -75,9 +75,15 @@ def _score(row: Mapping, metric: str) -> str:
     return f"{row[metric]['mean']:.3f} ({change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}])"
 
 
-def write_summary(summary: Mapping, out: Path) -> None:
+def write_table(summary: Mapping, out: Path) -> None:
+    """As JSON, and in Markdown beside it."""
     write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
     write_atomically(out.with_suffix(".md"), table(summary).encode())
+
+
+def write_summary(summary: Mapping, out: Path) -> None:
+    """The table, and a plot beside it."""
+    write_table(summary, out)
     plot(summary, out.with_suffix(".png"))
     log.info("%s; %d cells are missing", out, summary["missing cells"])
 

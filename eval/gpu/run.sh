@@ -3,7 +3,7 @@
 # Adapters stay behind but for those of the folders named in ADAPTERS ("table/adapters/lora …"), in pieces of 15 MB.
 set -euo pipefail
 began=$SECONDS
-kit=$1 plan=$2 out=$3 deadline=${4:-500}
+kit=$(realpath "$1") plan=$(realpath "$2") out=$(realpath -m "$3") deadline=${4:-500}
 here=$(cd "$(dirname "$0")/../.." && pwd)
 work=${WORK:-/tmp/cells}
 python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target /tmp/site "$kit"/*.whl
