@@ -30,7 +30,8 @@ disturbs caches, so differences of a few percent between single cells mean nothi
 STACK, EMOJI64 = {"model": "SD1.5's attention layers"}, {"model": "emoji64, `train`"}
 DIRECT, TWELVE = ("fa direct", "fb direct"), {"concepts": 12}
 FLOOR = """The frozen model's own forward and backward pass is in every step that trains all adapted layers: no
-such step takes less than the last column says. Where that is above the target, the target is out of reach on that machine."""
+such step takes less than the last column says. Where that is above the target, the target is out of reach on that
+machine."""
 WHOLE_TRAINING = 60  # seconds at most
 TARGETS = (  # what, benchmark, which rows, of which ways, the ratio, its limit
     ("a training step of SD1.5's attention layers, of PEFT's", "step", STACK, DIRECT, "of peft", 0.75),
