@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_common import Device, Out, Row, Tiny, new_app, prepare, save
-from bench_models import TARGETS, WAYS, adapted, sd15_unet, unet_inputs
+from bench_models import TARGETS, UPWARD, WAYS, adapted, sd15_unet, unet_inputs
 from torch import Tensor
 
 RANKS, PEAK_RANK = (8, 32), 8
+ALL_WAYS = (*WAYS, UPWARD)
 MIB = 2**20
 
 app = new_app()
@@ -36,7 +37,7 @@ def main(
     """Measure, and save the numbers."""
     target = prepare(device)
     ranks = (PEAK_RANK,) if tiny else RANKS
-    saved = {(rank, way): saved_activations(way, rank, tiny) for rank in ranks for way in WAYS}
+    saved = {(rank, way): saved_activations(way, rank, tiny) for rank in ranks for way in ALL_WAYS}
     highest = peaks_of_all(device, tiny) if peaks else {}
     save("memory", target, [_row(rank, way, saved, highest) for rank, way in saved], out, tiny=tiny)
 
@@ -45,7 +46,7 @@ def peaks_of_all(device: str, tiny: bool) -> dict[str, int]:
     """Each way's in a fresh process; of toys, where it says nothing, in this one."""
     measure = partial(peak_memory, rank=PEAK_RANK, device=device, tiny=tiny)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
-        return dict(zip(WAYS, (map if tiny else fresh.map)(measure, WAYS), strict=True))
+        return dict(zip(ALL_WAYS, (map if tiny else fresh.map)(measure, ALL_WAYS), strict=True))
 
 
 def saved_activations(way: str, rank: int, tiny: bool) -> int:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import attach
+from sbora_diffusion.diffusion.adapted import only_passed
 
 WAYS: tuple[str, ...] = ("base", "peft", "fa", "fa direct", "fb", "fb direct")
+UPWARD = "fa direct, up_blocks"  # of a U-Net, as `train --set blocks=up_blocks` does it
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CONTEXT = 768  # what SD1.5's cross-attention reads
 
@@ -24,8 +26,12 @@ def adapted(base: nn.Module, way: str, rank: int, targets: Sequence[str], stack:
     """A copy on the same base parameters, with `count` adapters of random weights, all of them active.
 
     Args:
-        way: "base" for none, "peft" for PEFT's LoRA, or SBoRA: "fa", "fb", also "… direct" until the stack is closed.
+        way: "base" for none, "peft" for PEFT's LoRA, or SBoRA: "fa", "fb", also "… direct" until the stack is closed;
+            and UPWARD.
     """
+    way, _, block = way.partition(", ")
+    if block:
+        targets = [name for name, _ in base.named_modules() if name.startswith(block) and name.endswith(tuple(targets))]
     model: Any = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
     if way == "base":
         return model
@@ -43,6 +49,10 @@ def adapted(base: nn.Module, way: str, rank: int, targets: Sequence[str], stack:
             parameter.normal_(std=0.01)
     if way.endswith("direct"):
         assert stack.enter_context(direct_training(model, names[0]))
+    if block:
+        stack.enter_context(
+            only_passed(model, [f"down_blocks.{n}" for n in range(len(model.down_blocks))] + ["mid_block"])
+        )
     return model
 
 

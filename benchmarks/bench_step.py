@@ -23,7 +23,7 @@ from bench_common import (
     save,
     take_turns,
 )
-from bench_models import SD15_BLOCKS, TARGETS, WAYS, AttentionStack, adapted, sd15_unet, trained, unet_inputs
+from bench_models import SD15_BLOCKS, TARGETS, UPWARD, WAYS, AttentionStack, adapted, sd15_unet, trained, unet_inputs
 from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Interval
@@ -35,12 +35,14 @@ from sbora_diffusion.diffusion.run import Run
 from sbora_diffusion.diffusion.samples import prepare_data
 
 RANKS = (8, 32)
-EMOJI64 = {  # way -> method, quiet_weight
-    "base": ("textual-inversion", "0"),
-    "peft": ("lora", "0"),
-    "fa direct": ("sbora-fa", "0"),
-    "fb direct": ("sbora-fb", "0"),
-    "fa direct, quiet": ("sbora-fa", "100"),
+EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what differs from its recipe
+    "base": ("textual-inversion", {}),
+    "peft": ("lora", {}),
+    "fa direct": ("sbora-fa", {"quiet_weight": "0"}),
+    "fb direct": ("sbora-fb", {"quiet_weight": "0"}),
+    "fa direct, quiet": ("sbora-fa", {}),
+    "fa direct, all blocks": ("sbora-fa", {"quiet_weight": "0", "blocks": ""}),
+    "peft, up_blocks": ("lora", {"blocks": "up_blocks"}),
 }
 TINY = {"batch_size": "1", "prior_batch": "1", "crops": "1", "sampling_steps": "1"}
 
@@ -70,19 +72,21 @@ def measure_unet(tiny: bool, rank: int, rounds: int, device: torch.device) -> li
     size = 8 if tiny else 32 if device.type == "cpu" else 64
     with device:
         base = sd15_unet(tiny)
-    ways = tuple(way for way in WAYS if not way.startswith("fb"))
+    ways = (*(way for way in WAYS if not way.startswith("fb")), UPWARD)
     about = f"SD1.5's U-Net, latent {size}×{size}"
     return _measure(base, ways, unet_inputs(size, 1, device), rank, rounds, device, model=about)
 
 
 def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
-    """`train`'s own steps with the methods' recipes, on the same data; the base way learns the token only. The closed
-    form of loudness, which only SBoRA has, is left out, and is in a way of its own."""
+    """`train`'s own steps with the methods' recipes, on the same data; the base way learns the token only.
+
+    SBoRA's recipe adapts the blocks going up, LoRA's all of them; the other way round are ways of their own. So is the
+    closed form of loudness, which only SBoRA has.
+    """
     concept, data, ways = load_concept("dog", default_roots()), None, {}
     with ExitStack() as stack:
-        for way, (method, quiet_weight) in list(EMOJI64.items())[: 3 if tiny else None]:
-            settings = {"quiet_weight": quiet_weight} | (TINY if tiny else {})
-            config = TrainConfig.from_recipe("emoji64", method, settings)
+        for way, (method, settings) in list(EMOJI64.items())[: 3 if tiny else None]:
+            config = TrainConfig.from_recipe("emoji64", method, settings | (TINY if tiny else {}))
             base = load_base("emoji64")
             assert base.layers  # looked up before PEFT wraps them
             data = data or prepare_data(concept, base, config)

@@ -13,7 +13,7 @@ A plan names its parts in the order in which they are wanted:
     variants = ["lora", "sbora-fa:rank=4"]   concepts = ["dog"]   seeds = [0]   sizes = [1, 12]
     columns = "gradient"    # see chosen_columns.py
     [retention]
-    schemes = ["disjoint"]   seeds = [0]   hows = ["sum"]
+    schemes = ["disjoint"]   seeds = [0]   hows = ["sum"]   # no hows: only trained
 """
 
 import logging
@@ -133,8 +133,9 @@ def retention_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[
                 keys.append(f"{name}/{scheme}/{seed}/{concept}")
                 done = study.adapter_path(scheme, seed, concept).exists
                 yield Task(keys[-1], train_retained, (study, scheme, seed, concept), done)
-            yield Task(f"{name}/{scheme}/{seed}", judge_retained, (study, scheme, seed),
-                       lambda scheme=scheme, seed=seed: not study.missing(scheme, seed), frozenset(keys))  # fmt: skip
+            if study.hows:
+                yield Task(f"{name}/{scheme}/{seed}", judge_retained, (study, scheme, seed),
+                           lambda scheme=scheme, seed=seed: not study.missing(scheme, seed), frozenset(keys))  # fmt: skip
 
 
 def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:

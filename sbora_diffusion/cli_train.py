@@ -66,7 +66,7 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
         interval = processes.from_first(
             lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
         )
-        kept = activations(base)
+        kept = activations(base, config)
         _tell_memory(base, config, kept)
         score = _scorer(base, concept, config) if config.eval_every else None
         try:

@@ -18,6 +18,7 @@ class TrainConfig:
 
     method: str
     rank: int  # columns or rows of each adapted layer
+    blocks: tuple[str, ...]  # of the denoiser, by the beginnings of their names, that are adapted; none: all
     steps: int
     batch_size: int  # pictures a step
     learning_rate: float  # of the U-Net's adapter
@@ -96,7 +97,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the inverse of `from_dict`."""
-        return asdict(self) | {key: list(getattr(self, key)) for key in ("preview_prompts", "prior_prompts")}
+        return asdict(self) | {key: list(value) for key, value in vars(self).items() if isinstance(value, tuple)}
 
 
 _RECIPES = files("sbora_diffusion") / "recipes"

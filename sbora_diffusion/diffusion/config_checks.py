@@ -49,6 +49,8 @@ def check(config: "TrainConfig") -> None:
 def _check_together(config: "TrainConfig") -> None:
     if find_method(config.method).kind not in ("fa", "fb") and (config.quiet_weight or config.erasure_weight):
         raise SboraError(f"quiet_weight and erasure_weight are for columns and rows, {config.method} has neither")
+    if find_method(config.method).kind == "none" and config.blocks:
+        raise SboraError(f"blocks says which layers are adapted, {config.method} adapts none", "--set blocks=")
     if config.erasure_weight and not config.prior_batch:
         raise SboraError("erasure_weight needs prior samples", "--set prior_batch=4")
     if config.erasure_weight and config.buckets:

@@ -16,6 +16,7 @@ from sbora_diffusion.adapter.basis import Interval, canonical
 from sbora_diffusion.adapter.dense import Dense
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import SboraLayer, attach
+from sbora_diffusion.diffusion.adapted import adapted_layers
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.errors import SboraError
@@ -47,7 +48,7 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
         with _sbora(base, interval, config) as found:
             yield found
     elif kind == "full":
-        with _whole(base) as found:
+        with _whole(base, config) as found:
             yield found
     elif kind == "none":
         yield Injected({})
@@ -56,20 +57,11 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
             yield found
 
 
-def _learning(base: Base, config: TrainConfig) -> dict[str, tuple[str, ...]]:
-    """Component -> ends of the names of its layers that are trained: no text encoder at a rate of 0."""
-    return {
-        component: targets
-        for component, targets in base.adapted.items()
-        if component == base.family.denoiser or config.text_encoder_learning_rate
-    }
-
-
 @contextmanager
 def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Injected]:
     layers: dict[str, dict[str, SboraLayer]] = {}
     try:
-        for component, targets in _learning(base, config).items():
+        for component, targets in adapted_layers(base, config).items():
             model: Any = base.component(component)
             model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
             _to_fp32(model)
@@ -91,7 +83,7 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # of the Kaiming factor
-            for component, targets in _learning(base, config).items():
+            for component, targets in adapted_layers(base, config).items():
                 model: Any = base.component(component)
                 model.add_adapter(lora_config(config.rank, targets, kind == "dora"), adapter_name=ADAPTER)
                 _to_fp32(model)
@@ -169,14 +161,15 @@ class _Added(nn.Module):
 
 
 @contextmanager
-def _whole(base: Base) -> Iterator[Injected]:
+def _whole(base: Base, config: TrainConfig) -> Iterator[Injected]:
     """ΔW of every cross-attention's keys and values, as Custom Diffusion (Kumari et al. 2023, section 3.1) trains."""
-    layers = {key: layer for key, layer in base.layers.items() if key.endswith(CUSTOM_DIFFUSION)}
     if base.family.denoiser != "unet":
         raise SboraError(
             "custom-diffusion trains a U-Net's cross-attention, which this base model has not",
             "choose another --method",
         )
+    names = [f"unet.{name}" for name in adapted_layers(base, config)["unet"] if name.endswith(CUSTOM_DIFFUSION)]
+    layers = {name: base.layers[name] for name in names}
     added = {key: _Added(layer.weight) for key, layer in layers.items()}
 
     def read() -> dict[str, Dense]:

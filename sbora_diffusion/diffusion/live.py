@@ -12,6 +12,7 @@ from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.dense import Dense
 from sbora_diffusion.adapter.file import Factor
 from sbora_diffusion.adapter.layer import SboraLayer, collect
+from sbora_diffusion.diffusion.adapted import blocks_before, only_passed
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -66,7 +67,8 @@ def live_concept(concept: Concept, base: Base, interval: Interval | None, config
         if find_method(config.method).fixed_noun and config.token_vectors > 1:
             for embedding in tokens.values():
                 embedding.learned.register_hook(_without_last)
-        with _checkpointed(base) if config.gradient_checkpointing else nullcontext():
+        checkpointed = _checkpointed(base) if config.gradient_checkpointing else nullcontext()
+        with checkpointed, only_passed(base.denoiser, blocks_before(base, config)):
             yield Live(base, weights, tokens)
 
 

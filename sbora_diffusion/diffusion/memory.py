@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sbora_diffusion.adapter.whole import num_held
+from sbora_diffusion.diffusion.adapted import adapted_layers, blocks_before, only_passed
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Text
@@ -63,7 +64,8 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     samples = config.batch_size * (2 if config.class_pictures else 1) + config.prior_batch
     each = kept.text + (kept.checkpointed if config.gradient_checkpointing else kept.everything)
     half = config.precision != "fp32"  # nf4 computes in bf16
-    numbers = sum(config.rank * shape[config.method == "sbora-fb"] for shape in base.layer_shapes.values())
+    layers = [f"{component}.{name}" for component, names in adapted_layers(base, config).items() for name in names]
+    numbers = sum(config.rank * base.layer_shapes[layer][config.method == "sbora-fb"] for layer in layers)
     return Estimate(
         weights=_weights(base, config.precision),
         trained=numbers * 4 * 4,
@@ -109,7 +111,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def activations(base: Base) -> Activations:
+def activations(base: Base, config: TrainConfig) -> Activations:
     """What a forward pass keeps, counted on a copy of the denoiser without numbers, and on one reading of no words."""
     text, of_text = _read(base)
     pipeline, model = copy.copy(base.pipeline), _without_numbers(base.denoiser)
@@ -117,9 +119,11 @@ def activations(base: Base) -> Activations:
     size = base.family.latent_size(pipeline)
     channels = base.pipeline.vae.config.latent_channels
     noisy = torch.empty(1, channels, size, size, device="meta", requires_grad=True)
-    count = _Count(model)
+    count, passed = _Count(model), blocks_before(base, config)
     t = torch.full((1,), 500.0, device="meta")
-    with count.counting(), _FusedAttention():
+    with count.counting(), _FusedAttention(), only_passed(model, passed):
+        for last in passed[-1:]:
+            model.get_submodule(last).register_forward_hook(_learn_from_here)
         base.family.answer(pipeline, noisy, t, text)
     checkpointed = count.outside + count.inputs + max(count.by_block.values())
     of_text *= 1 if base.precision == "fp32" else 2  # counted in half precision
@@ -138,6 +142,11 @@ def _read(base: Base) -> tuple[Text, int]:
         text = base.read(base.tokenize([""]))
     pooled = None if text.pooled is None else text.pooled.detach().to("meta", torch.float32)
     return Text(text.states.detach().to("meta", torch.float32), pooled), count.total
+
+
+def _learn_from_here(_: nn.Module, __: Any, given: Any) -> None:
+    """What the last block gives that is only passed is differentiated from there on, as an adapter does it."""
+    (given[0] if isinstance(given, tuple) else given).requires_grad_()
 
 
 def _without_numbers(denoiser: Any) -> nn.Module:

@@ -58,13 +58,13 @@ def really_kept(base: Base, count: int) -> int:
 def test_what_is_counted_is_what_is_kept(base: Base, tmp_path: Path, kind: str) -> None:
     if kind != "sd":
         base = load_base(str({"sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3}[kind](tmp_path / kind)))
-    kept = activations(base)
+    kept = activations(base, short_config())
     assert really_kept(base, 4) == pytest.approx(4 * kept.everything, rel=0.15)
     assert kept.checkpointed < kept.everything
 
 
 def test_checkpointing_keeps_less_as_told(base: Base) -> None:
-    kept, before = activations(base), really_kept(base, 4)
+    kept, before = activations(base, short_config()), really_kept(base, 4)
     denoiser: Any = base.denoiser
     denoiser.train().enable_gradient_checkpointing()
     try:
@@ -77,25 +77,27 @@ def test_checkpointing_keeps_less_as_told(base: Base) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize("class_pictures", ["0", "2"])
+@pytest.mark.parametrize(("class_pictures", "blocks"), [("0", ""), ("2", ""), ("0", "up_blocks")])
 def test_a_real_step_keeps_what_is_estimated(
-    base: Base, concept: Concept, tmp_path: Path, kind: str, class_pictures: str
+    base: Base, concept: Concept, tmp_path: Path, kind: str, class_pictures: str, blocks: str
 ) -> None:
     """Text encoders and class pictures included, but for what PEFT's layers and the losses keep besides."""
     if kind == "sdxl":
         base = load_base(str(save_tiny_sdxl(tmp_path / kind)))
-    config = short_config(batch_size="2", prior_batch="1", sampling_steps="1", class_pictures=class_pictures)
+    settings = {"batch_size": "2", "prior_batch": "1", "sampling_steps": "1", "class_pictures": class_pictures}
+    config = short_config(**settings, blocks=blocks)
     held, data = Held(base), prepare_data(concept, base, config)
     with live_concept(concept, base, Interval(0, 4), config) as live:
         run = Run(live, data, config, base)
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
             run.advance(0)
-    assert held.num_bytes == pytest.approx(estimate(base, config, activations(base)).activations, rel=0.15)
+    assert held.num_bytes == pytest.approx(estimate(base, config, activations(base, config)).activations, rel=0.15)
 
 
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
-def test_what_is_trained(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
-    config = short_config(method, steps="1")
+@pytest.mark.parametrize("blocks", ["", "up_blocks"])
+def test_what_is_trained(base: Base, concept: Concept, tmp_path: Path, method: str, blocks: str) -> None:
+    config = short_config(method, steps="1", blocks=blocks)
     *_, last = train(concept, base, Interval(0, 4), config, tmp_path / "run")
     assert last.adapter is not None
     assert estimate(base, config, KEPT).trained == 16 * last.adapter.num_weights()
