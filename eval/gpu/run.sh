@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # eval/gpu/run.sh KIT PLAN OUT [SECONDS]: the cells of a plan on a bare machine with one GPU; what is to be kept goes to OUT.
-# Adapters stay behind but for those of the folders named in ADAPTERS ("table/adapters/lora …"), in pieces of 15 MB.
+# Pictures stay behind but for the merges of seed 0, and adapters but for the folders named in ADAPTERS
+# ("table/adapters/lora …"); both come in pieces of 15 MB.
 set -euo pipefail
 began=$SECONDS
 kit=$(realpath "$1") plan=$(realpath "$2") out=$(realpath -m "$3") deadline=${4:-500}
@@ -17,6 +18,7 @@ grep -A 20 FAILED "$work/log.txt" | head -n 60 || true
 tail -n 3 "$work/log.txt"
 cd "$work"
 find . -name log.txt -o -name "table.*" -o -name "*.json" -not -path "*/runs/*" | tar -cJf "$out/cells.tar.xz" --files-from=-
+find . -path "*/scores/*/0/*+*.png" | tar -c --files-from=- | split --bytes=15M - "$out/merges-of-seed-0.tar."
 if [[ ${ADAPTERS:-} ]]; then
     tar -c $ADAPTERS | split --bytes=15M - "$out/adapters.tar."
 fi

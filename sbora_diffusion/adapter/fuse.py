@@ -7,8 +7,13 @@ For every layer, over all ΔW on the union of the concepts' columns (FA) or rows
 x_j are the inputs that the layer sees while concept j's own model draws concept j. This is the objective of gradient
 fusion (Mix-of-Show, Gu et al. 2023), which that paper minimises by LBFGS, with a term for inputs that belong to no
 concept. It is a linear least-squares problem, so one symmetric positive definite solve a layer has the optimum.
+
+The optimum is quieter than the concepts are: least squares leaves out whatever of their answers cannot be told apart.
+So each layer's ΔW is scaled until its answers to the concepts' inputs have the energy of their own ("as loud"),
+Σ_j E‖ΔW x_j‖² = Σ_j E‖ΔW_j x_j‖²: further away by the objective above, and closer in the pictures (docs/results.md).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +40,7 @@ def fuse(
     *,
     prior_weight: float = PRIOR_WEIGHT,
     ridge: float = RIDGE,
+    as_loud: bool = True,
 ) -> Adapter:
     """Merge adapters of one base by the closed form above; ΔW_j are the adapters' deltas times their weights.
 
@@ -45,6 +51,7 @@ def fuse(
         inputs: asked once for each adapter, one after the other, and once for the prior if λ > 0.
         prior_weight: λ, from 0 on.
         ridge: ε as a share of the mean diagonal entry of Σ_j E[x_j x_jᵀ] + λ E[x_prior x_priorᵀ]; greater than 0.
+        as_loud: scale the optimum as said above; False is the optimum itself.
 
     Raises:
         SboraError: adapters that cannot be merged, as in `merge`.
@@ -63,40 +70,52 @@ def fuse(
         moments = inputs(None, columns)
         for key, system in systems.items():
             system.add_prior(moments[key] * prior_weight)
-    recipe = {"how": "fuse", "prior_weight": prior_weight, "ridge": ridge}
-    factors = {key: Factor(unions[key], system.solve(ridge).float()) for key, system in systems.items()}
+    recipe = {"how": "fuse", "prior_weight": prior_weight, "ridge": ridge, "as_loud": as_loud}
+    solved = {key: system.solve(ridge) for key, system in systems.items()}
+    if as_loud:
+        solved = {key: systems[key].as_loud(delta) for key, delta in solved.items()}
+    factors = {key: Factor(unions[key], delta.float()) for key, delta in solved.items()}
     return put_together(adapters, weights, factors, recipe)
 
 
 @dataclass(eq=False)
 class System:
-    """The normal equations of one layer, ΔW · gram = answers, summed up concept by concept in float64."""
+    """The normal equations of one layer, ΔW · (seen + prior) = answers, summed up concept by concept in float64."""
 
-    gram: Tensor | None = None  # (n, n) Σ M_j + λ P
+    seen: Tensor | None = None  # (n, n) Σ M_j
+    prior: Tensor | None = None  # (n, n) λ P
     answers: Tensor | None = None  # (m, n) Σ ΔW_j M_j
     total: Tensor | None = None  # (m, n) Σ ΔW_j
+    energy: float = 0.0  # Σ E‖ΔW_j x_j‖²
 
     def add(self, delta: Tensor, moments: Tensor) -> None:
         """A concept's ΔW_j (m, n) and M_j (n, n)."""
         delta, moments = delta.double(), moments.double()
-        self.gram = moments.clone() if self.gram is None else self.gram + moments
+        self.seen = moments.clone() if self.seen is None else self.seen + moments
         self.answers = delta @ moments if self.answers is None else self.answers + delta @ moments
         self.total = delta.clone() if self.total is None else self.total + delta
+        self.energy += response(delta, moments).item()
 
     def add_prior(self, moments: Tensor) -> None:
         """λ P (n, n)."""
-        assert self.gram is not None
-        self.gram = self.gram + moments.double()
+        self.prior = moments.double()
 
     def solve(self, ridge: float) -> Tensor:
         """ΔW (m, n) float64; the plain sum where no input was ever seen."""
-        assert self.gram is not None
+        assert self.seen is not None
         assert self.answers is not None
         assert self.total is not None
-        mean = self.gram.diagonal().mean().item()
+        gram = self.seen if self.prior is None else self.seen + self.prior
+        mean = gram.diagonal().mean().item()
         epsilon = ridge * mean if mean > 0 else 1.0
-        factor = torch.linalg.cholesky(self.gram + epsilon * torch.eye(len(self.gram)).to(self.gram))
+        factor = torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram)).to(gram))
         return torch.cholesky_solve((self.answers + epsilon * self.total).T, factor).T
+
+    def as_loud(self, delta: Tensor) -> Tensor:
+        """ΔW (m, n) times what gives its answers to the concepts' inputs the energy of the concepts' own."""
+        assert self.seen is not None
+        answered = response(delta, self.seen).item()
+        return delta * math.sqrt(self.energy / answered) if answered > 0 else delta
 
 
 def full_support(
