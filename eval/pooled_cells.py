@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,8 +135,13 @@ def retention_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[
                 done = study.adapter_path(scheme, seed, concept).exists
                 yield Task(keys[-1], train_retained, (study, scheme, seed, concept), done)
             if study.hows:
-                yield Task(f"{name}/{scheme}/{seed}", judge_retained, (study, scheme, seed),
-                           lambda scheme=scheme, seed=seed: not study.missing(scheme, seed), frozenset(keys))  # fmt: skip
+                judged = partial(_is_judged, study, scheme, seed)
+                key = f"{name}/{scheme}/{seed}"
+                yield Task(key, judge_retained, (study, scheme, seed), judged, frozenset(keys))
+
+
+def _is_judged(study: Any, scheme: str, seed: int) -> bool:
+    return not study.missing(scheme, seed)
 
 
 def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:

@@ -1,0 +1,50 @@
+"""docs/images/twelve.png: twelve concepts out of one merge, by method, from the sheets beside the cells of `compare`.
+
+python docs/twelve.py FOLDER/table
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from sbora_diffusion.diffusion.concept import default_roots, load_concept
+from sbora_diffusion.diffusion.dataset import load_picture
+from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
+from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
+
+LOUD = "quiet_weight=2,token_learning_rate=1e-1,learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
+ROWS = {
+    "LoRA, averaged": "lora",
+    "Orthogonal Adaptation": "orthogonal",
+    "Custom Diffusion": "custom-diffusion",
+    "Mix-of-Show, gradient fusion": "mix-of-show",
+    "SBoRA-FA, sum": "sbora-fa",
+    "SBoRA-FA, fuse": "sbora-fa:merge=fuse",
+    "SBoRA-FA, loud, fuse": f"sbora-fa:{LOUD},merge=fuse",
+    "SBoRA-FB, fuse": "sbora-fb:merge=fuse",
+}
+CELL = 160  # pixels of a picture in those sheets
+PROMPT = 1  # "… on the beach"
+
+
+def drawn(path: Path, count: int) -> list[tuple[str, Image.Image]]:
+    """The pictures of one prompt out of a sheet, concept by concept."""
+    page, left = Image.open(path), GAP + PROMPT * (CELL + GAP)
+    tops = [GAP + number * (2 * LABEL + CELL + GAP) + 2 * LABEL for number in range(count)]
+    return [("", page.crop((left, top, left + CELL, top + CELL))) for top in tops]
+
+
+def main(folder: Path) -> None:
+    """Write it."""
+    names = Comparison.load(folder).concepts
+    concepts = [load_concept(name, default_roots()) for name in names]
+    rows = [("given (one of five)", [("", load_picture(concept.pictures[1].path)) for concept in concepts])]
+    for title, variant in ROWS.items():
+        path = path_of(folder, "scores", f"{variant}/0/{'+'.join(names)}").with_suffix(".png")
+        rows.append((title, drawn(path, len(names))))
+    sheet(rows, cell=104).save(Path(__file__).parent / "images" / "twelve.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
