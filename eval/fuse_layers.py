@@ -20,7 +20,7 @@ from sbora_diffusion.adapter.file import Adapter
 
 log = logging.getLogger("fuse_layers")
 
-FUSE = "fuse:0.3"  # the default of `merge --how fuse`
+FUSE = "fuse:0.3"  # the optimum, which `merge --how fuse` scales
 GROUPS = {  # of the layers whose names have this in them
     "no layer": r"(?!)",
     "text encoder": r"^text_encoder\.",

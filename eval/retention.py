@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 from retention_bench import judge_all
-from retention_study import HOWS, RANK, SCHEMES, Study, columns_of
+from retention_study import HOWS, RANK, RECIPE, SCHEMES, Study, columns_of
 from retention_summary import summarise, write_summary
 
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
@@ -33,7 +33,7 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
     """Train a cell, or go on with it."""
     path, run = study.adapter_path(scheme, seed, name), study.folder / "runs" / f"{scheme}-{seed}" / name
     interval, basis_seed = columns_of(scheme, seed, study.concepts.index(name))
-    settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"}
+    settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"} | RECIPE
     config = TrainConfig.from_recipe(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
     concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.precision)
     for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):

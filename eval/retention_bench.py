@@ -69,8 +69,11 @@ class Bench:
         began = time.perf_counter()
         if how == "sum":
             result = merge(adapters, weights, "sum")
+        elif how == "fuse:loud":
+            result = fuse(adapters, weights, self.inputs)
         elif how.startswith("fuse"):
-            result = fuse(adapters, weights, self.inputs, prior_weight=float(how.partition(":")[2] or PRIOR_WEIGHT))
+            prior_weight = float(how.partition(":")[2] or PRIOR_WEIGHT)
+            result = fuse(adapters, weights, self.inputs, prior_weight=prior_weight, as_loud=False)
         else:
             factors = {key: Factor(torch.arange(shape[1]), self._dense(how, key, adapters).float())
                        for key, shape in self.base.layer_shapes.items()}  # fmt: skip

@@ -11,9 +11,11 @@ from sbora_diffusion.adapter.file import write_atomically
 CONCEPTS = ("dog", "penguin", "octopus", "cat", "horse", "rooster")
 CONCEPTS += ("dragon", "monkey", "elephant", "tiger", "snail", "pumpkin")
 SCHEMES = ("disjoint", "random", "shared")
-HOWS = ("sum", "fuse", "full", "lbfgs")  # "fuse:0.3" is of that prior weight
+HOWS = ("sum", "fuse", "full", "lbfgs")  # "fuse:0.3" is the optimum of that prior weight, "fuse:loud" what `merge` does
 SIZES = (3, 6, 12)
 RANK = 8
+# emoji64's when the study began
+RECIPE = {"blocks": "", "quiet_weight": "100", "token_learning_rate": "3e-2", "batch_size": "8"}
 
 
 Cell = tuple[str, int, tuple[str, ...]]  # how ("single" for size 1), size, names
@@ -32,7 +34,7 @@ class Study:
     sizes: tuple[int, ...] = SIZES
     hows: tuple[str, ...] = HOWS
     sampling_steps: int = 10
-    overrides: Mapping[str, str] | None = None  # of the recipe
+    overrides: Mapping[str, str] | None = None  # of RECIPE
 
     def adapter_path(self, scheme: str, seed: int, name: str) -> Path:
         return self.folder / "adapters" / f"{scheme}-{seed}" / f"{name}.safetensors"

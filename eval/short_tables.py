@@ -11,24 +11,19 @@ import typer
 
 SIZES = {1: "alone", 12: "of twelve"}
 METRICS = {"text_mos": "text", "image": "image", "success": "recognised"}
-LOUD = "token_learning_rate=1e-1,learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
+LOUD = "learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
 QUICK = "steps=160,batch_size=4,learning_rate=9e-3,text_encoder_learning_rate=2.25e-3"
+SLOW = "token_learning_rate=3e-2"
 NAMES = {  # variant -> as the document calls it
-    "sbora-fa": "SBoRA-FA, sum",
-    "sbora-fa:merge=fuse": "SBoRA-FA, `fuse`",
-    "sbora-fa:token_learning_rate=1e-1": "SBoRA-FA, token's rate 0.1, sum",
-    "sbora-fa:token_learning_rate=1e-1,merge=fuse": "SBoRA-FA, token's rate 0.1, `fuse`",
-    "sbora-fa:batch_size=4": "SBoRA-FA, batches of 4, sum",
-    "sbora-fa:batch_size=4,merge=fuse": "SBoRA-FA, batches of 4, `fuse`",
-    f"sbora-fa:{QUICK}": "SBoRA-FA, 160 steps of 4, sum",
-    f"sbora-fa:{QUICK},merge=fuse": "SBoRA-FA, 160 steps of 4, `fuse`",
-    f"sbora-fa:quiet_weight=2,{LOUD},merge=fuse": "SBoRA-FA, loud, `fuse`",
-    f"sbora-fa:quiet_weight=0,{LOUD},merge=fuse": "SBoRA-FA, loudest, `fuse`",
-    "sbora-fa:blocks=,quiet_weight=100": "SBoRA-FA, all blocks, sum",
-    "sbora-fa:blocks=,quiet_weight=100,merge=fuse": "SBoRA-FA, all blocks, `fuse`",
-    "sbora-fb": "SBoRA-FB, sum",
-    "sbora-fb:merge=fuse": "SBoRA-FB, `fuse`",
-    f"sbora-fb:quiet_weight=2,{LOUD},merge=fuse": "SBoRA-FB, loud, `fuse`",
+    "sbora-fa": "SBoRA-FA",
+    f"sbora-fa:quiet_weight=2,{LOUD}": "SBoRA-FA, loud",
+    f"sbora-fa:quiet_weight=0,{LOUD}": "SBoRA-FA, loudest",
+    f"sbora-fa:{SLOW}": "SBoRA-FA, token at 0.03",
+    f"sbora-fa:{SLOW},batch_size=4": "the same, batches of 4",
+    f"sbora-fa:{SLOW},{QUICK}": "the same, 160 steps of 4",
+    f"sbora-fa:{SLOW},blocks=,quiet_weight=100": "the same, all blocks",
+    f"sbora-fb:{SLOW}": "SBoRA-FB, token at 0.03",
+    f"sbora-fb:quiet_weight=2,{LOUD}": "SBoRA-FB, loud",
     "mix-of-show": "Mix-of-Show",
     "orthogonal": "Orthogonal Adaptation",
     "lora": "LoRA",
@@ -40,8 +35,11 @@ NAMES = {  # variant -> as the document calls it
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """With its n, if it is not what most rows have."""
-    name = NAMES.get(row["variant"], row["variant"])
+    """With how it is merged, where there is a choice, and its n, if it is not what most rows have."""
+    variant, fused = row["variant"].removesuffix("merge=fuse").rstrip(":,"), row["variant"].endswith("merge=fuse")
+    name = NAMES.get(variant, variant)
+    if variant.startswith("sbora"):
+        name += ", `fuse`" if fused else ", sum"
     return name if row["n"] == 36 else f"{name} (n = {row['n']})"
 
 

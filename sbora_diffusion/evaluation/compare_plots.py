@@ -1,6 +1,7 @@
 """A comparison to look at: text against image alignment at each K, and both over K."""
 
 from itertools import cycle
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def scatter(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     sizes, looks = sorted({row["size"] for row in rows}), _looks(rows)
-    figure = Figure(figsize=(1 + 3.5 * len(sizes), 4.5), layout="constrained")
+    figure = Figure(figsize=(1 + 3.5 * len(sizes), 3.6), layout="constrained")
     panels = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, size in zip(panels, sizes, strict=True):
         for row in (row for row in rows if row["size"] == size):
@@ -27,7 +28,7 @@ def scatter(rows: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("image alignment")
     _legend(figure, looks)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def retention(rows: list[dict[str, Any]], path: Path) -> None:
@@ -35,7 +36,7 @@ def retention(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     looks = _looks(rows)
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     for panel, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
         for variant, look in looks.items():
             own = [row for row in rows if row["variant"] == variant]
@@ -45,7 +46,7 @@ def retention(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_ylabel(f"{title.lower()} alignment")
         panel.spines[["top", "right"]].set_visible(False)
     _legend(figure, looks)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _looks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -58,8 +59,11 @@ def _looks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _legend(figure: Any, looks: dict[str, dict[str, Any]]) -> None:
-    """One for all panels, below them, whatever each of them shows."""
+    """One for all panels, below them, whatever each of them shows, in as many columns as its longest name allows."""
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], linestyle="none", **look) for look in looks.values()]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    width, height = figure.get_size_inches()
+    columns = min(3, max(1, int(width / (0.5 + 0.07 * max(map(len, looks))))))  # inches of a mark and of a letter
+    figure.set_figheight(height + 0.2 * ceil(len(looks) / columns))
+    figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
