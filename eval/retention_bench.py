@@ -75,8 +75,9 @@ class Bench:
             prior_weight = float(how.partition(":")[2] or PRIOR_WEIGHT)
             result = fuse(adapters, weights, self.inputs, prior_weight=prior_weight, as_loud=False)
         else:
-            factors = {key: Factor(torch.arange(shape[1]), self._dense(how, key, adapters).float())
-                       for key, shape in self.base.layer_shapes.items()}  # fmt: skip
+            keys = sorted({key for adapter in adapters for key in adapter.factors})
+            solved = {key: self._dense(how, key, adapters).float() for key in keys}
+            factors = {key: Factor(torch.arange(delta.shape[1]), delta) for key, delta in solved.items()}
             result = put_together(adapters, weights, factors, {"how": how})
         seconds = time.perf_counter() - began
         nothing, reached = self._objectives(result, adapters)
@@ -93,13 +94,13 @@ class Bench:
 
     def _delta(self, adapter: Adapter, key: str) -> Tensor:
         """(out, in) float64."""
-        delta, factor = torch.zeros(self.base.layer_shapes[key], dtype=torch.float64), adapter.factors[key]
-        return delta.index_copy_(1, factor.index, factor.weight.double())
+        delta, factor = torch.zeros(self.base.layer_shapes[key], dtype=torch.float64), adapter.factors.get(key)
+        return delta.index_copy_(1, factor.index, factor.weight.double()) if factor else delta
 
     def _objectives(self, result: Adapter, adapters: Sequence[Adapter]) -> tuple[float, float]:
         """Mean over the layers of the objective of no delta at all, and of the result as a share of that."""
         nothing, shares = [], []
-        for key in self.base.layer_shapes:
+        for key in result.factors:
             deltas = [self._delta(adapter, key) for adapter in adapters]
             moments, prior = [self.moments(adapter)[key] for adapter in adapters], self.moments(None)[key]
             nothing.append(objective(torch.zeros_like(deltas[0]), deltas, moments, prior, PRIOR_WEIGHT))
