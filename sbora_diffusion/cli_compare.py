@@ -22,8 +22,7 @@ def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
         SboraError: an unknown method or setting, another comparison in the folder, cells that failed (the others are
             made all the same).
     """
-    for variant in comparison.variants:
-        comparison.config(variant, 0)
+    _tell_budgets(comparison)
     folder.mkdir(parents=True, exist_ok=True)
     comparison.save(folder)
     failed = _make(folder, "trained", comparison.trainings(), jobs)
@@ -32,6 +31,17 @@ def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
     if failed:
         raise SboraError(f"{len(failed)} cells failed: {', '.join(failed)}", f"see {folder}/logs, and run it again")
     return told
+
+
+def _tell_budgets(comparison: Comparison) -> None:
+    """Warn where recipes do not learn from as many pictures."""
+    budgets: dict[str, str] = {}
+    for variant in comparison.variants:
+        config = comparison.config(variant, 0)
+        budgets.setdefault(f"{config.steps} × {config.batch_size * config.accumulation}", variant)
+    if len(budgets) > 1:
+        told = ", ".join(f"{variant} {budget}" for budget, variant in budgets.items())
+        log.warning("steps × pictures differ: %s; the same for all: --set steps=200 --set batch_size=8", told)
 
 
 def _make(folder: Path, kind: str, keys: Iterable[str], jobs: int) -> list[str]:

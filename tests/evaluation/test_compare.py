@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sbora_diffusion.cli_compare import compare_methods
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
 from sbora_diffusion.evaluation.compare_paired import differences, differences_table
@@ -75,6 +76,14 @@ def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
     assert Comparison.load(tmp_path).variants == ("dora",)
     with pytest.raises(SboraError, match="holds a comparison of settings"):
         comparison(settings={"steps": "9"}).save(tmp_path)
+
+
+def test_other_budgets_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for variants, words in ((("lora", "lora:rank=2"), None), (("lora", "sbora-fa"), "lora 200 × 8, sbora-fa 200 × 4")):
+        told = comparison(variants=variants)
+        fill(tmp_path / variants[1], told)
+        compare_methods(told, tmp_path / variants[1], 1)
+        assert (words in caplog.text) if words else not caplog.text
 
 
 def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
