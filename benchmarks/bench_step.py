@@ -44,6 +44,7 @@ EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what di
     "fa direct, all blocks": ("sbora-fa", {"quiet_weight": "0", "blocks": ""}),
     "peft, up_blocks": ("lora", {"blocks": "up_blocks"}),
 }
+BATCHES = {"batch_size": "8", "prior_batch": "2"}  # the same for all
 TINY = {"batch_size": "1", "prior_batch": "1", "crops": "1", "sampling_steps": "1"}
 
 app = new_app()
@@ -78,7 +79,7 @@ def measure_unet(tiny: bool, rank: int, rounds: int, device: torch.device) -> li
 
 
 def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
-    """`train`'s own steps with the methods' recipes, on the same data; the base way learns the token only.
+    """`train`'s own steps with the methods' recipes, on the same data and batches; the base way learns the token only.
 
     SBoRA's recipe adapts the blocks going up, LoRA's all of them; the other way round are ways of their own. So is the
     closed form of loudness, which only SBoRA has.
@@ -86,7 +87,7 @@ def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
     concept, data, ways = load_concept("dog", default_roots()), None, {}
     with ExitStack() as stack:
         for way, (method, settings) in list(EMOJI64.items())[: 3 if tiny else None]:
-            config = TrainConfig.from_recipe("emoji64", method, settings | (TINY if tiny else {}))
+            config = TrainConfig.from_recipe("emoji64", method, settings | (TINY if tiny else BATCHES))
             base = load_base("emoji64")
             assert base.layers  # looked up before PEFT wraps them
             data = data or prepare_data(concept, base, config)

@@ -78,10 +78,10 @@ def test_the_estimate_counts_half_the_weights(life: Life, half: Base) -> None:
     in_vae = sum(parameter.numel() for parameter in life.base.pipeline.vae.parameters())
     everything = sum(weight.numel() for weight in weights_of(life.base).values())
     for base in (life.base, half):  # the advice is about settings, whatever is loaded
-        kept = activations(base)
+        kept = activations(base, full)
         assert estimate(base, full, kept).weights == 4 * everything
         assert estimate(base, less, kept).weights == 4 * in_vae + 2 * (everything - in_vae)
-    assert activations(half).everything == activations(life.base).everything
+    assert activations(half, full).everything == activations(life.base, full).everything
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -78,9 +78,9 @@ def test_the_estimate_is_of_packed_weights(life: Life, packed: Base) -> None:
     layers = [layer for model in packed.family.frozen(packed.pipeline) for layer in packable(model).values()]
     saved = sum(num_held(layer.weight) for layer in layers) * (2 - BYTES)
     for base in (life.base, packed):
-        kept = activations(base)
+        kept = activations(base, half)
         assert estimate(base, half, kept).weights - estimate(base, four, kept).weights == pytest.approx(saved, abs=2)
-    assert "precision=nf4" in advice(life.base, half, activations(life.base))
+    assert "precision=nf4" in advice(life.base, half, activations(life.base, half))
 
 
 @pytest.mark.parametrize("method", METHODS)
