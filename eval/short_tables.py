@@ -36,8 +36,9 @@ NAMES = {  # variant -> as the document calls it
 
 def name_of(row: dict[str, Any]) -> str:
     """With how it is merged, where there is a choice, and its n, if it is not what most rows have."""
-    variant, fused = row["variant"].removesuffix("merge=fuse").rstrip(":,"), row["variant"].endswith("merge=fuse")
-    name = NAMES.get(variant, variant)
+    said: str = row["variant"]
+    variant, fused = said.removesuffix("merge=fuse").rstrip(":,"), said.endswith("merge=fuse")
+    name = NAMES.get(variant) or variant
     if variant.startswith("sbora"):
         name += ", `fuse`" if fused else ", sum"
     return name if row["n"] == 36 else f"{name} (n = {row['n']})"

@@ -141,8 +141,10 @@ def test_it_is_as_loud_as_the_concepts_and_points_where_the_optimum_does(
         for as_loud in (True, False)
     )
     inputs = {adapter.spec.name: seen.inputs[adapter.spec.name] for adapter in adapters}
-    own = sum((inputs[a.spec.name] @ dense(a).T * weight).pow(2).sum(1).mean() for a in adapters)
-    found, before = (sum((x @ dense(one).T).pow(2).sum(1).mean() for x in inputs.values()) for one in (loud, optimum))
+    own = torch.stack([(inputs[a.spec.name] @ dense(a).T * weight).pow(2).sum(1).mean() for a in adapters]).sum()
+    found, before = (
+        torch.stack([(x @ dense(one).T).pow(2).sum(1).mean() for x in inputs.values()]).sum() for one in (loud, optimum)
+    )
     torch.testing.assert_close(found, own, rtol=1e-4, atol=0)
     factor = (own / before).sqrt()
     assert factor > 0.9999

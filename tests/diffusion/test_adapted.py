@@ -117,7 +117,8 @@ def test_trained_resumed_and_merged(base: Base, concept: Concept, tmp_path: Path
     interval = Interval(0, 4) if method.startswith("sbora") else None
     straight = result(list(train(concept, base, interval, config, tmp_path / "straight")))
     stopped = train(concept, base, interval, config, tmp_path / "run")
-    next(stopped), next(stopped)
+    next(stopped)
+    next(stopped)
     stopped.close()  # type: ignore[attr-defined]
     resumed = result(list(train(concept, base, interval, config, tmp_path / "run", resume=True)))
     assert_same(resumed, straight)
