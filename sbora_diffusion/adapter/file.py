@@ -144,7 +144,8 @@ def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]
             return metadata, {key: file.get_tensor(key).clone() for key in keys}
     except FileNotFoundError:
         raise SboraError("no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        # RuntimeError: torch opens it once more, and it may be gone by then
         raise SboraError(f"cannot be read as safetensors ({error})") from None
 
 

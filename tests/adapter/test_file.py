@@ -266,6 +266,17 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
             read(path)
 
 
+def test_a_file_that_goes_away_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens it, and torch once more: another process may have removed it."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file <x> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr("sbora_diffusion.adapter.file.safe_open", gone)
+    with pytest.raises(SboraError, match="unable to open file"):
+        read_spec(tmp_path / "x.safetensors")
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="no such file"):
         Adapter.load(tmp_path / "none.safetensors")
