@@ -41,7 +41,7 @@ def _tell_budgets(comparison: Comparison) -> None:
         budgets.setdefault(f"{config.steps} × {config.batch_size * config.accumulation}", variant)
     if len(budgets) > 1:
         told = ", ".join(f"{variant} {budget}" for budget, variant in budgets.items())
-        log.warning("steps × pictures differ: %s; the same for all: --set steps=200 --set batch_size=8", told)
+        log.warning("steps × pictures differ: %s; the same for all: --set steps=N --set batch_size=N", told)
 
 
 def _make(folder: Path, kind: str, keys: Iterable[str], jobs: int) -> list[str]:
