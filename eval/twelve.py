@@ -1,19 +1,19 @@
 """docs/images/twelve.png: twelve concepts out of one merge, by method, from the sheets beside the cells of `compare`.
 
-python docs/twelve.py FOLDER/table
+python eval/twelve.py FOLDER/table
 """
 
 import sys
 from pathlib import Path
 
 from PIL import Image
+from short_tables import LOUD, SLOW
 
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
 
-LOUD = "quiet_weight=2,token_learning_rate=1e-1,learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
 ROWS = {
     "LoRA, averaged": "lora",
     "Orthogonal Adaptation": "orthogonal",
@@ -21,9 +21,10 @@ ROWS = {
     "Mix-of-Show, gradient fusion": "mix-of-show",
     "SBoRA-FA, sum": "sbora-fa",
     "SBoRA-FA, fuse": "sbora-fa:merge=fuse",
-    "SBoRA-FA, loud, fuse": f"sbora-fa:{LOUD},merge=fuse",
-    "SBoRA-FB, fuse": "sbora-fb:merge=fuse",
+    "SBoRA-FA, loud, fuse": f"sbora-fa:quiet_weight=2,{LOUD},merge=fuse",
+    "SBoRA-FB, token at 0.03, fuse": f"sbora-fb:{SLOW},merge=fuse",
 }
+PATH = Path(__file__).parents[1] / "docs" / "images" / "twelve.png"
 CELL = 160  # pixels of a picture in those sheets
 PROMPT = 1  # "… on the beach"
 
@@ -43,7 +44,7 @@ def main(folder: Path) -> None:
     for title, variant in ROWS.items():
         path = path_of(folder, "scores", f"{variant}/0/{'+'.join(names)}").with_suffix(".png")
         rows.append((title, drawn(path, len(names))))
-    sheet(rows, cell=104).save(Path(__file__).parent / "images" / "twelve.png", optimize=True)
+    sheet(rows, cell=104).save(PATH, optimize=True)
 
 
 if __name__ == "__main__":
