@@ -27,8 +27,8 @@ def adapted_layers(base: Base, config: TrainConfig) -> dict[str, list[str]]:
     denoiser = found.pop(base.family.denoiser)
     for block in config.blocks:
         if not _within(denoiser, [block]):
-            known = sorted({layer.partition(".")[0] for layer in denoiser})
-            raise SboraError(f"got blocks={block}, which has no attention", f"choose from {', '.join(known)}, or a block within one")
+            known = ", ".join(sorted({layer.partition(".")[0] for layer in denoiser}))
+            raise SboraError(f"got blocks={block}, which has no attention", f"choose from {known}, or a block in them")
     texts = found if config.text_encoder_learning_rate else {}
     return {base.family.denoiser: _within(denoiser, config.blocks) if config.blocks else denoiser} | texts
 
