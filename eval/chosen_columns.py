@@ -28,7 +28,8 @@ from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.noising import Noising
-from sbora_diffusion.diffusion.latents import Batch, Shots, draw_latents
+from sbora_diffusion.diffusion.latents import Batch, Shots
+from sbora_diffusion.diffusion.prior import prior_latents
 from sbora_diffusion.diffusion.run import mean_error
 from sbora_diffusion.diffusion.samples import prepare_data
 from sbora_diffusion.english import say_plainly
@@ -75,7 +76,7 @@ def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dic
         return squares
     of_others = energy
     if method_side(config.method) == "fb":
-        drawn = Shots(draw_latents(base, config.prior_prompts, config), list(config.prior_prompts))
+        drawn = Shots(prior_latents(base, config), list(config.prior_prompts))
         of_others = _squared_gradients(drawn, data.noising, base, config)
     return {key: square / (of_others[key] + 1e-3 * of_others[key].mean()) for key, square in squares.items()}
 

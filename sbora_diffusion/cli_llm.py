@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.console import ADAPTERS, RUNS, hide_bars_of_transformers, parse_numbers, parse_settings
+from sbora_diffusion.console import (
+    ADAPTERS,
+    RUNS,
+    hide_bars_of_transformers,
+    imported_for_good,
+    parse_numbers,
+    parse_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +59,13 @@ def train(
         return
     if data is None:
         raise typer.BadParameter("is needed, such as records.json", param_hint="--data")
-    from sbora_diffusion.adapter.basis import Interval
-    from sbora_diffusion.cli_llm_run import fine_tune
-    from sbora_diffusion.library import Library
-    from sbora_diffusion.llm.run_folder import Run
+    with imported_for_good():
+        from sbora_diffusion.adapter.basis import Interval
+        from sbora_diffusion.cli_llm_run import fine_tune
+        from sbora_diffusion.library import Library
+        from sbora_diffusion.llm.run_folder import Run
 
-    hide_bars_of_transformers()
+        hide_bars_of_transformers()
     folder = out or RUNS / f"llm-{data.stem}-{method}"
     pinned = Interval.parse(interval) if interval else None
     run = Run(base=base, data=data, method=method, quantize=quantize, interval=pinned)
@@ -81,9 +89,10 @@ def evaluate(
 
     --set takes batch_size (8) and dtype (float32, bfloat16, float16).
     """
-    from sbora_diffusion.cli_llm_run import measure
+    with imported_for_good():
+        from sbora_diffusion.cli_llm_run import measure
 
-    hide_bars_of_transformers()
+        hide_bars_of_transformers()
     options = parse_settings(settings)
     typer.echo(measure(base, tasks, adapter, data, quantize, limit, out, options, force=force))
 
@@ -96,7 +105,8 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what exists.")] = False,
 ) -> None:
     """Add SBoRA adapters up into one concept file, the same whatever their order; disjoint ones do not touch."""
-    from sbora_diffusion.cli_llm_run import merge_files
+    with imported_for_good():
+        from sbora_diffusion.cli_llm_run import merge_files
 
     typer.echo(merge_files(files, parse_numbers(weights, len(files)), out, force=force))
 
@@ -112,9 +122,10 @@ def export(
     ] = False,
 ) -> None:
     """Write an adapter as a plain LoRA, or the whole model with it merged in."""
-    from sbora_diffusion.cli_llm_run import export_adapter
+    with imported_for_good():
+        from sbora_diffusion.cli_llm_run import export_adapter
 
-    hide_bars_of_transformers()
+        hide_bars_of_transformers()
     typer.echo(export_adapter(adapter, to, out, base, dequantize=dequantize))
 
 
@@ -127,7 +138,8 @@ def chat(
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to it in the terminal; /adapter NAME switches at once, /help says what else."""
-    from sbora_diffusion.cli_llm_run import talk
+    with imported_for_good():
+        from sbora_diffusion.cli_llm_run import talk
 
-    hide_bars_of_transformers()
+        hide_bars_of_transformers()
     talk(base, adapter, quantize, max_tokens, temperature)

@@ -1,8 +1,11 @@
 """What every command does alike: errors told in a line, logs on stderr, settings read from KEY=VALUE."""
 
+import atexit
 import errno
+import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +33,26 @@ def share_cores() -> None:
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+@contextmanager
+def imported_for_good() -> Iterator[None]:
+    """Meanwhile torch and what stands on it may be imported without the garbage collector looking at it, now or later.
+
+    That is more than a million objects, all of which stay: going through them again and again takes two seconds of the
+    import, and once more at the end of the process takes more than one (docs/benchmarks.md). A process that has torch
+    already is left as it is.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+    atexit.register(gc.freeze)  # nothing is worth collecting from a process that ends
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 """What every command does before it does anything."""
 
-import pytest
+import gc
+import subprocess
+import sys
 
-from sbora_diffusion.console import SPIN_COUNT, share_cores
+import pytest
+import torch  # noqa: F401
+
+from sbora_diffusion.console import SPIN_COUNT, imported_for_good, share_cores
 
 
 @pytest.mark.parametrize(
@@ -20,3 +25,30 @@ def test_cores_are_shared_unless_told_otherwise(
     monkeypatch.setattr("os.environ", environment)
     share_cores()
     assert environment == expected
+
+
+IN_A_NEW_PROCESS = """
+import atexit, gc
+from sbora_diffusion.console import imported_for_good
+try:
+    with imported_for_good():
+        assert not gc.isenabled()
+        import sbora_diffusion.library
+        {then}
+except ModuleNotFoundError:
+    pass
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "import no_such_package"])
+def test_what_commands_import_is_never_looked_at_again(then: str) -> None:
+    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS.format(then=then)], check=True)
+
+
+def test_who_has_imported_torch_before_is_left_alone() -> None:
+    frozen = gc.get_freeze_count()
+    with imported_for_good():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

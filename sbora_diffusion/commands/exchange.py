@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sbora_diffusion.commands.options import EXPORTS, PIPELINES, Force, Numbers
-from sbora_diffusion.console import ADAPTERS, hide_loading_bars, parse_numbers
+from sbora_diffusion.console import ADAPTERS, hide_loading_bars, imported_for_good, parse_numbers
 
 
 def export(
@@ -17,10 +17,11 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a concept as files that other programs load: an ordinary LoRA, and its learned tokens."""
-    from sbora_diffusion.cli_exchange import export_concept
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_exchange import export_concept
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     for path in export_concept(name, to, base, library=Library(ADAPTERS), exports=EXPORTS, out=out, force=force):
         typer.echo(path)
 
@@ -37,10 +38,11 @@ def import_(
     force: Force = False,
 ) -> None:
     """Take in a concept that was trained elsewhere, if it is an SBoRA adapter: writes adapters/NAME.safetensors."""
-    from sbora_diffusion.cli_exchange import import_concept
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_exchange import import_concept
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     library = Library(ADAPTERS)
     typer.echo(import_concept(path, embedding, name, noun, base, library=library, collision=collision, force=force))
 
@@ -56,10 +58,11 @@ def bake(
 
     Takes what `merge` cannot: columns with rows, several seeds.
     """
-    from sbora_diffusion.cli_bake import bake_concepts
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_bake import bake_concepts
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     factors = parse_numbers(strengths, len(names))
     library = Library(ADAPTERS)
     typer.echo(bake_concepts(names, factors, base, out, library=library, pipelines=PIPELINES, force=force))

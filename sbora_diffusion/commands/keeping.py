@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sbora_diffusion.commands.options import Base
-from sbora_diffusion.console import ADAPTERS, hide_loading_bars
+from sbora_diffusion.console import ADAPTERS, hide_loading_bars, imported_for_good
 from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -14,9 +14,10 @@ log = logging.getLogger(__name__)
 
 def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Concept files.")]) -> None:
     """Show what concept files hold, and for several what their sum guarantees."""
-    from sbora_diffusion.adapter.certificate import certify
-    from sbora_diffusion.cli_render import adapter_details, adapter_table, certificate_table, show
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.adapter.certificate import certify
+        from sbora_diffusion.cli_render import adapter_details, adapter_table, certificate_table, show
+        from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
     paths = [library.locate(file) for file in files]
@@ -46,7 +47,8 @@ def ledger(
 
     A reservation lasts until the concept's file is there, or `remove NAME`. With --reserve the interval is printed.
     """
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
     if reserve:
@@ -71,7 +73,8 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
     """Delete a concept's file or reservation; its columns are free again."""
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
     if not yes and not typer.confirm(f"Delete {library.path(name)}?", err=True):

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from sbora_diffusion.commands.options import Base, Force, Numbers, Settings
-from sbora_diffusion.console import ADAPTERS, RUNS, convert, flag, hide_loading_bars, parse_numbers, parse_settings
+from sbora_diffusion.console import (
+    ADAPTERS,
+    RUNS,
+    convert,
+    flag,
+    hide_loading_bars,
+    imported_for_good,
+    parse_numbers,
+    parse_settings,
+)
 from sbora_diffusion.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -38,9 +47,11 @@ def train(
     Several are learned in a process each, with columns reserved for all at the start; the same command goes on where it
     was stopped. --set jobs=2 runs two at a time, --set cluster=1 runs them on a Ray cluster.
     """
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_train import Request, train_concept
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     overrides = parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
     library = Library(ADAPTERS)
     if len(concept) > 1:
@@ -52,8 +63,6 @@ def train(
         how = convert({"jobs": "1", "cluster": "0"} | own, {"jobs": int, "cluster": int})
         paths = fan_out(concept, base, method, overrides, library=library, runs=RUNS, force=force, **how)
     else:
-        from sbora_diffusion.cli_train import Request, train_concept
-
         request = Request(
             concept=concept[0], base=base, method=method, interval=interval, overrides=overrides, force=force
         )
@@ -82,11 +91,12 @@ def generate(
     kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": flag, "whole_scene": flag}
     kinds |= {"precision": str}
     options = convert(parse_settings(settings), kinds)
-    from sbora_diffusion.cli_generate import pictures
-    from sbora_diffusion.diffusion.picture_file import save_numbered
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_generate import pictures
+        from sbora_diffusion.diffusion.picture_file import save_numbered
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     factors, seeds = parse_numbers(strengths, len(adapters)), range(seed, seed + count)
     for picture, made in pictures(base, prompt, adapters, factors, seeds, region, options):
@@ -110,11 +120,12 @@ def merge(
     force: Force = False,
 ) -> None:
     """Put concepts together into one concept file."""
-    from sbora_diffusion.adapter.certificate import certify
-    from sbora_diffusion.adapter.merge import merge as merge_adapters
-    from sbora_diffusion.adapter.merge import merged_name
-    from sbora_diffusion.library import Library
-    from sbora_diffusion.methods import merge_choice
+    with imported_for_good():
+        from sbora_diffusion.adapter.certificate import certify
+        from sbora_diffusion.adapter.merge import merge as merge_adapters
+        from sbora_diffusion.adapter.merge import merged_name
+        from sbora_diffusion.library import Library
+        from sbora_diffusion.methods import merge_choice
 
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sbora_diffusion.commands.options import EVALUATIONS, Base, Settings
-from sbora_diffusion.console import ADAPTERS, convert, hide_loading_bars, parse_settings
+from sbora_diffusion.console import ADAPTERS, convert, hide_loading_bars, imported_for_good, parse_settings
 
 
 def evaluate(
@@ -33,10 +33,11 @@ def evaluate(
     """
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
     options = convert(parse_settings(settings), kinds)
-    from sbora_diffusion.cli_eval import evaluate_concepts
-    from sbora_diffusion.library import Library
+    with imported_for_good():
+        from sbora_diffusion.cli_eval import evaluate_concepts
+        from sbora_diffusion.library import Library
 
-    hide_loading_bars()
+        hide_loading_bars()
     table, paths = evaluate_concepts(
         names,
         merged,
@@ -75,8 +76,9 @@ def compare(
         sizes, numbers = (tuple(int(part) for part in text.split(",")) for text in (merge, seeds))
     except ValueError:
         raise typer.BadParameter(f"got {merge} and {seeds}, expected whole numbers") from None
-    from sbora_diffusion.cli_compare import compare_methods
-    from sbora_diffusion.evaluation.compare_cells import Comparison
+    with imported_for_good():
+        from sbora_diffusion.cli_compare import compare_methods
+        from sbora_diffusion.evaluation.compare_cells import Comparison
 
     shared = parse_settings(settings)
     judged = {"suite": shared.pop("suite", "emoji64"), "judge": shared.pop("encoder", "emoji-clip")}

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.console import hide_loading_bars
+from sbora_diffusion.console import hide_loading_bars, imported_for_good
 from sbora_diffusion.errors import SboraError
 
 
@@ -17,9 +17,10 @@ def ui(
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """The studio: a page in the browser to generate, train, merge and measure, in this folder."""
-    hide_loading_bars()
     try:
-        from sbora_diffusion.ui import open_studio
+        with imported_for_good():
+            hide_loading_bars()
+            from sbora_diffusion.ui import open_studio
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

@@ -70,7 +70,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.device
+        return next(self.denoiser.parameters()).device  # the pipeline's own goes through all modules to find out
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """Where the model computes: autocast, if its weights are of half precision."""

@@ -19,6 +19,8 @@ from sbora_diffusion.diffusion.masks import load_mask, to_mask
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 65_536  # numbers of latents that the base model is asked about together: 32 pictures of 8 × 16 × 16
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -109,14 +111,12 @@ def answers(
     t = noising.timesteps(count, generator).to(base.device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
     noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
-    predicted = [base.predict(*parts) for parts in zip(noisy.split(8), t.split(8), ids.split(8), strict=True)]
+    few = max(8, AT_ONCE // latents[0].numel())
+    predicted = [base.predict(*parts) for parts in zip(noisy.split(few), t.split(few), ids.split(few), strict=True)]
     return Batch(noisy, t, ids, torch.cat(predicted))
 
 
 @torch.no_grad()
-def draw_latents(base: Base, prompts: Sequence[str], config: TrainConfig) -> Tensor:
+def draw_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
     """The base model's own pictures of the prompts, as latents (len(prompts), channels, height, width)."""
-    if not prompts:
-        return torch.empty(0)
-    seeds = range(config.seed, config.seed + len(prompts))
     return base.draw(prompts, seeds=seeds, steps=config.sampling_steps, guidance=config.guidance, as_latents=True)

@@ -119,13 +119,16 @@ def _load(name: str, family: Family, dtype: torch.dtype) -> Any:
     return DiffusionPipeline.from_pretrained(folder, dtype=types, **options)
 
 
-def _path(name: str) -> str:
-    if name != EMBEDDED:
-        return name
-    folder = files("sbora_diffusion") / "emoji64" / "weights"
+def embedded_folder() -> Path:
+    """Where the embedded base model lies."""
+    folder = Path(str(files("sbora_diffusion") / "emoji64" / "weights"))
     if not folder.is_dir():
         raise SboraError("the emoji64 weights are not in this installation", "reinstall the package")
-    return str(folder)
+    return folder
+
+
+def _path(name: str) -> str:
+    return str(embedded_folder()) if name == EMBEDDED else name
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.noising import Diffusion, Noising
 from sbora_diffusion.diffusion.latents import Batch, Shots, answers, draw_latents, encode
 from sbora_diffusion.diffusion.moments import recorded_inputs
+from sbora_diffusion.diffusion.prior import prior_latents
 from sbora_diffusion.diffusion.processes import Processes
 from sbora_diffusion.english import say_plainly
 from sbora_diffusion.errors import SboraError
@@ -57,7 +58,7 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     of_class = _class_shots(concept, base, config)
     if not config.prior_prompts:
         return Data(shots, held_out, of_class, prior, noising, {})
-    drawn, ids = draw_latents(base, config.prior_prompts, config), base.tokenize(config.prior_prompts)
+    drawn, ids = prior_latents(base, config), base.tokenize(config.prior_prompts)
     with recorded_inputs(base) as moments:
         others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
     kept = prior + others if prior.noisy.shape[1:] == others.noisy.shape[1:] else others
@@ -70,7 +71,8 @@ def _class_shots(concept: Concept, base: Base, config: TrainConfig) -> Shots | N
         return None
     plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in config.preview_prompts]
     prompts = [plain[number % len(plain)] for number in range(config.class_pictures)]
-    return Shots(draw_latents(base, prompts, config), prompts)
+    seeds = range(config.seed, config.seed + len(prompts))
+    return Shots(draw_latents(base, prompts, seeds, config), prompts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,16 +1,21 @@
 """The weights that ship: diffusers loads them, they are small, and they do what their captions say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generate import generate
+from sbora_diffusion.diffusion.prior import FILE, draw_prior, prior_latents
 from sbora_diffusion.emoji64.model import WEIGHTS
 from sbora_diffusion.emoji64.world import load_world
+from sbora_diffusion.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +51,22 @@ def test_nouns_are_bound(base: Base) -> None:
     heart, frog = pictures[:, 24:44, 24:44].mean((1, 2))
     assert heart[0] > heart[1] + 40
     assert frog[1] > frog[0]
+
+
+def test_the_prior_pictures_that_ship_are_what_the_model_draws(base: Base) -> None:
+    """Otherwise they are of older weights or prompts: python -m sbora_diffusion.emoji64.prior"""
+    shipped = safetensors.torch.load_file(WEIGHTS / FILE)["latents"]
+    for method in METHODS:
+        assert torch.equal(prior_latents(base, TrainConfig.from_recipe("emoji64", method, {})), shipped.float()), method
+    drawn = draw_prior(base, TrainConfig.from_recipe("emoji64", "sbora-fa", {}))
+    assert (drawn - shipped).abs().max() < 0.05  # fp16, and what ten steps make of another machine's rounding
+
+
+@pytest.mark.parametrize("other", [{"prior_prompts": "a cat"}, {"sampling_steps": "1"}, {"guidance": "1"}])
+def test_other_prior_pictures_than_ship_are_drawn(base: Base, other: dict[str, str]) -> None:
+    """From the seeds 0, 1, …, whatever the training's own."""
+    few = {"prior_prompts": "a cat;a dog", "sampling_steps": "2"} | other
+    config = TrainConfig.from_recipe("emoji64", "sbora-fa", few | {"seed": "3"})
+    drawn = prior_latents(base, config)
+    assert len(drawn) == len(config.prior_prompts)
+    assert torch.equal(drawn, prior_latents(base, replace(config, seed=0)))

@@ -1,0 +1,48 @@
+"""The base model's own pictures of the prior prompts: the embedded model brings them along, others draw them."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sbora_diffusion.adapter.file import write_atomically
+from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.latents import draw_latents
+from sbora_diffusion.diffusion.loading import EMBEDDED, embedded_folder
+
+FILE = "prior.safetensors"  # in the embedded model's folder
+_KEY, _ABOUT = "latents", "drawn from"
+
+
+def prior_latents(base: Base, config: TrainConfig) -> Tensor:
+    """A picture of each prior prompt, from the seeds 0, 1, …: latents (n, channels, height, width).
+
+    They are what every training on this base model holds in place, whatever its own seed: data, as the concept's
+    pictures are.
+    """
+    path = embedded_folder() / FILE if base.id == EMBEDDED else None
+    if path is not None and path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get(_ABOUT) == _about(base, config):
+                return file.get_tensor(_KEY).to(base.device).float()
+    return draw_prior(base, config)
+
+
+def draw_prior(base: Base, config: TrainConfig) -> Tensor:
+    """The same, drawn now."""
+    return draw_latents(base, config.prior_prompts, range(len(config.prior_prompts)), config)
+
+
+def save_prior(base: Base, config: TrainConfig, path: Path) -> None:
+    """Draw them into a file, in fp16."""
+    latents = {_KEY: draw_prior(base, config).half().cpu().contiguous()}
+    write_atomically(path, safetensors.torch.save(latents, {_ABOUT: _about(base, config)}))
+
+
+def _about(base: Base, config: TrainConfig) -> str:
+    """All that the pictures depend on."""
+    told = {"fingerprint": base.fingerprint, "prompts": config.prior_prompts}
+    return json.dumps(told | {"steps": config.sampling_steps, "guidance": config.guidance})
