@@ -75,16 +75,25 @@ class TrainConfig:
 
         Args:
             base: "emoji64" or the name of a family, as `loading.recipe_base` knows it of every base model.
-            overrides: "key" -> "value".
+            overrides: "key" -> "value"; "recipe" -> another one of this base and method, such as "loud".
+
+        Raises:
+            SboraError: an unknown method, recipe or setting, or a value that cannot be.
         """
         find_method(method)
-        is_there = {name: (_RECIPES / f"{name}.toml").is_file() for name in (f"{base}-{method}", base)}
-        if is_there[f"{base}-{method}"]:
-            settings = _read_recipe(f"{base}-{method}")
+        usual, named = f"{base}-{method}", overrides.get("recipe", "")
+        if named and not _is_there(f"{usual}-{named}"):
+            there = sorted(entry.name for entry in _RECIPES.iterdir() if entry.name.startswith(f"{usual}-"))
+            known = ", ".join(name.removeprefix(f"{usual}-").removesuffix(".toml") for name in there)
+            raise SboraError(
+                f"got recipe={named}; {method} on {base} has {known or 'no other recipe than its usual one'}"
+            )
+        if named or _is_there(usual):
+            settings = _read_recipe(f"{usual}-{named}" if named else usual)
         else:
-            settings = _read_recipe(f"default-{method}") | (_read_recipe(base) if is_there[base] else {})
-        settings["method"] = method
-        return cls.from_dict(settings | {key: _parse(key, text) for key, text in overrides.items()})
+            settings = _read_recipe(f"default-{method}") | (_read_recipe(base) if _is_there(base) else {})
+        given = {key: _parse(key, text) for key, text in overrides.items() if key != "recipe"}
+        return cls.from_dict(settings | {"method": method} | given)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "TrainConfig":
@@ -101,6 +110,10 @@ class TrainConfig:
 
 
 _RECIPES = files("sbora_diffusion") / "recipes"
+
+
+def _is_there(name: str) -> bool:
+    return (_RECIPES / f"{name}.toml").is_file()
 
 
 def _read_recipe(name: str) -> dict[str, Any]:

@@ -37,12 +37,12 @@ def test_targets_stand_beside_what_was_measured() -> None:
 
 def test_the_floor_of_a_whole_training() -> None:
     train = {"benchmark": "train", "machine": {"device": "a CPU"}, "rows": [{"part": "steps", "s": 80.0}]}
-    train["rows"].append({"part": "the whole", "s": 100.0})
+    train["rows"].append({"part": "the command, median of 3", "s": 90.0})
     ways = [{"model": "emoji64, `train`", "way": "base", "ms": 3.0}]
     ways.append({"model": "emoji64, `train`", "way": "fa direct, quiet", "ms": 4.0})
     step = {"benchmark": "step", "machine": {"device": "a CPU"}, "rows": ways}
     (line,) = table.whole_training([train, step])
-    assert (line["measured"], line["the frozen model"]) == ("100, under a profiler", "60, its steps alone")
+    assert (line["measured"], line["the frozen model"]) == ("90 (the command, median of 3)", "60, its steps alone")
     assert table.whole_training([train, step | {"machine": {"device": "another"}}]) == []
 
 

@@ -11,9 +11,10 @@ from sbora_diffusion.methods import METHODS
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (files("sbora_diffusion") / "recipes").iterdir()))
 def test_every_recipe_loads(recipe: str) -> None:
-    base_id, _, method = recipe.removesuffix(".toml").partition("-")
-    method = method or "lora"  # what a base needs, by whatever method
-    assert TrainConfig.from_recipe(base_id, method, {}).method == method
+    base_id, _, rest = recipe.removesuffix(".toml").partition("-")
+    method = next((method for method in METHODS if rest.startswith(method)), "lora")  # else of a base, by any method
+    named = rest.removeprefix(method).removeprefix("-")
+    assert TrainConfig.from_recipe(base_id, method, {"recipe": named} if named else {}).method == method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -27,6 +28,18 @@ def test_overrides_arrive_with_their_types() -> None:
     assert (config.steps, config.learning_rate) == (7, 1e-4)
     assert config.preview_prompts == ("a {token}", "two {token}")
     assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_another_recipe_by_its_name() -> None:
+    usual = TrainConfig.from_recipe("emoji64", "sbora-fa", {})
+    loud = TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "loud", "steps": "7"})
+    assert loud.quiet_weight < usual.quiet_weight
+    assert loud.learning_rate > usual.learning_rate
+    assert (loud.steps, loud.blocks) == (7, usual.blocks)
+    with pytest.raises(SboraError, match="got recipe=quiet; sbora-fa on emoji64 has loud"):
+        TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "quiet"})
+    with pytest.raises(SboraError, match="lora on emoji64 has no other recipe"):
+        TrainConfig.from_recipe("emoji64", "lora", {"recipe": "loud"})
 
 
 @pytest.mark.parametrize(
