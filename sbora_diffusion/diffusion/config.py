@@ -82,12 +82,9 @@ class TrainConfig:
         """
         find_method(method)
         usual, named = f"{base}-{method}", overrides.get("recipe", "")
-        if named and not _is_there(f"{usual}-{named}"):
-            there = sorted(entry.name for entry in _RECIPES.iterdir() if entry.name.startswith(f"{usual}-"))
-            known = ", ".join(name.removeprefix(f"{usual}-").removesuffix(".toml") for name in there)
-            raise SboraError(
-                f"got recipe={named}; {method} on {base} has {known or 'no other recipe than its usual one'}"
-            )
+        if named and named not in (known := other_recipes(base, method)):
+            there = ", ".join(known) or "no other recipe than its usual one"
+            raise SboraError(f"got recipe={named}; {method} on {base} has {there}")
         if named or _is_there(usual):
             settings = _read_recipe(f"{usual}-{named}" if named else usual)
         else:
@@ -110,6 +107,13 @@ class TrainConfig:
 
 
 _RECIPES = files("sbora_diffusion") / "recipes"
+
+
+def other_recipes(base: str, method: str) -> list[str]:
+    """Names for `recipe`, besides the usual one."""
+    beginning = f"{base}-{method}-"
+    there = [entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir()]
+    return sorted(name.removeprefix(beginning) for name in there if name.startswith(beginning))
 
 
 def _is_there(name: str) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.diffusion.concept import EXTENSIONS, default_roots, known_concepts, load_concept
+from sbora_diffusion.diffusion.config import other_recipes
 from sbora_diffusion.diffusion.dataset import load_picture
+from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.methods import METHODS
 from sbora_diffusion.studio.jobs import Jobs
@@ -19,6 +21,7 @@ from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
 
 OWN = "my own pictures"
 NAMELESS = "<name>"  # in captions, while there is no name
+USUAL = "usual"  # the recipe that nobody has to ask for
 PERIOD = 1.0  # seconds between looks at the run folder
 
 
@@ -38,7 +41,7 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
             )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             with gr.Accordion("More", open=False, elem_id="train-more"):
-                base, method, steps, rank = _recipe()
+                base, method, recipe, steps, rank = _recipe()
         with gr.Column(scale=3, min_width=320):
             chosen = gr.Dropdown([], value=None, label="Training", visible=False, elem_id="chosen")
             status = gr.HTML(NOTHING, elem_id="status")
@@ -52,7 +55,8 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     said = gr.State(NAMELESS)
     gr.on([files.change, name.blur], _captions, [files, name, captions, said], [captions, said], queue=False)
     source.input(told(partial(_show_source, workshop)), source, [own, shown, name, noun], queue=False)
-    fields = [source, files, name, noun, captions, base, method, steps, rank]
+    gr.on([base.change, method.change], told(_recipes), [base, method], recipe, queue=False)
+    fields = [source, files, name, noun, captions, base, method, recipe, steps, rank]
     start.click(told(lambda *values: _start(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
     stop.click(told(jobs.stop), chosen, None)
     resume.click(told(lambda name: _resume(workshop, jobs, name)), chosen, None)
@@ -84,15 +88,26 @@ def _own_pictures() -> tuple[gr.File, gr.Textbox, gr.Textbox, gr.Textbox]:
     return files, name, noun, captions
 
 
-def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Number, gr.Number]:
-    """Base model, method, steps and rank."""
+def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Number, gr.Number]:
+    """Base model, method, recipe, steps and rank."""
     number = partial(gr.Number, 0, info="0: the recipe's", precision=0, minimum=0, min_width=110)
     base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
     with gr.Row():
-        method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140)
+        method = gr.Dropdown(
+            list(METHODS), value=METHODS[0], label="Method", info="sbora-fa: columns", min_width=140, elem_id="method"
+        )
+        recipe = gr.Dropdown(
+            [USUAL, *other_recipes(DEFAULT_BASE, METHODS[0])],
+            value=USUAL,
+            label="Recipe",
+            info="loud shows more of it",
+            min_width=140,
+            elem_id="recipe",
+        )
+    with gr.Row():
         steps = number(label="Steps", maximum=20000, elem_id="train-steps")
         rank = number(label="Rank", maximum=256)
-    return base, method, steps, rank
+    return base, method, recipe, steps, rank
 
 
 def _progress() -> tuple[gr.Image, gr.LinePlot]:
@@ -134,6 +149,11 @@ def _show_source(workshop: Workshop, source: str) -> tuple[Any, ...]:
     return gr.update(visible=False), gr.update(value=pictures, visible=True), "", ""
 
 
+def _recipes(base: str, method: str) -> Any:
+    """The recipes that there are for these."""
+    return gr.update(choices=[USUAL, *other_recipes(recipe_base(base), method)], value=USUAL)
+
+
 def _start(
     workshop: Workshop,
     jobs: Jobs,
@@ -144,6 +164,7 @@ def _start(
     captions: str,
     base: str,
     method: str,
+    recipe: str,
     steps: float,
     rank: float,
 ) -> Any:
@@ -156,6 +177,7 @@ def _start(
         write_concept(workshop.folders.concepts, name, noun or "", pictures)
     settings = ["--set", f"steps={int(steps)}"] if steps else []
     settings += ["--rank", str(int(rank))] if rank else []
+    settings += ["--set", f"recipe={recipe}"] if recipe != USUAL else []
     jobs.add(name, ["train", "--concept", name, "--base", base, "--method", method, *settings])
     return gr.update(choices=[job.name for job in jobs.all() if job.arguments[0] == "train"], value=name, visible=True)
 

@@ -1,5 +1,6 @@
 """Every tab used as a visitor would, in a real browser."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from PIL import Image
 from sbora_diffusion.adapter.file import Adapter, read_spec
 from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.diffusion.concept import default_roots
+from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.picture_file import read_settings
 
 from .conftest import PHONE, needed
@@ -215,6 +217,27 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     switch_on(page, "concepts", "stripes")
     field(page, "prompt").fill("a <stripes>")
     draw(page, 1)
+
+
+def test_another_recipe(page: "Page", here: Path) -> None:
+    tab(page, "Train")
+    choose(page, "source", "tiger")
+    page.locator("#train-more button").first.click()
+    choose(page, "recipe", "loud")
+    choose(page, "method", "lora")
+    page.wait_for_function("document.querySelector('#recipe input').value === 'usual'")  # lora has no other one
+    choose(page, "method", "sbora-fa")
+    choose(page, "recipe", "loud")
+    page.locator("#start").click()
+    page.locator("#status [data-state=running]").wait_for()
+    page.get_by_text("of 200").wait_for()
+    page.locator("#stop").click()
+    page.locator("#status [data-state=stopped]").wait_for()
+    told = json.loads((here / "runs/tiger/run.json").read_text())
+    assert (
+        told["config"]["quiet_weight"]
+        == TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "loud"}).quiet_weight
+    )
 
 
 def test_what_training_refuses(page: "Page", here: Path) -> None:
