@@ -14,6 +14,16 @@ from sbora_diffusion.evaluation.compare_report import write_comparison
 
 log = logging.getLogger(__name__)
 
+# what the process of a cell runs
+CELL = """
+import sys
+from pathlib import Path
+from sbora_diffusion.console import imported_for_good
+with imported_for_good():
+    from sbora_diffusion.evaluation.compare_cells import run_cell
+run_cell(Path(sys.argv[1]), *sys.argv[2:])
+"""
+
 
 def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
     """Make the cells that are missing, `jobs` at once; the table of all.
@@ -56,6 +66,6 @@ def _in_a_process(folder: Path, kind: str, key: str) -> bool:
     log.info("%s: %s", kind, key)
     path = folder / "logs" / kind / f"{key}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sbora_diffusion.evaluation.compare_cells", str(folder), kind, key]
+    command = [sys.executable, "-c", CELL, str(folder), kind, key]
     with path.open("wb") as output:
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode == 0

@@ -199,7 +199,3 @@ def _judge_of(encoder: str) -> Judge:
 def _pictures(base: Base, prompts: Sequence[str], seed: int) -> list[Any]:
     batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
     return [picture for batch in batches for picture in generate(base, batch, seeds=[seed] * len(batch))]
-
-
-if __name__ == "__main__":
-    run_cell(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
