@@ -1,7 +1,11 @@
 """Pictures on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
 
+import errno
+import io
 import json
+import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -15,6 +19,7 @@ from sbora_diffusion import __version__
 from sbora_diffusion.errors import SboraError
 
 KEY = "sbora"  # of the PNG's text chunk
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 MAX_PIXELS = 4096 * 4096  # of a file that is asked for its settings
 
 
@@ -45,21 +50,42 @@ class Settings:
 
 
 def save_numbered(picture: Image.Image, folder: Path, settings: Settings) -> Path:
-    """Write a PNG with its settings, under the next number that is free in the folder; nothing is overwritten."""
+    """Write a PNG with its settings, under the next number that is free in the folder; nothing is overwritten.
+
+    Whoever looks sees the whole file or none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "picture"
     info = PngInfo()
     info.add_itxt(KEY, settings.to_json())
+    content = io.BytesIO()
+    picture.save(content, format="png", pnginfo=info)
     first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
     for number in count(first):
         path = folder / f"{number:04d}-{slug}.png"
         try:
-            with path.open("xb") as file:
-                picture.save(file, format="png", pnginfo=info)
+            _put(content.getvalue(), path)
             return path
         except FileExistsError:  # another process took the number
             continue
     raise AssertionError("count never ends")
+
+
+def _put(content: bytes, path: Path) -> None:
+    """A new file, whole from the start; FileExistsError if there is one."""
+    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb") as file:  # a memory card, or another place that has no hard links
+            file.write(content)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_settings(path: Path) -> Settings:

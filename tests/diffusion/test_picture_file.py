@@ -1,5 +1,7 @@
 """Settings that travel inside pictures."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,37 @@ def test_any_text_comes_back(prompt: str, strength: float, tmp_path_factory: pyt
         base="b", prompt=prompt, negative_prompt=prompt, seed=0, steps=1, guidance=1.0, concepts={"x": strength}
     )
     assert read_settings(save_numbered(PICTURE, tmp_path_factory.mktemp("any"), made)) == made
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_picture_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Also where it is to take a name that another process has just given away."""
+    link = os.link
+
+    def taken_first(source: Path, target: Path) -> None:
+        if target.name.startswith("0001-"):
+            target.write_bytes(b"theirs")
+        if not has_links:
+            raise PermissionError(errno.EPERM, "no hard links here")
+        link(source, target)
+        assert read_settings(target) == MADE
+
+    monkeypatch.setattr("os.link", taken_first)
+    assert save_numbered(PICTURE, tmp_path, MADE).name == "0002-a-dog-ünd-ein.png"
+    assert [path.name[:5] for path in sorted(tmp_path.iterdir())] == ["0001-", "0002-"]
+    assert (tmp_path / "0001-a-dog-ünd-ein.png").read_bytes() == b"theirs"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        save_numbered(PICTURE, tmp_path, MADE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_go_on_and_nothing_is_overwritten(tmp_path: Path) -> None:
