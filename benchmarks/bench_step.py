@@ -2,9 +2,8 @@
 
     python benchmarks/bench_step.py [--device cpu] [--rounds 7] [--tiny] [--out FILE]
 
-A step is forward, backward and AdamW (fused, for all ways) on the adapter. The base way is the frozen model: forward,
-and backward to the inputs only. The U-Net has random weights and, on a CPU, a latent of 32 × 32 instead of 64 × 64, for
-time.
+A step is forward, backward and AdamW on the adapter. The base way is the frozen model: forward, and backward to the
+inputs only. The U-Net has random weights and, on a CPU, a latent of 32 × 32 instead of 64 × 64, for time.
 """
 
 from collections.abc import Callable, Sequence
@@ -121,7 +120,7 @@ def _measure(
 
 
 def _step(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(trained(model) or [torch.zeros(1, requires_grad=True)], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained(model) or [torch.zeros(1, requires_grad=True)], lr=1e-4)
 
     def run() -> None:
         for tensor in inputs:

@@ -65,6 +65,7 @@ def main(
     torch.set_num_threads(threads)
     words = ["train", "--concept", "dog", *(["--set", "steps=2", "--set", "sampling_steps=1"] if tiny else [])]
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    python = str(Path(python).absolute())  # not where a link leads: that is outside of its environment
     seconds = [run([python, "-c", RUN, *words]) for _ in range(rounds)]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "profile"
