@@ -5,10 +5,10 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,12 @@ import torch
 import typer
 
 RESULTS = Path(__file__).parent / "results"
+VERSIONS = """
+import json, platform, sys
+from importlib.metadata import distributions
+there = {each.name: each.version for each in distributions()}
+print(json.dumps({"python": platform.python_version()} | {name: there[name] for name in sys.argv[1:] if name in there}))
+"""
 PACKAGES = ("torch", "peft", "diffusers", "transformers", "bitsandbytes")
 
 Row = dict[str, Any]
@@ -88,12 +94,20 @@ def compared(times: Mapping[str, Sequence[float]], **about: Any) -> list[Row]:
 
 
 def save(
-    name: str, device: torch.device, rows: Sequence[Row], out: Path | None, *, wall: bool = False, **settings: Any
+    name: str,
+    device: torch.device,
+    rows: Sequence[Row],
+    out: Path | None,
+    *,
+    wall: bool = False,
+    python: str = sys.executable,
+    **settings: Any,
 ) -> None:
     """Write results/NAME-DEVICE.json, or `out`.
 
     Args:
         wall: other processes did the work, on all cores, and the clock was the wall's.
+        python: whose environment did it.
     """
     path = out or RESULTS / f"{name}-{device.type}.json"
     arguments = [part for part in sys.argv[1:] if part]
@@ -101,13 +115,19 @@ def save(
         "benchmark": name,
         "command": shlex.join(["python", f"benchmarks/bench_{name}.py", *arguments]),
         "machine": machine(device) | ({"threads": os.cpu_count(), "clock": "wall"} if wall else {}),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": versions(python),
         "settings": settings,
         "rows": list(rows),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     typer.echo(path)
+
+
+def versions(python: str) -> dict[str, str]:
+    """Of Python and the packages that count, as far as they are in its environment."""
+    asked = subprocess.run([python, "-c", VERSIONS, *PACKAGES], check=True, capture_output=True, text=True)
+    return json.loads(asked.stdout)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

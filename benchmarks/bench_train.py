@@ -71,7 +71,7 @@ def main(
         path = Path(name) / "profile"
         run([python, "-c", PROFILED, str(path), *words])
         rows = plain_rows(seconds) + rows_of(pstats.Stats(str(path)))
-    save("train", device, rows, out, wall=True, rounds=rounds, threads=threads, tiny=tiny)
+    save("train", device, rows, out, wall=True, python=python, rounds=rounds, threads=threads, tiny=tiny)
 
 
 def run(command: Sequence[str]) -> float:

@@ -39,8 +39,8 @@ def share_cores() -> None:
 def imported_for_good() -> Iterator[None]:
     """Meanwhile torch and what stands on it may be imported without the garbage collector looking at it, now or later.
 
-    That is more than a million objects, all of which stay: going through them again and again takes two seconds of the
-    import, and once more at the end of the process takes more than one (docs/benchmarks.md). A process that has torch
+    That is more than a million objects, all of which stay: going through them again and again, and once more at the end
+    of the process, takes a quarter of the time of importing them (docs/benchmarks.md, f). A process that has torch
     already is left as it is.
     """
     if "torch" in sys.modules or not gc.isenabled():

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fusion_times
 import pytest
 import retention
 import retention_bench
@@ -57,6 +58,9 @@ def test_every_cell_once(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
     full, fused, summed = (told["disjoint", how, 2]["objective"] for how in ("full", "fuse", "sum"))
     assert full <= fused * 1.001
     assert fused <= summed * 1.001
+    times = fusion_times.compared(retention_bench.Bench(study, "disjoint", 0), 2)
+    assert times["objective, closed form"] <= times["objective, LBFGS"] * 1.001
+    assert min(times["closed form, s"], times["times faster"]) > 0
     intervals = [Adapter.load(study.adapter_path("disjoint", 0, name)).spec.intervals for name in NAMES]
     assert [str(each) for (each,) in intervals] == ["0:8", "8:16"]
     with Image.open(out.with_suffix(".png")) as plot:

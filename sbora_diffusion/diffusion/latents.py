@@ -111,8 +111,8 @@ def answers(
     t = noising.timesteps(count, generator).to(base.device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
     noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
-    few = max(8, AT_ONCE // latents[0].numel())
-    predicted = [base.predict(*parts) for parts in zip(noisy.split(few), t.split(few), ids.split(few), strict=True)]
+    size = max(8, AT_ONCE // latents[0].numel())
+    predicted = [base.predict(*parts) for parts in zip(noisy.split(size), t.split(size), ids.split(size), strict=True)]
     return Batch(noisy, t, ids, torch.cat(predicted))
 
 

@@ -23,9 +23,8 @@ def prior_latents(base: Base, config: TrainConfig) -> Tensor:
     They are what every training on this base model holds in place, whatever its own seed: data, as the concept's
     pictures are.
     """
-    path = embedded_folder() / FILE if base.id == EMBEDDED else None
-    if path is not None and path.exists():
-        with safe_open(path, "pt") as file:
+    if base.id == EMBEDDED:
+        with safe_open(embedded_folder() / FILE, "pt") as file:
             if file.metadata().get(_ABOUT) == _about(base, config):
                 return file.get_tensor(_KEY).to(base.device).float()
     return draw_prior(base, config)

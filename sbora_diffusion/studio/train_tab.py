@@ -94,7 +94,7 @@ def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Number, gr.Numb
     base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
     with gr.Row():
         method = gr.Dropdown(
-            list(METHODS), value=METHODS[0], label="Method", info="sbora-fa: columns", min_width=140, elem_id="method"
+            list(METHODS), value=METHODS[0], label="Method", info="how it is learned", min_width=140, elem_id="method"
         )
         recipe = gr.Dropdown(
             [USUAL, *other_recipes(DEFAULT_BASE, METHODS[0])],

@@ -36,6 +36,9 @@ def test_another_recipe_by_its_name() -> None:
     assert loud.quiet_weight < usual.quiet_weight
     assert loud.learning_rate > usual.learning_rate
     assert (loud.steps, loud.blocks) == (7, usual.blocks)
+    measured = {"quiet_weight": "2", "learning_rate": "1.2e-2", "text_encoder_learning_rate": "3e-3", "steps": "7"}
+    measured |= {"batch_size": "8", "prior_batch": "2"}
+    assert loud == TrainConfig.from_recipe("emoji64", "sbora-fa", measured)  # docs/comparison.md
     with pytest.raises(SboraError, match="got recipe=quiet; sbora-fa on emoji64 has loud"):
         TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "quiet"})
     with pytest.raises(SboraError, match="lora on emoji64 has no other recipe"):
