@@ -141,14 +141,13 @@ class _DirectLinear(Function):
     def forward(
         ctx: Any, x: Tensor, factor: Tensor, scaling: float, direct: DirectWeight, base: nn.Module, index: Tensor
     ) -> Tensor:
-        y = base(x)
         needs_x, needs_factor, *_ = ctx.needs_input_grad
-        kept = None
-        if needs_factor:
-            kept = x
-            if direct.side == "fa":
-                kept = x.index_select(-1, index)
-                kept = kept if kept.dtype == y.dtype else kept.to(y.dtype)
+        kept = x if needs_factor else None
+        if kept is not None and direct.side == "fa":
+            kept = kept.index_select(-1, index)  # before the product, which has pushed x out of the caches
+        y = base(x)
+        if kept is not None and direct.side == "fa":
+            kept = kept.to(y.dtype)
         ctx.about = x.shape, x.dtype, scaling, direct
         ctx.save_for_backward(kept, base.weight if needs_x else None, factor, index)
         return y

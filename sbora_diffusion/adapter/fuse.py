@@ -92,10 +92,11 @@ class System:
     def add(self, delta: Tensor, moments: Tensor) -> None:
         """A concept's ΔW_j (m, n) and M_j (n, n)."""
         delta, moments = delta.double(), moments.double()
-        self.seen = moments.clone() if self.seen is None else self.seen + moments
-        self.answers = delta @ moments if self.answers is None else self.answers + delta @ moments
-        self.total = delta.clone() if self.total is None else self.total + delta
-        self.energy += response(delta, moments).item()
+        answers = delta @ moments
+        self.energy += (answers * delta).sum().item()
+        self.seen = _added(self.seen, moments)
+        self.answers = _added(self.answers, answers)
+        self.total = _added(self.total, delta)
 
     def add_prior(self, moments: Tensor) -> None:
         """λ P (n, n)."""
@@ -147,6 +148,11 @@ def objective(
 def response(delta: Tensor, moments: Tensor) -> Tensor:
     """E‖ΔW x‖² = tr(ΔW E[x xᵀ] ΔWᵀ); of a batch of layers, their sum."""
     return ((delta @ moments) * delta).sum()
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    """The total, in place, with more; a copy of more where there is no total yet."""
+    return more.clone() if total is None else total.add_(more)
 
 
 def _union(key: str, adapters: Sequence[Adapter]) -> Tensor:

@@ -17,18 +17,22 @@ SEEDS = 2
 
 
 class Moments:
-    """Running E[x xᵀ] of the inputs x of each adapted layer, of some columns or of all, in float64."""
+    """Running E[x xᵀ] of the inputs x of layers, in float64.
 
-    def __init__(self, columns: Mapping[str, Tensor] | None = None) -> None:
+    Args:
+        columns: by layer, those of x that matter; None: all.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor | None]) -> None:
         self._columns = columns
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, key: str, inputs: Tensor) -> None:
         """Inputs (..., in) of the layer `key`."""
-        rows = inputs.detach().flatten(0, -2)
-        if self._columns is not None:
-            rows = rows[:, self._columns[key].to(rows.device)]
+        rows, columns = inputs.detach().flatten(0, -2), self._columns[key]
+        if columns is not None:
+            rows = rows[:, columns.to(rows.device)]
         rows = rows.double()
         self._sums[key] = self._sums.get(key, 0) + rows.T @ rows
         self._counts[key] = self._counts.get(key, 0) + len(rows)
@@ -39,17 +43,16 @@ class Moments:
 
 
 @contextmanager
-def recorded_inputs(base: Base, columns: Mapping[str, Tensor] | None = None) -> Iterator[Moments]:
-    """The moments of everything that passes the base model's adapted layers (those of `columns`) meanwhile."""
+def recorded_inputs(base: Base, columns: Mapping[str, Tensor | None]) -> Iterator[Moments]:
+    """The moments of everything that passes these layers of the base model meanwhile; `columns` as for `Moments`."""
     moments, hooks = Moments(columns), []
 
     def recorder(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: moments.add(key, inputs[0])
 
     try:
-        for key, layer in base.layers.items():
-            if columns is None or key in columns:
-                hooks.append(layer.register_forward_pre_hook(recorder(key)))
+        for key in columns:
+            hooks.append(base.layers[key].register_forward_pre_hook(recorder(key)))
         yield moments
     finally:
         for hook in hooks:

@@ -44,7 +44,7 @@ class Run:
         self._live, self._config, self._base, self._processes = live, config, base, processes
         self._samples = Samples(data, base, config, processes)
         self._held_out = self._samples.held_out()
-        self._loudness = Loudness(base, live.layers, data.moments) if data.moments and config.quiet_weight else None
+        self._loudness = Loudness(base, live.layers, data.moments) if data.moments else None
         self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
         has_masks = any(shots.masks is not None for shots in data.shots)
         self._attention = AttentionLoss(base) if config.attention_weight and has_masks else None

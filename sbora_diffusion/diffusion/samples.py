@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sbora_diffusion.diffusion.adapted import adapted_layers
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.captions import shuffle_tags
 from sbora_diffusion.diffusion.concept import Concept
@@ -34,7 +35,7 @@ class Data:
     of_class: Shots | None  # the base model's own pictures of the class noun
     prior: Batch
     noising: Noising
-    moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts
+    moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts, where the adapter is to be quiet
 
 
 def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
@@ -59,7 +60,8 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     if not config.prior_prompts:
         return Data(shots, held_out, of_class, prior, noising, {})
     drawn, ids = prior_latents(base, config), base.tokenize(config.prior_prompts)
-    with recorded_inputs(base) as moments:
+    quiet = adapted_layers(base, config) if config.quiet_weight else {}
+    with recorded_inputs(base, {f"{part}.{name}": None for part, names in quiet.items() for name in names}) as moments:
         others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
     kept = prior + others if prior.noisy.shape[1:] == others.noisy.shape[1:] else others
     return Data(shots, held_out, of_class, kept, noising, moments.means())

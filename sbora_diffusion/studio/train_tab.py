@@ -37,7 +37,13 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
             with gr.Group() as own:
                 files, name, noun, captions = _own_pictures()
             shown = gr.Gallery(
-                label="Pictures", columns=5, height="auto", visible=False, elem_classes="pixels", interactive=False
+                label="Pictures",
+                columns=5,
+                height="auto",
+                visible=False,
+                elem_id="given",
+                elem_classes="pixels",
+                interactive=False,
             )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             with gr.Accordion("More", open=False, elem_id="train-more"):

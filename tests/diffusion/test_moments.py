@@ -52,6 +52,6 @@ def test_prompts_name_the_tokens(adapters: list[Adapter]) -> None:
 
 
 def test_no_recorder_stays(base: Base) -> None:
-    with pytest.raises(RuntimeError, match="here"), recorded_inputs(base):
+    with pytest.raises(RuntimeError, match="here"), recorded_inputs(base, dict.fromkeys(base.layers)):
         raise RuntimeError("here")
     assert not any(layer._forward_pre_hooks for layer in base.layers.values())

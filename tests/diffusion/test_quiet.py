@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion.adapted import adapted_layers
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.live import live_concept
@@ -39,7 +40,7 @@ def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, me
         layer.register_forward_pre_hook(lambda module, inputs: by_layer[module].append(inputs[0]))
         for layer in base.layers.values()
     ]
-    with recorded_inputs(base) as moments:
+    with recorded_inputs(base, dict.fromkeys(base.layers)) as moments:
         ask(base)
     for hook in hooks:
         hook.remove()
@@ -60,7 +61,7 @@ def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, me
 
 
 def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> None:
-    found = []
+    found, moments = [], prepare_data(concept, base, short_config(quiet_weight="1")).moments
     for weight in ("0", "100"):
         config = short_config(quiet_weight=weight, prior_batch="0")
         data = prepare_data(concept, base, config)
@@ -68,8 +69,15 @@ def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> Non
             run = Run(live, data, config, base)
             for step in range(config.steps):
                 run.advance(step)
-            found.append(Loudness(base, live.layers, data.moments)().item())
+            found.append(Loudness(base, live.layers, moments)().item())
     assert found[1] < 0.8 * found[0]
+
+
+def test_recorded_is_what_is_to_be_quiet(base: Base, concept: Concept) -> None:
+    assert prepare_data(concept, base, short_config(quiet_weight="0")).moments == {}
+    config = short_config(quiet_weight="1", blocks="up_blocks")
+    quiet = [f"{part}.{name}" for part, names in adapted_layers(base, config).items() for name in names]
+    assert sorted(prepare_data(concept, base, config).moments) == sorted(quiet)
 
 
 def test_no_prior_prompts_nothing_to_be_quiet_on(base: Base, concept: Concept) -> None:

@@ -222,6 +222,7 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
 def test_another_recipe(page: "Page", here: Path) -> None:
     tab(page, "Train")
     choose(page, "source", "tiger")
+    page.locator("#given img").nth(4).wait_for()  # they push down what is below, and a list that is open stays behind
     page.locator("#train-more button").first.click()
     choose(page, "recipe", "loud")
     choose(page, "method", "lora")
