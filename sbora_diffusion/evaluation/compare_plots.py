@@ -1,11 +1,11 @@
-"""A comparison to look at: text against image alignment at each K, and both over K."""
+"""A comparison to look at: text against image alignment at each K, and what merging K concepts changes."""
 
 from itertools import cycle
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.evaluation.compare_table import METRICS
+from sbora_diffusion.evaluation.compare_paired import COMPARED
 
 _MARKS = "osD^vP*X"  # with ten colours, so that no two of many variants look the same
 
@@ -32,18 +32,22 @@ def scatter(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def retention(rows: list[dict[str, Any]], path: Path) -> None:
-    """Both metrics over K, a line a variant."""
+    """What a merge of K changes against alone, each metric over K: a line with its intervals for each variant."""
     from matplotlib.figure import Figure
 
-    looks = _looks(rows)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for panel, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+    looks, sizes = _looks(rows), sorted({1} | {row["size"] for row in rows})
+    metrics = [metric for metric in COMPARED if all(metric in row for row in rows)]
+    figure = Figure(figsize=(1 + 4 * len(metrics), 3.6), layout="constrained")
+    for panel, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        panel.axhline(0, color="0.8", linewidth=1)
         for variant, look in looks.items():
             own = [row for row in rows if row["variant"] == variant]
-            panel.plot([r["size"] for r in own], [r[metric]["mean"]["mean"] for r in own], **look)
-        panel.set_xticks(sorted({row["size"] for row in rows}))
+            mean, low, high = ([0.0, *(row[metric][key] for row in own)] for key in ("mean", "low", "high"))
+            spread = [[abs(edge - m) for m, edge in zip(mean, edges, strict=True)] for edges in (low, high)]
+            panel.errorbar([1, *(row["size"] for row in own)], mean, spread, ecolor=(*look["color"], 0.2), **look)
+        panel.set_xticks(sizes)
         panel.set_xlabel("concepts merged (K)")
-        panel.set_ylabel(f"{title.lower()} alignment")
+        panel.set_ylabel(f"{COMPARED[metric].lower()}, merged minus alone")
         panel.spines[["top", "right"]].set_visible(False)
     _legend(figure, looks)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -8,7 +8,7 @@ import pytest
 from sbora_diffusion.cli_compare import compare_methods
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
-from sbora_diffusion.evaluation.compare_paired import differences, differences_table
+from sbora_diffusion.evaluation.compare_paired import changes, differences, differences_table
 from sbora_diffusion.evaluation.compare_report import write_comparison
 from sbora_diffusion.evaluation.compare_table import summarise
 
@@ -103,3 +103,22 @@ def test_differences_are_taken_pair_by_pair(tmp_path: Path) -> None:
     written = differences_table([row])
     assert "**+0.100 [+0.100, +0.100]**" in written
     assert f"| {row['image']['mean']:+.3f} [" in written, "an interval with 0 in it is not bold"
+
+
+def test_what_a_merge_changes_is_of_the_same_concepts_alone(tmp_path: Path) -> None:
+    told = comparison(sizes=(1, 2))
+    fill(tmp_path, told)
+    merged = {
+        "dog": {"text_mos": [0.1, 0.2], "image": [0.4, 0.3]},
+        "pumpkin": {"text_mos": [0.5, 0.6], "image": [1.0, 1.0]},
+    }
+    for seed in told.seeds:
+        path_of(tmp_path, "scores", f"lora/{seed}/dog+pumpkin").write_text(json.dumps(merged))
+        path_of(tmp_path, "scores", f"lora/{seed}/pumpkin").unlink()  # so the dog's are the only pairs
+    row, other = changes(tmp_path, told)
+    assert (row["variant"], row["minus"], row["size"], row["n"]) == ("lora", "alone", 2, 2)
+    assert [row["text_mos"][key] for key in ("mean", "low", "high")] == pytest.approx([-0.1, -0.1, -0.1], abs=1e-6)
+    assert row["image"]["mean"] == pytest.approx(-0.15, abs=1e-6)
+    assert (other["variant"], other["n"], other["image"]["mean"]) == ("lora:rank=2", 4, 0)
+    assert changes(tmp_path, comparison(sizes=(1,))) == []
+    assert "| minus alone | K | n |" in write_comparison(tmp_path, told, "a command")
