@@ -20,7 +20,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.fuse import fuse
 from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.diffusion.base import Base, load_base
@@ -34,6 +34,7 @@ from sbora_diffusion.emoji64.measure import HALVES
 from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures
+from sbora_diffusion.files import write_atomically
 
 log = logging.getLogger("bleed")
 

@@ -66,7 +66,7 @@ def choose(kind: str, names: Sequence[str], base: Base, config: TrainConfig, pat
 
 def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dict[str, Tensor]:
     """How much each column (or row) of each layer is wanted: layer -> (in,) or (out,) float64."""
-    data = prepare_data(concept, base, config)
+    data = prepare_data(concept, base, replace(config, quiet_weight=1.0, blocks=()))  # so that all layers are recorded
     energy = {key: moments.diagonal() for key, moments in data.moments.items()}
     if kind == "energy":
         return energy

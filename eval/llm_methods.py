@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from llm_questions import chosen, scores
 
-from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
+from sbora_diffusion.files import write_atomically
 from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import write_atomically
+from sbora_diffusion.files import write_atomically
 
 CONCEPTS = ("dog", "penguin", "octopus", "cat", "horse", "rooster")
 CONCEPTS += ("dragon", "monkey", "elephant", "tiger", "snail", "pumpkin")

@@ -12,9 +12,9 @@ from retention_bench import METRICS
 from retention_study import Study, planned
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.diffusion.run_folder import versions
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
+from sbora_diffusion.files import write_atomically
 
 log = logging.getLogger("retention")
 

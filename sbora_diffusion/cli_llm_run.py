@@ -13,10 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sbora_diffusion import __version__
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.certificate import certify
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge, merged_name
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
+from sbora_diffusion.files import write_atomically
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
 from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept

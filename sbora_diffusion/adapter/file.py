@@ -1,7 +1,5 @@
 """The concept file: an SBoRA adapter with everything needed to use it, read with suspicion and written atomically."""
 
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from sbora_diffusion.adapter.basis import Side
 from sbora_diffusion.adapter.dense import PARTS, Dense, dense_of
 from sbora_diffusion.adapter.spec import Spec
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import write_atomically
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
@@ -206,35 +205,3 @@ def _check_numbers(key: str, tensor: Tensor) -> None:
         raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
     if not tensor.isfinite().all():
         raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file: whoever looks sees the old one or the whole new one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, content)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable. Windows has no such call."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,11 +1,8 @@
 """Pictures on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
 
-import errno
 import io
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -17,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from sbora_diffusion import __version__
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import write_new
 
 KEY = "sbora"  # of the PNG's text chunk
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 MAX_PIXELS = 4096 * 4096  # of a file that is asked for its settings
 
 
@@ -64,28 +61,11 @@ def save_numbered(picture: Image.Image, folder: Path, settings: Settings) -> Pat
     for number in count(first):
         path = folder / f"{number:04d}-{slug}.png"
         try:
-            _put(content.getvalue(), path)
+            write_new(path, content.getvalue())
             return path
         except FileExistsError:  # another process took the number
             continue
     raise AssertionError("count never ends")
-
-
-def _put(content: bytes, path: Path) -> None:
-    """A new file, whole from the start; FileExistsError if there is one."""
-    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        with path.open("xb") as file:  # a memory card, or another place that has no hard links
-            file.write(content)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_settings(path: Path) -> Settings:

@@ -7,11 +7,11 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.latents import draw_latents
 from sbora_diffusion.diffusion.loading import EMBEDDED, embedded_folder
+from sbora_diffusion.files import write_atomically
 
 FILE = "prior.safetensors"  # in the embedded model's folder
 _KEY, _ABOUT = "latents", "drawn from"

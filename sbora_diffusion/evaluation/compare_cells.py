@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
@@ -28,6 +28,7 @@ from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import merged_token
 from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.files import write_atomically
 from sbora_diffusion.methods import find_method
 
 BATCH = 20  # pictures at once

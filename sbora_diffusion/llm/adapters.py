@@ -13,9 +13,10 @@ from sbora_diffusion.adapter.exchange.lora import to_loras
 from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
 from sbora_diffusion.adapter.exchange.provenance import SPEC
 from sbora_diffusion.adapter.exchange.safefile import to_bytes
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.layer import detect
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import write_atomically
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, RUN
 

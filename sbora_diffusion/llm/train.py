@@ -23,8 +23,8 @@ from transformers import (
 
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.direct import direct_training
-from sbora_diffusion.adapter.file import write_atomically
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import write_atomically
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
 from sbora_diffusion.llm.config import LlmConfig

@@ -12,8 +12,9 @@ from sbora_diffusion.adapter.exchange.names import is_sdxl
 from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
 from sbora_diffusion.adapter.exchange.provenance import provenance
 from sbora_diffusion.adapter.exchange.safefile import to_bytes
-from sbora_diffusion.adapter.file import Adapter, write_atomically
+from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import write_atomically
 
 Format = Literal["diffusers", "kohya", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -1,0 +1,65 @@
+"""Files that are there whole, or not at all."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sbora_diffusion.errors import SboraError
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file: whoever looks sees the old one or the whole new one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(path, content) as temporary:
+            temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """A new file, whole from the start.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    with _beside(path, content) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as file:  # a memory card, or another place that has no hard links
+                file.write(content)
+
+
+@contextmanager
+def _beside(path: Path, content: bytes) -> Iterator[Path]:
+    """Meanwhile the content lies on the disk in the same folder, under a name that nobody looks for."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
