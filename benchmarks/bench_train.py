@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -64,21 +64,21 @@ def main(
     device = prepare("cpu")
     torch.set_num_threads(threads)
     words = ["train", "--concept", "dog", *(["--set", "steps=2", "--set", "sampling_steps=1"] if tiny else [])]
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     python = str(Path(python).absolute())  # not where a link leads: that is outside of its environment
-    seconds = [run([python, "-c", RUN, *words]) for _ in range(rounds)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    seconds = [run([python, "-c", RUN, *words], environment) for _ in range(rounds)]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "profile"
-        run([python, "-c", PROFILED, str(path), *words])
+        run([python, "-c", PROFILED, str(path), *words], environment)
         rows = plain_rows(seconds) + rows_of(pstats.Stats(str(path)))
     save("train", device, rows, out, wall=True, python=python, rounds=rounds, threads=threads, tiny=tiny)
 
 
-def run(command: Sequence[str]) -> float:
+def run(command: Sequence[str], environment: Mapping[str, str]) -> float:
     """Seconds by the clock on the wall that a command takes in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
         return time.perf_counter() - began
 
 
