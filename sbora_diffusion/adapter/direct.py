@@ -142,12 +142,10 @@ class _DirectLinear(Function):
         ctx: Any, x: Tensor, factor: Tensor, scaling: float, direct: DirectWeight, base: nn.Module, index: Tensor
     ) -> Tensor:
         needs_x, needs_factor, *_ = ctx.needs_input_grad
-        kept = x if needs_factor else None
-        if kept is not None and direct.side == "fa":
-            kept = kept.index_select(-1, index)  # before the product, which has pushed x out of the caches
+        is_gathered = needs_factor and direct.side == "fa"
+        gathered = x.index_select(-1, index) if is_gathered else x  # before the product pushes x out of the caches
         y = base(x)
-        if kept is not None and direct.side == "fa":
-            kept = kept.to(y.dtype)
+        kept = gathered.to(y.dtype) if is_gathered else x if needs_factor else None
         ctx.about = x.shape, x.dtype, scaling, direct
         ctx.save_for_backward(kept, base.weight if needs_x else None, factor, index)
         return y
