@@ -17,6 +17,7 @@ SLOW = "token_learning_rate=3e-2"
 NAMES = {  # variant -> as the document calls it
     "sbora-fa": "SBoRA-FA",
     f"sbora-fa:quiet_weight=2,{LOUD}": "SBoRA-FA, loud",
+    f"sbora-fa:quiet_weight=2,{LOUD},layerwise_tokens=1,token_vectors=2": "SBoRA-FA, loud, layer-wise tokens",
     f"sbora-fa:quiet_weight=0,{LOUD}": "SBoRA-FA, loudest",
     f"sbora-fa:{SLOW}": "SBoRA-FA, token at 0.03",
     f"sbora-fa:{SLOW},batch_size=4": "the same, batches of 4",
