@@ -18,8 +18,10 @@ A plan names its parts in the order in which they are wanted:
 
 import logging
 import multiprocessing
+import os
 import shlex
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -149,7 +151,7 @@ def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
     tasks = [task for name, settings in plan.items() for task in tasks_of(name, settings, out)]
     done = {task.key for task in tasks if task.is_done()}
     waiting, running = [task for task in tasks if task.key not in done], dict[Future[None], Task]()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with new_pool(jobs) as pool:
         while time.monotonic() < ends:
             for task in [task for task in waiting if task.needs <= done][: jobs + 2 - len(running)]:
                 waiting.remove(task)
@@ -166,6 +168,21 @@ def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
         log.info("%d done, %d waiting, %d under way", len(done), len(waiting), len(running))
         for process in multiprocessing.active_children():
             process.terminate()
+
+
+def new_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that end when this one does, even by a kill."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def wait_for_it() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def write_tables(plan: dict[str, Any], out: Path) -> None:

@@ -1,10 +1,15 @@
 """Many cells from one plan: what is there is not made again, columns are disjoint."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -83,3 +88,24 @@ def test_columns_are_chosen_disjoint_and_are_what_a_training_writes(base: Base, 
     assert last.adapter is not None
     for key, factor in last.adapter.factors.items():
         assert torch.equal(factor.index.sort().values, chosen["cat"][key.partition(".")[2]].sort().values)
+
+
+def test_no_process_outlives_a_kill() -> None:
+    script = """
+import os, time
+from pooled_cells import new_pool
+if __name__ == "__main__":
+    pool = new_pool(1)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 300).result()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EVAL), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    ends = time.monotonic() + 60
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < ends, "the worker goes on"
+            time.sleep(0.1)
