@@ -13,7 +13,11 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file: whoever looks sees the old one or the whole new one."""
+    """Write a file: whoever looks sees the old one or the whole new one.
+
+    Raises:
+        SboraError: it cannot be written, such as on a full disk.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _beside(path, content) as temporary:
@@ -24,10 +28,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """A new file, whole from the start.
+    """A new file, whole from the start; where a disk has no hard links, it can be seen while it is written.
 
     Raises:
         FileExistsError: there is one.
+        OSError: it cannot be written; nothing stays behind.
     """
     with _beside(path, content) as temporary:
         try:
@@ -37,8 +42,18 @@ def write_new(path: Path, content: bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with path.open("xb") as file:  # a memory card, or another place that has no hard links
-                file.write(content)
+            _write_in_place(path, content)
+
+
+def _write_in_place(path: Path, content: bytes) -> None:
+    """On a memory card, or another place that has no hard links."""
+    with path.open("xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings that travel inside pictures."""
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -69,6 +70,30 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_numbered(PICTURE, tmp_path, MADE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_without_hard_links_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    opened = Path.open
+
+    def open_full(path: Path, mode: str) -> object:
+        file = opened(path, mode)
+        if path.suffix != ".png":
+            return file
+        file.close()
+        return Full()
+
+    monkeypatch.setattr("os.link", no_links)
+    monkeypatch.setattr("pathlib.Path.open", open_full)
     with pytest.raises(OSError, match="No space"):
         save_numbered(PICTURE, tmp_path, MADE)
     assert not list(tmp_path.iterdir())
