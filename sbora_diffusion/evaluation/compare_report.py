@@ -11,7 +11,7 @@ from sbora_diffusion.files import write_atomically
 
 
 def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:
-    """table.md, table.json, scatter.png and, of merges, retention.png, of the cells there are; the text of the first."""
+    """table.md, table.json, scatter.png and, of merges, retention.png, of the cells there are; the first as text."""
     rows, paired, merged = (read(folder, comparison) for read in (summarise, differences, changes))
     text = "\n".join(part for part in (table(rows), differences_table(paired), differences_table(merged)) if part)
     told = {"command": command, "rows": rows, "differences": paired, "merged minus alone": merged}
