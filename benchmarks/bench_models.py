@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import attach
-from sbora_diffusion.diffusion.adapted import only_passed
+from sbora_diffusion.diffusion.adapted import only_passed, unet_blocks_before
 
 WAYS: tuple[str, ...] = ("base", "peft", "fa", "fa direct", "fb", "fb direct")
 UPWARD = "fa direct, up_blocks"  # of a U-Net, as `train --set blocks=up_blocks` does it
@@ -50,9 +50,7 @@ def adapted(base: nn.Module, way: str, rank: int, targets: Sequence[str], stack:
     if way.endswith("direct"):
         assert stack.enter_context(direct_training(model, names[0]))
     if block:
-        stack.enter_context(
-            only_passed(model, [f"down_blocks.{n}" for n in range(len(model.down_blocks))] + ["mid_block"])
-        )
+        stack.enter_context(only_passed(model, unet_blocks_before(model, targets)))
     return model
 
 

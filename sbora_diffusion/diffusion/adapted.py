@@ -41,8 +41,11 @@ def blocks_before(base: Base, config: TrainConfig) -> list[str]:
     """Names of a U-Net's blocks, in the order of its pass, that come before the first one of `config.blocks`."""
     if base.family.denoiser != "unet" or not config.blocks:
         return []
-    unet: Any = base.denoiser
-    layers = adapted_layers(base, config)["unet"]
+    return unet_blocks_before(base.denoiser, adapted_layers(base, config)["unet"])
+
+
+def unet_blocks_before(unet: Any, layers: Sequence[str]) -> list[str]:
+    """Names of the blocks that a U-Net passes before the first one with one of these layers."""
     down, up = ([f"{part}.{n}" for n in range(len(getattr(unet, part)))] for part in ("down_blocks", "up_blocks"))
     middle = [] if unet.mid_block is None else ["mid_block"]
     return list(takewhile(lambda name: not _within(layers, [name]), down + middle + up))
