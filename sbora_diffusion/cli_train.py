@@ -15,7 +15,7 @@ from typing import Any
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.cli_render import TrainingProgress
 from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
+from sbora_diffusion.diffusion.concept import Concept, concept_name, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.memory import (
@@ -145,7 +145,8 @@ def _told(step: StepLog) -> dict[str, Any]:
 
 def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:
     """Keep an interval for a concept that somebody will train later, here or elsewhere."""
-    library.path(name)  # refuses what cannot be a file's name
+    if name != (called := concept_name(name)):
+        raise SboraError(f"got the name {name!r}, which no training gives", f"reserve {called or 'a word'}")
     if not find_method(method).owns_interval:
         raise SboraError(f"{method} owns no columns", "nothing is to be reserved: just train")
     config = TrainConfig.from_recipe(recipe_base(base_name), method, {"rank": str(rank)})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sbora_diffusion.adapter.basis import Side
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -60,7 +60,7 @@ def find_method(name: str) -> Method:
     for method in _ALL:
         if method.name == name:
             return method
-    raise SboraError(f"got unknown method {name!r}, choose from {', '.join(METHODS)}")
+    raise SboraError(f"got unknown method {name!r}", f"{guess(name, METHODS)}choose from {', '.join(METHODS)}")
 
 
 def method_side(name: str) -> Side:

@@ -6,12 +6,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.diffusion.masks import is_mask
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | N
     """
     folder = _find(name_or_folder, roots)
     described = _describe(folder / "concept.toml")
-    name = _slug(described.name or folder.resolve().name)
+    name = concept_name(described.name or folder.resolve().name)
     token = described.token or f"<{name}>"
     noun = class_noun or described.class_noun or _noun(folder)
     if not name or not noun:
@@ -114,11 +113,10 @@ def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
     if given.is_file():
         raise SboraError(f"{name_or_folder} is no folder", "give the folder that holds the pictures")
     known = known_concepts(roots)
-    close = get_close_matches(name_or_folder, known, n=2)
     known_names = f"known concepts: {', '.join(known)}" if known else "no concepts are installed"
-    guess = f"did you mean {' or '.join(close)}? " if close else ""
     raise SboraError(
-        f"no concept and no folder {name_or_folder!r}; {known_names}", f"{guess}or give the path of a picture folder"
+        f"no concept and no folder {name_or_folder!r}; {known_names}",
+        f"{guess(name_or_folder, known)}or give the path of a picture folder",
     )
 
 
@@ -142,7 +140,7 @@ def _describe(path: Path) -> _Description:
     return _Description(**table)
 
 
-def _slug(text: str) -> str:
+def concept_name(text: str) -> str:
     """`My dog (2)` -> `my-dog-2`: usable in a token and as a file's name."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any, get_args, get_origin
 
 from sbora_diffusion.diffusion.config_checks import check
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.methods import find_method
 
 
@@ -132,7 +132,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
 def _kind(key: str) -> Any:
     kinds = {field.name: field.type for field in fields(TrainConfig)}
     if key not in kinds:
-        raise SboraError(f"got unknown setting {key!r}", f"choose from {', '.join(kinds)}")
+        raise SboraError(f"got unknown setting {key!r}", f"{guess(key, kinds)}choose from {', '.join(kinds)}")
     return kinds[key]
 
 

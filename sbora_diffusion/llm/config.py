@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from typing import Any, Literal, get_args
 
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.llm.template import TEMPLATES
 
 Method = Literal["lora", "dora", "sbora-fa", "sbora-fb"]
@@ -101,7 +101,7 @@ def _kinds() -> dict[str, Any]:
 def _parse(key: str, text: str) -> Any:
     kind = _kinds().get(key)
     if kind is None:
-        raise SboraError(f"got unknown setting {key!r}", f"choose from {', '.join(_kinds())}")
+        raise SboraError(f"got unknown setting {key!r}", f"{guess(key, _kinds())}choose from {', '.join(_kinds())}")
     if kind not in (int, float, bool, str):
         return [part.strip() for part in text.split(";") if part.strip()]
     if kind is bool:

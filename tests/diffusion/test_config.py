@@ -63,6 +63,15 @@ def test_mistakes_are_named(key: str, value: str, message: str) -> None:
         TrainConfig.from_recipe("emoji64", "sbora-fa", {key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "guessed"), [("stesp", "7", "steps"), ("method", "lore", "lora"), ("zzz", "1", "")]
+)
+def test_what_was_meant_is_guessed(key: str, value: str, guessed: str) -> None:
+    with pytest.raises(SboraError) as caught:
+        TrainConfig.from_recipe("emoji64", "sbora-fa", {key: value})
+    assert str(caught.value.hint).startswith(f"did you mean {guessed}? choose from" if guessed else "choose from")
+
+
 def test_a_recipe_without_a_key_is_refused() -> None:
     settings = TrainConfig.from_recipe("emoji64", "sbora-fa", {}).to_dict()
     del settings["rank"]
