@@ -15,6 +15,7 @@ from sbora_diffusion.errors import SboraError, guess
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+UNREAD = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # pictures all the same
 TEMPLATE = "a photo of a {token}"
 TOKEN = re.compile(r"<[\w-]+>")
 
@@ -160,6 +161,8 @@ def _picture_files(folder: Path) -> list[Path]:
         raise SboraError(f"cannot read the folder {images}: {error.strerror}") from error
     pictures = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
     if pictures:
+        if unread := [path.name for path in visible if path.suffix.lower() in UNREAD]:
+            log.warning("left out, for they are not JPEG, PNG or WebP: %s", ", ".join(unread))
         return pictures
     got = ", ".join(path.name for path in visible[:4]) or "nothing"
     raise SboraError(f"no picture in {images}: got {got}", f"put pictures there; allowed are {', '.join(EXTENSIONS)}")

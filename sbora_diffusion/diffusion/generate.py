@@ -13,7 +13,7 @@ from sbora_diffusion.adapter.file import Adapter, Factor, check_fits
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.layerwise import layerwise_tokens
 from sbora_diffusion.diffusion.tokens import added_tokens
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 
 log = logging.getLogger(__name__)
 
@@ -204,5 +204,13 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         missing = sorted(set(TOKEN.findall(prompt)) - known)
         if missing:
-            have = ", ".join(sorted(token for token in known if TOKEN.fullmatch(token))) or "none"
-            raise SboraError(f"no loaded concept brings the token {missing[0]}, known: {have}", "add --adapter FILE")
+            have = sorted(set(filter(TOKEN.fullmatch, known)) - _own_marks(base))
+            raise SboraError(
+                f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
+                f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
+            )
+
+
+def _own_marks(base: Base) -> set[str]:
+    """What tokenizers have for themselves: <|endoftext|> and the like."""
+    return {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}

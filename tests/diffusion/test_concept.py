@@ -75,6 +75,16 @@ def test_lookup_prefers_the_first_root_and_a_name_to_a_folder(tmp_path: Path, mo
     assert load_concept("dog", [tmp_path / "nothing"]).class_noun == "own"
 
 
+def test_pictures_of_other_kinds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path / "dog", "a.png")
+    for name in ("IMG_1.HEIC", "b.tiff", "notes.txt", ".c.gif"):
+        (folder / name).touch()
+    assert [picture.path.name for picture in load_concept(str(folder), []).pictures] == ["a.png"]
+    assert [line.message for line in caplog.records if line.levelname == "WARNING"] == [
+        "left out, for they are not JPEG, PNG or WebP: IMG_1.HEIC, b.tiff"
+    ]
+
+
 def test_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path / "dog", "a.png")
     monkeypatch.chdir(folder)
