@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sbora_diffusion.adapter.certificate import Certificate
@@ -129,15 +129,17 @@ def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:
     what = "columns" if ledger.side == "fa" else "rows"
     title = f"{ledger.base_id} [{ledger.base_fingerprint}] {what} ({ledger.side})"
     stop = ledger.width or max((owner.interval.stop for owner in ledger.owners), default=1)
-    bar, legend = Text(), Table.grid(padding=(0, 2))
+    bar, legend = Text(), Table.grid("", "", Column(overflow="fold"), padding=(0, 2))
     cells = list(_cells(ledger, stop, width))
     for mark, style in cells:
         bar.append(mark, style)
-    for (mark, style), owner in zip(cycle(OWNED), ledger.owners, strict=False):
+    for (mark, style), owner in zip(cycle(OWNED), ledger.first_owners, strict=False):
         note = "" if owner.state == "trained" else f" ({owner.state})"
         legend.add_row(Text(mark, style), Text(str(owner.interval)), Text(owner.name + note))
     if SHARED in cells:
         legend.add_row(Text(*SHARED), Text(), Text("several owners"))
+    for name in ledger.only_merged:
+        legend.add_row(Text(), Text("merged"), Text(name))
     for name in ledger.unplaced:
         legend.add_row(Text(), Text("elsewhere"), Text(f"{name}: has no interval, inspect it with others"))
     return Group(Text(title, "bold"), Text(_room(ledger, rank)), bar, legend)
@@ -155,7 +157,7 @@ def _room(ledger: Ledger, rank: int) -> str:
 
 def _cells(ledger: Ledger, stop: int, width: int) -> Iterator[tuple[str, str]]:
     """Mark and style of each character of the bar: of the owner in the middle of the positions it stands for."""
-    styles = list(zip(ledger.owners, cycle(OWNED), strict=False))
+    styles = list(zip(ledger.first_owners, cycle(OWNED), strict=False))
     for cell in range(width):
         position = int((cell + 0.5) * stop / width)
         own = [style for owner, style in styles if owner.interval.start <= position < owner.interval.stop]

@@ -22,6 +22,7 @@ class Owner:
     interval: Interval
     state: Literal["trained", "in training", "reserved"] = "trained"
     seed: int = 0  # of the permutations that give the positions their meaning
+    parents: tuple[str, ...] = ()  # what it was merged from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,18 @@ class Ledger:
     unplaced: tuple[str, ...] = ()  # concepts without an interval: imported, they write columns of their own choice
 
     @property
+    def first_owners(self) -> tuple[Owner, ...]:
+        """The owners without merges where these have only what a concept brought that is here itself."""
+        own = {(owner.name, owner.interval) for owner in self.owners}
+        return tuple(o for o in self.owners if not any((parent, o.interval) in own for parent in o.parents))
+
+    @property
+    def only_merged(self) -> tuple[str, ...]:
+        """Names of the merges that `first_owners` leaves out."""
+        first = {owner.name for owner in self.first_owners}
+        return tuple(dict.fromkeys(owner.name for owner in self.owners if owner.name not in first))
+
+    @property
     def gaps(self) -> tuple[Interval, ...]:
         """What nobody owns; empty if the width is not known."""
         gaps, start = [], 0
@@ -70,7 +83,7 @@ def owners_of(state: State, specs: Mapping[str, Spec], base_fingerprint: str, si
     """By position. Merges own what they were merged from, so that nothing new is put there while they exist."""
     here = [r for r in state.reservations if (r.base_fingerprint, r.side) == (base_fingerprint, side)]
     owners = [
-        Owner(name, interval, "trained", spec.seed)
+        Owner(name, interval, "trained", spec.seed, spec.parents)
         for name, spec in specs.items()
         if (spec.base_fingerprint, spec.side) == (base_fingerprint, side)
         for interval in spec.intervals

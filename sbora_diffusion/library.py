@@ -105,16 +105,31 @@ class Library:
                 r for r in state.reservations if r.name != name or (r.pid is None and not is_fulfilled(r, specs))
             ]
 
-    def remove(self, name: str) -> None:
-        """Delete a concept's file, which frees its columns, and end all reservations of its name."""
+    def remove(self, name: str) -> tuple[str, ...]:
+        """Delete a concept's file and end all reservations of its name.
+
+        Returns:
+            Who else has columns of its, a merge of it say: these are not free. What a merge was merged from is not told.
+        """
         path = self.path(name)
         if not path.exists() and all(reservation.name != name for reservation in self._state().reservations):
             raise SboraError(
                 f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})"
             )
+        also = self._also_own(name)
         path.unlink(missing_ok=True)
         with self._changing_state() as state:
             state.reservations = [r for r in state.reservations if r.name != name]
+        return also
+
+    def _also_own(self, name: str) -> tuple[str, ...]:
+        """Names of the others that have columns or rows of a file's."""
+        specs = self._specs()
+        if name not in specs:
+            return ()
+        _, others = partition(self.owners(specs[name].base_fingerprint, specs[name].side), name)
+        shared = {o.name for o in others for own in specs[name].intervals if o.interval.overlaps(own)}
+        return tuple(sorted(shared - set(specs[name].parents)))
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
         """Who owns what of one base model and side, by position."""

@@ -96,6 +96,22 @@ def test_a_merge_keeps_the_columns_of_what_was_removed(library: Library) -> None
     assert reserve(library, "fox") == "16:24"
 
 
+def test_a_merge_is_no_second_owner_of_what_it_was_merged_from(library: Library) -> None:
+    save_adapter(library, "cat", "0:8")
+    save_adapter(library, "dog", "8:16")
+    save_adapter(library, "both", "0:8,8:16", parents=("cat", "dog"))
+    (ledger,) = library.ledgers()
+    assert [(owner.name, str(owner.interval)) for owner in ledger.first_owners] == [("cat", "0:8"), ("dog", "8:16")]
+    assert ledger.only_merged == ("both",)
+    assert library.remove("cat") == ("both",)
+    (ledger,) = library.ledgers()
+    assert [(owner.name, str(owner.interval)) for owner in ledger.first_owners] == [("both", "0:8"), ("dog", "8:16")]
+    assert ledger.only_merged == ()
+    library.remove("dog")
+    save_adapter(library, "dog", "16:24")
+    assert library.remove("both") == ()
+
+
 def test_training_a_name_again_reuses_its_columns(library: Library) -> None:
     save_adapter(library, "dog", "0:8")
     assert reserve(library, "dog") == "0:8"

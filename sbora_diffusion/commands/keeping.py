@@ -72,11 +72,12 @@ def remove(
     name: Annotated[str, typer.Argument(help="A concept in ./adapters.")],
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
-    """Delete a concept's file or reservation; its columns are free again."""
+    """Delete a concept's file or reservation; its columns are free again, unless a merge has them, too."""
     with imported_for_good():
         from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
     if not yes and not typer.confirm(f"Delete {library.path(name)}?", err=True):
         raise SboraError("nothing was deleted")
-    library.remove(name)
+    if also := library.remove(name):
+        log.info("its columns are not free: %s has them, too", ", ".join(also))

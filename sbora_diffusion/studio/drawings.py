@@ -13,13 +13,11 @@ def ledger_bar(ledger: Ledger, picked: Sequence[str]) -> str:
     """Every owner's interval in place; those that are not picked are faded."""
     what = "columns" if ledger.side == "fa" else "rows"
     stop = ledger.width or max((owner.interval.stop for owner in ledger.owners), default=1)
-    names = [owner.name for owner in ledger.owners]
-    in_order = sorted(ledger.owners, key=lambda owner: (owner.interval, names.count(owner.name)))  # merges last
-    owners, parts, at = list(dict.fromkeys(owner.name for owner in in_order)), [], 0
+    owners, parts, at = list(dict.fromkeys(owner.name for owner in ledger.first_owners)), [], 0
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(owners)}
-    for owner in in_order:
+    for owner in ledger.first_owners:
         start, end = max(at, owner.interval.start), owner.interval.stop
-        if end <= start:  # a merge owns what its parents own
+        if end <= start:  # several own it
             continue
         parts += [_free(start - at, stop)] if start > at else []
         faded = "" if not picked or owner.name in picked else " class='faded'"
@@ -36,6 +34,7 @@ def ledger_bar(ledger: Ledger, picked: Sequence[str]) -> str:
         f"{', '.join(str(owner.interval) for owner in ledger.owners if owner.name == name)}</span>"
         for name in owners
     )
+    legend += "".join(f"<span>{html.escape(name)}, merged</span>" for name in ledger.only_merged)
     label = f"who owns which {what}{room}"
     return (
         f"<p class='note'>{label[0].upper()}{label[1:]}</p>"

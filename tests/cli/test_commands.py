@@ -99,10 +99,24 @@ def test_merge_and_remove(adapters: Path) -> None:
     assert merged.stdout.splitlines() == ["adapters/cat+dog.safetensors"], merged.output
     assert run("generate", "a <dog>", "--adapter", "cat+dog", "--set", "steps=2").exit_code == 0
     assert run("merge", "dog", "cat", "--out", "both.safetensors").exit_code == 0
+    drawn = run("ledger").stdout
+    assert "several owners" not in drawn
+    assert re.search(r"^ +merged +cat\+dog *$", drawn, re.MULTILINE)
     assert run("remove", "cat+dog", "--yes").exit_code == 0
     assert Library(adapters).names() == ["cat", "dog"]
     asked = CliRunner().invoke(app, ["remove", "dog"], input="n\n")
     assert (asked.exit_code, Library(adapters).names()) == (1, ["cat", "dog"])
+
+
+def test_columns_that_a_merge_keeps(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("merge", "dog", "cat").exit_code == 0
+    assert run("remove", "dog", "--yes").exit_code == 0
+    assert caplog.messages[-1] == "its columns are not free: cat+dog has them, too"
+    assert Library(adapters).names() == ["cat", "cat+dog"]
+    assert re.search(r"^[█▓] +0:8 +cat\+dog *$", run("ledger").stdout, re.MULTILINE)
+    before = len(caplog.messages)
+    assert run("remove", "cat+dog", "--yes").exit_code == 0
+    assert len(caplog.messages) == before
 
 
 def test_bake(adapters: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:

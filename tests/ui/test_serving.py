@@ -1,6 +1,7 @@
 """Who can reach the studio, and what it never gives away."""
 
 import logging
+import shutil
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from sbora_diffusion.adapter.certificate import certify
 from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.cli import app
 from sbora_diffusion.library import Library
 from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
@@ -98,13 +100,16 @@ def test_errors_are_messages_not_stack_traces() -> None:
         next(answers)
 
 
-def test_the_ledger_and_the_certificate_are_drawn(emoji_concepts: Path) -> None:
-    library = Library(emoji_concepts)
+def test_the_ledger_and_the_certificate_are_drawn(emoji_concepts: Path, tmp_path: Path) -> None:
+    library = Library(shutil.copytree(emoji_concepts, tmp_path / "adapters"))
     bar = ledger_bar(library.ledgers()[0], ["dog"])
     assert bar.index(">dog</span>") < bar.index(">cat</span>")
     assert bar.count("class='faded'") == 1
     assert "cat 4:8" in bar
     pair: list[Adapter] = [library.load(name) for name in ("dog", "cat")]
+    merge(pair, [1.0, 1.0], "sum").save(library.path("both"))
+    merged = ledger_bar(library.ledgers()[0], ["dog"])
+    assert merged.replace("<span>both, merged</span>", "") == bar
     facts = certificate_list(certify(pair))
     assert "✓ the sum is the same in any order, to the bit" in facts
     assert "– not guaranteed: that concepts do not disturb each other" in facts
