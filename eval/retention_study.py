@@ -15,7 +15,7 @@ HOWS = ("sum", "fuse", "full", "lbfgs")  # "fuse:0.3" is the optimum of that pri
 SIZES = (3, 6, 12)
 RANK = 8
 # emoji64's when the study began
-RECIPE = {"blocks": "", "quiet_weight": "100", "token_learning_rate": "3e-2", "batch_size": "8"}
+RECIPE = {"blocks": "", "quiet_weight": "100", "token_learning_rate": "3e-2", "batch_size": "8", "prior_batch": "2"}
 
 
 Cell = tuple[str, int, tuple[str, ...]]  # how ("single" for size 1), size, names

@@ -44,14 +44,18 @@ def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
 
 
 def _tell_budgets(comparison: Comparison) -> None:
-    """Warn where recipes do not learn from as many pictures."""
+    """Warn where recipes do not learn from as many pictures, or prior samples."""
     budgets: dict[str, str] = {}
     for variant in comparison.variants:
         config = comparison.config(variant, 0)
-        budgets.setdefault(f"{config.steps} × {config.batch_size * config.accumulation}", variant)
+        pictures, prior = config.batch_size * config.accumulation, config.prior_batch * config.accumulation
+        budgets.setdefault(f"{config.steps} × ({pictures} + {prior})", variant)
     if len(budgets) > 1:
         told = ", ".join(f"{variant} {budget}" for budget, variant in budgets.items())
-        log.warning("steps × pictures differ: %s; the same for all: --set steps=N --set batch_size=N", told)
+        log.warning(
+            "steps × (pictures + prior samples) differ: %s; alike: --set steps=N, batch_size=N and prior_batch=N",
+            told,
+        )
 
 
 def _make(folder: Path, kind: str, keys: Iterable[str], jobs: int) -> list[str]:

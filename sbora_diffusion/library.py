@@ -109,7 +109,7 @@ class Library:
         """Delete a concept's file and end all reservations of its name.
 
         Returns:
-            Who else has columns of its, a merge of it say: these are not free. What a merge was merged from is not told.
+            Who else has columns of its, such as a merge of it: these are not free. Not told: what it was merged from.
         """
         path = self.path(name)
         if not path.exists() and all(reservation.name != name for reservation in self._state().reservations):

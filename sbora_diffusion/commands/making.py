@@ -115,7 +115,7 @@ def merge(
     prior_weight: Annotated[
         float, typer.Option(metavar="NUMBER", help="Of fuse: how much it counts that all else stays as it was.")
     ] = 0.3,
-    base: Annotated[str, typer.Option(metavar="ID", help="Of fuse; default: what the first was trained for.")] = "",
+    base: Annotated[str, typer.Option(metavar="ID", help="To solve on; default: what the first was trained for.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: adapters/NAME+NAME.safetensors.")] = None,
     force: Force = False,
 ) -> None:

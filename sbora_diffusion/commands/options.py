@@ -14,4 +14,6 @@ Base = Annotated[
     typer.Option(metavar="ID", help="emoji64, sd15, sd21, sdxl, sd3, flux, a folder, a checkpoint file or a hub id."),
 ]
 Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
-Numbers = Annotated[str, typer.Option(metavar="W,W,…", help="One factor for each adapter, 1 for all by default.")]
+Numbers = Annotated[
+    str, typer.Option(metavar="W,W,…", help="One factor for each adapter; default: 1, or what the method has.")
+]

@@ -42,9 +42,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", device: 
             return optimizer
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
-        raise SboraError(
-            f"optimizer={name} needs the package {PACKAGES[name]}", 'pip install "sbora-diffusion[optimizers]"'
-        ) from None
+        package = PACKAGES[name]
+        raise SboraError(f"optimizer={name} needs the package {package}", f"pip install {package}") from None
     if device.type != "cuda":
         raise SboraError("optimizer=adamw-8bit needs a GPU", "--set optimizer=adamw")
     return AdamW8bit(groups, weight_decay=decay)

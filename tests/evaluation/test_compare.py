@@ -79,7 +79,10 @@ def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
 
 
 def test_other_budgets_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for variants, words in ((("lora", "lora:rank=2"), None), (("lora", "sbora-fa"), "lora 200 × 8, sbora-fa 200 × 4")):
+    for variants, words in (
+        (("lora", "lora:rank=2"), None),
+        (("lora", "sbora-fa"), "lora 200 × (8 + 2), sbora-fa 200 × (4 + 1)"),
+    ):
         told = comparison(variants=variants)
         fill(tmp_path / variants[1], told)
         compare_methods(told, tmp_path / variants[1], 1)

@@ -81,7 +81,9 @@ def _answer_flux(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
 
 def _draw_flux(pipeline: Any, drawing: Drawing) -> Any:
     if drawing.negative_prompt:
-        raise SboraError("FLUX has its guidance built in and takes no negative prompt", "leave out --negative")
+        raise SboraError(
+            "FLUX has its guidance built in and takes no negative prompt", "leave out --set negative_prompt=…"
+        )
     size = pipeline.default_sample_size
     side = size * pipeline.vae_scale_factor
     drawn = call(pipeline, drawing, height=side, width=side)
