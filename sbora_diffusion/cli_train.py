@@ -28,7 +28,7 @@ from sbora_diffusion.diffusion.memory import (
     is_out_of_memory,
 )
 from sbora_diffusion.diffusion.processes import joined, num_launched
-from sbora_diffusion.diffusion.run_folder import RunFolder, append_log
+from sbora_diffusion.diffusion.run_folder import append_log
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.ledger import Space
@@ -70,9 +70,7 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
         _tell_memory(base, config, kept)
         score = _scorer(base, concept, config) if config.eval_every else None
         try:
-            if request.force and not resume and processes.is_first:
-                RunFolder(run).finish()
-            steps = train(concept, base, interval, config, run, resume, score)
+            steps = train(concept, base, interval, config, run, resume, score, anew=request.force and not resume)
             if processes.is_first:
                 return _write(steps, config, path, run, request.force)
             deque(steps, maxlen=0)
@@ -122,6 +120,7 @@ def _reserve(
     if find_method(config.method).owns_interval:
         space = space_of(base, method_side(config.method), config.basis_seed)
         return library.reserve(space, config.rank, concept.name, wanted)
+    library.check_not_in_training(concept.name)
     if wanted:
         raise SboraError(f"got --interval {wanted}, but {config.method} owns no columns")
     return None

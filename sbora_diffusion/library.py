@@ -98,12 +98,15 @@ class Library:
         return interval
 
     def release(self, name: str) -> None:
-        """End the process's reservation of this name, if there is one, and one by hand if its file is there now."""
+        """End this process's reservation of this name, if there is one, and one by hand if its file is there now."""
         with self._changing_state() as state:
             specs = self._specs()
-            state.reservations = [
-                r for r in state.reservations if r.name != name or (r.pid is None and not is_fulfilled(r, specs))
-            ]
+            ended = [r for r in state.reservations if (is_fulfilled(r, specs) if r.pid is None else r.is_own())]
+            state.reservations = [r for r in state.reservations if r.name != name or r not in ended]
+
+    def check_not_in_training(self, name: str) -> None:
+        """SboraError if another process is training this name into columns or rows of its own."""
+        check_not_in_training(self._state(), name)
 
     def remove(self, name: str) -> tuple[str, ...]:
         """Delete a concept's file and end all reservations of its name.

@@ -29,11 +29,15 @@ class Reservation:
     pid: int | None  # None: made by hand, it lasts until its concept's file is there or it is removed
     started: float  # when the process did, in seconds since the epoch: its number may be given out again
 
+    def is_own(self) -> bool:
+        """Whether it was made for this very process."""
+        return (self.host, self.pid) == (socket.gethostname(), os.getpid())
+
     def is_live(self) -> bool:
         if self.pid is None:
             return True
         if self.host != socket.gethostname():
-            return True  # cannot be known from here; `release` ends it
+            return True  # cannot be known from here; removing the name ends it
         try:
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
@@ -79,9 +83,8 @@ class State:
 
 def check_not_in_training(state: State, name: str) -> None:
     """Raise SboraError if another process is training this name."""
-    own = (socket.gethostname(), os.getpid())
     for other in state.reservations:
-        if other.name == name and other.pid is not None and (other.host, other.pid) != own:
+        if other.name == name and other.pid is not None and not other.is_own():
             raise SboraError(
                 f"{name} is being trained by process {other.pid} on {other.host}",
                 hint=f"Wait for it; if it is long gone: sbora-diffusion remove {name}",

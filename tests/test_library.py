@@ -258,6 +258,10 @@ def test_a_name_in_training_is_refused(library: Library, training_dog: BaseProce
     with pytest.raises(SboraError, match=f"dog is being trained by process {training_dog.pid}") as caught:
         reserve(library, "dog")
     assert caught.value.hint is not None
+    with pytest.raises(SboraError, match="is being trained"):
+        library.check_not_in_training("dog")
+    library.check_not_in_training("cat")
+    library.release("dog")  # which is this process's own only
     assert reserve(library, "cat") == "8:16"
 
 

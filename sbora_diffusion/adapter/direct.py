@@ -125,8 +125,8 @@ class DirectWeight:
         if self._original.device != weight.device:
             self._original, self._places = self._original.to(weight.device), column_places(weight, index)
         written = torch.add(self._original, factor, alpha=scaling).to(weight.dtype)
+        self._written_scaling = scaling  # before: an interrupt in between leaves it to be restored
         overwrite(weight, self._dim, index, written, self._places)
-        self._written_scaling = scaling
 
     def restore(self) -> None:
         """Put the original entries back, if they are not there."""

@@ -44,6 +44,7 @@ class WrittenWeights:
         self._model = model
         self._written: dict[str, _Written] = {}
         self._originals: dict[str, list[_Block]] = {}
+        self._unfinished: set[str] = set()  # layers that an interrupt has left between two states
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,16 +95,22 @@ class WrittenWeights:
 
     @torch.no_grad()
     def _rewrite(self, layers: Iterable[str], weights: Mapping[str, Tensor]) -> None:
+        """Bring layers to what is to be written now; the originals are kept as long as an entry may be another's."""
         everything = [self._written[name] for name in self.names]
-        for layer in layers:
+        self._unfinished.update(layers)
+        for layer in sorted(self._unfinished):
             weight = weights[layer]
-            if layer in self._originals:
-                _put_back(weight, self._originals.pop(layer))
+            _put_back(weight, self._originals.get(layer, ()))
+            self._originals.pop(layer, None)
             written = [entry for entry in everything if layer in entry.factors]
             for entry in written:
                 entry.factors[layer] = _beside(weight, entry.factors[layer])
             if written:
-                self._originals[layer] = _write_layer(weight, written, layer)
+                blocks = self._originals[layer] = _untouched(weight, written, layer)
+                sums = [_sum_block(block, written, layer).to(weight.dtype) for block in blocks]
+                for block, values in zip(blocks, sums, strict=True):
+                    overwrite(weight, block.dim, block.index, values)
+            self._unfinished.discard(layer)
 
 
 def _beside(weight: Tensor, factor: Factor) -> Factor:
@@ -123,10 +130,10 @@ def _check_writable(layer: str, factor: Factor, side: Side, weights: Mapping[str
     check_factor(layer, factor, side, (weight.shape[0], weight.shape[1]))
 
 
-def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> list[_Block]:
-    """Add the adapters to an original weight (out, in), and return what they replace.
+def _untouched(weight: Tensor, written: Sequence[_Written], layer: str) -> list[_Block]:
+    """What adapters are about to replace in an original weight (out, in).
 
-    Where a column and a row cross, both blocks sum the same numbers in the same order.
+    Where a column and a row cross, both blocks will sum the same numbers in the same order.
     """
     blocks = []
     for dim, side in ((1, "fa"), (0, "fb")):
@@ -134,8 +141,6 @@ def _write_layer(weight: Tensor, written: Sequence[_Written], layer: str) -> lis
         if indices:
             index = _union(indices)
             blocks.append(_Block(dim, index, weight.index_select(dim, index), len(indices) > 1))
-    for block in blocks:
-        overwrite(weight, block.dim, block.index, _sum_block(block, written, layer).to(weight.dtype))
     return blocks
 
 

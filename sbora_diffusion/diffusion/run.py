@@ -1,5 +1,6 @@
 """A training under way: its optimiser, one step after the other, and the state to resume it."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -85,7 +86,8 @@ class Run:
         if self._averages:
             self._averages.update(self.step)
         seconds = time.perf_counter() - began
-        self.mean_loss = value if step == 0 else 0.98 * self.mean_loss + 0.02 * value
+        if math.isfinite(value):  # not so of a batch that fp16 skips
+            self.mean_loss = value if math.isnan(self.mean_loss) else 0.98 * self.mean_loss + 0.02 * value
         self.samples_per_second = self._config.batch_size * self._processes.count * parts / seconds
         return value
 

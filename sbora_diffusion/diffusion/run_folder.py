@@ -84,12 +84,17 @@ class RunFolder:
         with folder_held(self.path, "training", "wait for it to end"):
             yield
 
-    def start(self, description: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a new training.
+    def start(self, description: dict[str, Any], resume: bool, anew: bool = False) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a new training; to be called while the folder is claimed.
+
+        Args:
+            anew: a checkpoint that lies here is deleted.
 
         Raises:
-            SboraError: an unfinished training lies here and `resume` is false, or it is another one.
+            SboraError: an unfinished training lies here and is neither to be resumed nor deleted, or it is another one.
         """
+        if anew:
+            self.finish()
         found = self._checkpoint.exists()
         if found and not resume:
             raise SboraError(

@@ -1,5 +1,6 @@
 """Train one concept by any method: weights in the denoiser's and the text encoders' attention, and its token."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def train(
     run_folder: Path,
     resume: bool = False,
     score: Callable[[], Mapping[str, float]] | None = None,
+    anew: bool = False,
 ) -> Iterator[StepLog]:
     """Train a concept into columns (or rows) `interval` of every adapted layer; None for methods that own none.
 
@@ -62,6 +64,7 @@ def train(
     Args:
         score: how good the base model's pictures of the concept are at this moment, the higher "overall" the better;
             asked every `config.eval_every` steps and at the end.
+        anew: what an interrupted training has left in the folder goes.
 
     Raises:
         SboraError: a folder in use or with another training in it, a loss that is not finite, a method that cannot be
@@ -72,7 +75,7 @@ def train(
     folder = RunFolder(run_folder, processes.is_first)
     description = describe_run(concept, base, interval, config, processes.count)
     with folder.claimed():
-        state = processes.from_first(lambda: folder.start(description, resume))
+        state = processes.from_first(lambda: folder.start(description, resume, anew))
         preview = Preview(base, concept, config, run_folder, processes.is_first)
         preview.draw_before()
         data = prepare_data(concept, base, config)
@@ -88,7 +91,7 @@ def train(
                     folder.save(description, run.state())
                 picture = _shown(run, preview, done) if _is_shown(done, config) else None
                 yield _log(run, config, base, loss=loss, preview=picture, scores=scores, validation=validation)
-            metrics = {"loss": run.mean_loss}
+            metrics = {"loss": run.mean_loss} if math.isfinite(run.mean_loss) else {}
             if config.keep == "best" and run.best:
                 run.go_back_to(run.best)
                 metrics |= {"best_step": run.best.step, **run.best.scores}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from sbora_diffusion.adapter import direct as direct_module
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.direct import direct_training
 from sbora_diffusion.adapter.layer import SboraLayer, attach, detect
@@ -102,6 +103,21 @@ def test_the_weights_come_back_after_an_exception(side: Side, dtype: torch.dtype
 
     with pytest.raises(KeyboardInterrupt):
         fail()
+    assert torch.equal(case.base.weight, case.original)
+
+
+@each_side
+def test_an_interrupt_while_entries_are_written_is_undone(monkeypatch: pytest.MonkeyPatch, side: Side) -> None:
+    case, overwrite = Case(side), direct_module.overwrite
+
+    def interrupt(*arguments: Any) -> None:
+        overwrite(*arguments)
+        monkeypatch.setattr(direct_module, "overwrite", overwrite)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(direct_module, "overwrite", interrupt)
+    with pytest.raises(KeyboardInterrupt), direct_training(case.model, "default"):
+        case.model(torch.randn(2, 12))
     assert torch.equal(case.base.weight, case.original)
 
 

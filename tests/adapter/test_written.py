@@ -1,5 +1,7 @@
 """Writing into base weights: exact sums, and bit-exact restoring after any sequence of writes and restores."""
 
+from contextlib import suppress
+from itertools import count
 from random import Random
 from typing import Any
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from sbora_diffusion.adapter import written as written_module
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.adapter.file import Factor
 from sbora_diffusion.adapter.layer import attach, collect
@@ -146,6 +149,44 @@ def factors(side: Side, interval: Interval, seed: int) -> dict[str, Factor]:
 def write(written: WrittenWeights, name: str, entry: tuple[Side, Interval, int, float]) -> None:
     side, interval, seed, strength = entry
     written.write(name, factors(side, interval, seed), side, strength)
+
+
+@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("how", ["restore_all", "write again"])
+def test_an_interrupt_at_any_moment_loses_nothing(monkeypatch: pytest.MonkeyPatch, how: str, is_after: bool) -> None:
+    model = Two()
+    original, overwrite = model.weights(), written_module.overwrite
+    crossing = {"a": factors("fa", Interval(0, 4), 0), "b": factors("fb", Interval(2, 4), 1)}
+
+    def interrupted_at(last: int) -> WrittenWeights:
+        calls, written = count(1), WrittenWeights(model)
+
+        def sometimes(*arguments: Any) -> None:
+            if (at := next(calls)) == last and not is_after:
+                raise KeyboardInterrupt
+            overwrite(*arguments)
+            if at == last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(written_module, "overwrite", sometimes)
+        with suppress(KeyboardInterrupt):
+            written.write("a", crossing["a"], "fa")
+            written.write("b", crossing["b"], "fb")
+            written.write("a", crossing["a"], "fa", 0.5)
+            written.restore("b")
+        monkeypatch.setattr(written_module, "overwrite", overwrite)
+        return written
+
+    for last in range(1, 30):
+        written = interrupted_at(last)
+        if how == "restore_all":
+            written.restore_all()
+        else:
+            for name in written.names:
+                written.restore(name)
+            written.write("c", {"first": crossing["a"]["first"]}, "fa")
+            written.restore("c")
+        assert same_bits(model.weights(), original), last
 
 
 def test_written_equals_live(tiny: Tiny) -> None:

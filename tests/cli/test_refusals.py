@@ -120,9 +120,14 @@ def test_our_own_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_folder_in_use(here: Path, base: Path) -> None:
-    (here / "runs/dog").mkdir(parents=True)
-    with FileLock(here / "runs/dog/.lock"):
-        done = train(base, "dog")
-    assert done.exit_code == 1
-    assert "error: another training is running in runs/dog" in done.stderr
-    assert train(base, "dog").exit_code == 0
+    checkpoint = here / "runs/dog/checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("of the other training")
+    for words in ((), ("--force",), ("--method", "lora", "--force")):
+        with FileLock(here / "runs/dog/.lock"):
+            done = train(base, "dog", *words)
+        assert done.exit_code == 1
+        assert "error: another training is running in runs/dog" in done.stderr
+        assert checkpoint.exists()
+    assert train(base, "dog", "--force").exit_code == 0
+    assert not checkpoint.exists()

@@ -1,5 +1,6 @@
 """Training: resumed bit for bit, repeatable, nothing left behind in the base model, and what may go wrong."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.latents import Batch
+from sbora_diffusion.diffusion.run import Run
 from sbora_diffusion.diffusion.schedules import rate_factor
 from sbora_diffusion.diffusion.tokens import class_embedding
 from sbora_diffusion.diffusion.train import StepLog, train
@@ -152,6 +155,22 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
         next(train(concept, base, INTERVAL, config, tmp_path))
     assert "learning_rate" in (caught.value.hint or "")
+
+
+def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
+    base: Base, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, calls = Run._predict, count()
+
+    def overflows_once(run: Run, batch: Batch) -> Tensor:
+        return predict(run, batch) * (float("inf") if next(calls) == 0 else 1.0)
+
+    monkeypatch.setattr(Run, "_predict", overflows_once)
+    first, *_, last = train(concept, base, INTERVAL, short_config(precision="fp16"), tmp_path)
+    assert first.loss != first.loss
+    assert last.adapter is not None
+    assert 0 < last.adapter.spec.metrics["loss"] < 10
+    last.adapter.save(tmp_path / "dog.safetensors")
 
 
 def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) -> None:
