@@ -69,6 +69,7 @@ def import_concept(
     if target.exists() and not force:
         raise SboraError(f"{target} exists", hint="Give it another name with --name, or overwrite it with --force.")
     with library.locked():  # nobody is given these columns between the look and the writing
+        library.check_not_in_training(adapter.spec.name)
         _check_collisions(adapter, library, collision)
         adapter.save(target, force)
     _say_what_it_is(adapter)

@@ -1,5 +1,6 @@
 """Training several concepts at once: an interval reserved for each, then a process for each."""
 
+import json
 import logging
 import shlex
 import signal
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sbora_diffusion.cli_train import space_of
 from sbora_diffusion.diffusion.base import load_base
@@ -60,7 +62,10 @@ def fan_out(
     options = ["--base", base_name, "--method", method]
     options += [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
     tasks = {
-        name: ([*COMMAND, "--concept", concept, *options, *_again(runs / name, force)], runs / name / "process.log")
+        name: (
+            [*COMMAND, "--concept", concept, *options, *_again(runs / name, config, force)],
+            runs / name / "process.log",
+        )
         for name, concept in missing.items()
     }
     failed = _on_cluster(tasks) if cluster else _locally(tasks, jobs)
@@ -91,10 +96,20 @@ def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library:
         raise
 
 
-def _again(run: Path, force: bool) -> list[str]:
-    if (run / "checkpoint.pt").exists():
-        return ["--resume", *(["--force"] if force else [])]
-    return ["--force"] if force else []
+def _again(run: Path, config: TrainConfig, force: bool) -> list[str]:
+    """How a training that may have been interrupted goes on; with `force` one of other settings makes way."""
+    forced = ["--force"] if force else []
+    if (run / "checkpoint.pt").exists() and not (force and _settings_in(run) != config.to_dict()):
+        return ["--resume", *forced]
+    return forced
+
+
+def _settings_in(run: Path) -> dict[str, Any] | None:
+    """Of the training that a run folder holds; None if it does not tell."""
+    try:
+        return json.loads((run / "run.json").read_bytes())["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _locally(tasks: dict[str, tuple[list[str], Path]], jobs: int) -> list[str]:

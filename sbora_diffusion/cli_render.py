@@ -106,7 +106,7 @@ def adapter_details(path: Path, adapter: Adapter) -> Table:
     grid.add_column(overflow="fold")
     for key, value in rows.items():
         if value:
-            grid.add_row(key, Text(value))
+            grid.add_row(key, Text(value if value.isprintable() else ascii(value)))
     return grid
 
 

@@ -66,9 +66,11 @@ class Ledger:
     @property
     def gaps(self) -> tuple[Interval, ...]:
         """What nobody owns; empty if the width is not known."""
+        if self.width is None:
+            return ()
         gaps, start = [], 0
-        end = Interval(self.width, 1) if self.width else Interval(0, 1)
-        for taken in sorted([*(owner.interval for owner in self.owners), end]):
+        inside = [owner.interval for owner in self.owners if owner.interval.start < self.width]
+        for taken in sorted([*inside, Interval(self.width, 1)]):
             if start < taken.start:
                 gaps.append(Interval(start, taken.start - start))
             start = max(start, taken.stop)

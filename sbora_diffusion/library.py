@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from sbora_diffusion.adapter.basis import Interval, Side, first_free
 from sbora_diffusion.adapter.file import Adapter, Spec, read_spec
+from sbora_diffusion.adapter.spec import check_file_name
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.ledger import (
     Ledger,
@@ -41,8 +42,7 @@ class Library:
 
     def path(self, name: str) -> Path:
         """Where the concept of this name lies, or would."""
-        if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
-            raise SboraError(f"got the name {name!r}, expected one without slashes and leading dots")
+        check_file_name(name)
         return self.folder / f"{name}{SUFFIX}"
 
     def names(self) -> list[str]:

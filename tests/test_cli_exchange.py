@@ -13,6 +13,9 @@ from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
 from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.ledger import Space
+from sbora_diffusion.library import Library
+from sbora_diffusion.reservations import Reservation
 
 from .adapter.exchange.samples import assert_same, random_adapter
 from .tiny_pipeline import save_tiny_pipeline
@@ -123,6 +126,18 @@ def test_collisions(dog: Adapter, base: Base, caplog: pytest.LogCaptureFixture) 
     assert lines(run("import", "elsewhere/cat.safetensors", "--collision", "keep", "--name", "kitten"))
     renamed = Adapter.load("adapters/kitten.safetensors")
     assert_same(renamed, replace(cat, spec=replace(cat.spec, name="kitten")))
+
+
+def test_a_name_that_is_being_trained(dog: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    dog.save("elsewhere.safetensors")
+    Path("adapters/dog.safetensors").unlink()
+    widths = {"unet.x": 100}
+    space = Space(base_id="toy", base_fingerprint="f00d", side="fa", seed=0, widths=widths)
+    Library("adapters").reserve(space, 4, "dog")
+    monkeypatch.setattr(Reservation, "is_own", lambda _: False)  # as another process sees it
+    done = run("import", "elsewhere.safetensors")
+    assert (done.exit_code, Path("adapters/dog.safetensors").exists()) == (1, False)
+    assert "dog is being trained by process" in done.stderr
 
 
 def test_the_base_lies_elsewhere_here(dog: Adapter, base: Base) -> None:

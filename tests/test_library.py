@@ -342,6 +342,8 @@ def test_room_is_what_the_gaps_hold() -> None:
     ledger = Ledger(base_id="toy", base_fingerprint="f00d", side="fa", width=50, owners=owners)
     assert [str(gap) for gap in ledger.gaps] == ["0:4", "20:32", "40:50"]
     assert (ledger.room(4), ledger.room(8)) == (1 + 3 + 2, 0 + 1 + 1)
+    beyond = Ledger(base_id="toy", base_fingerprint="f00d", side="fa", width=8, owners=owners)
+    assert [str(gap) for gap in beyond.gaps] == ["0:4"]
 
 
 def test_looking_creates_nothing(library: Library) -> None:

@@ -127,16 +127,19 @@ def _sum_layer(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) 
 
 
 def _renamings(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
-    """For each adapter, its tokens' names in the merge: the first owner keeps a name, the next gets "<name-2>"."""
-    taken = {token for adapter in adapters for token in adapter.spec.tokens}
-    kept, renamings = set(), []
+    """For each adapter, its tokens' names in the merge: the first owner keeps a name, the next gets "<name-2>".
+
+    Capitals make no other name: tokenizers read them as small letters.
+    """
+    taken = {token.casefold() for adapter in adapters for token in adapter.spec.tokens}
+    kept, renamings = set[str](), []
     for adapter in adapters:
         names = {token: token for token in adapter.spec.tokens}
-        for token in sorted(kept.intersection(names)):
-            names[token] = next(name for name in _numbered(token) if name not in taken)
-            taken.add(names[token])
+        for token in sorted(token for token in names if token.casefold() in kept):
+            names[token] = next(name for name in _numbered(token) if name.casefold() not in taken)
+            taken.add(names[token].casefold())
             logger.warning("%s of %s is called %s in the merge", token, adapter.spec.name, names[token])
-        kept.update(adapter.spec.tokens)
+        kept.update(token.casefold() for token in adapter.spec.tokens)
         renamings.append(names)
     return renamings
 

@@ -49,6 +49,7 @@ class Spec:
         for text in (self.name, self.method_name, *self.parents, *self.tokens, *self.tokens.values()):
             if not text or not text.isprintable():
                 raise SboraError(f"got {text!r} for a name or a token, expected printable characters")
+        check_file_name(self.name)
         if not (self.base_id.isprintable() and self.base_fingerprint.isprintable()):
             raise SboraError("base id or fingerprint has characters that cannot be printed")
 
@@ -85,6 +86,12 @@ class Spec:
         fields["intervals"] = tuple(map(Interval.parse, fields["intervals"]))
         fields["parents"] = tuple(fields["parents"])
         return cls(**fields)
+
+
+def check_file_name(name: str) -> None:
+    """SboraError unless a concept's name can be a file's, wherever folders are named after it."""
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
+        raise SboraError(f"got the name {name!r}, expected one without slashes and leading dots")
 
 
 _TYPES: dict[str, type] = {

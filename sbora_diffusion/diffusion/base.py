@@ -1,6 +1,7 @@
 """Base models: a loaded pipeline, its family, and what adapters need to know about it."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from sbora_diffusion.diffusion.quantised import to_nf4
 from sbora_diffusion.diffusion.sharding import is_sharded
 from sbora_diffusion.errors import SboraError
 
+MOST_STEPS, SEEDS = 1000, 2**63  # of a drawing
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
@@ -131,7 +133,16 @@ class Base:
         """Pictures, or latents (n, channels, height, width), one for each prompt and seed.
 
         A picture depends on its own prompt and seed only, not on what else is in the call.
+
+        Raises:
+            SboraError: steps or a seed that cannot be, guidance that is no number.
         """
+        if not 1 <= steps <= MOST_STEPS:
+            raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
+        if not math.isfinite(guidance):
+            raise SboraError(f"got guidance={guidance}, expected a number")
+        if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+            raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         drawing = Drawing(
             prompts=prompts,

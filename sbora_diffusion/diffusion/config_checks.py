@@ -16,6 +16,7 @@ _NATURAL += ("validation_pictures", "validation_every", "class_pictures", "class
 _NATURAL += ("guidance", "seed", "basis_seed")
 _SHARES = ("caption_dropout", "final_rate", "smallest_crop", "flip")
 _SWITCHES = ("layerwise_tokens", "gradient_checkpointing", "masked_loss", "shuffle_tags", "buckets")
+MOST_SEED = 2**62  # what is added to it must fit a generator's seed, too
 _CHOICES = {
     "optimizer": ("adamw", "adamw-8bit", "prodigy", "schedule-free"),
     "scheduler": ("linear", "cosine", "constant"),
@@ -33,6 +34,8 @@ def check(config: "TrainConfig") -> None:
     for key in _SHARES:
         if not 0 <= getattr(config, key) <= 1:
             raise SboraError(f"got {key}={getattr(config, key)}, expected a number from 0 to 1")
+    if config.seed >= MOST_SEED:
+        raise SboraError(f"got seed={config.seed}, expected a number below {MOST_SEED}")
     if not 0 <= config.ema < 1:
         raise SboraError(f"got ema={config.ema}, expected a decay from 0 to below 1", "such as --set ema=0.99")
     for key in _SWITCHES:

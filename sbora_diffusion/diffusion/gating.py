@@ -5,6 +5,7 @@ in the text encoder and in the keys and values of cross-attention before the con
 place in the picture everywhere else. What no mask covers is the base model's own number, bit for bit.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,8 @@ def live_concepts(
     strengths = strengths or [1.0] * len(adapters)
     if len(strengths) != len(adapters):
         raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+    if not all(map(math.isfinite, strengths)):
+        raise SboraError(f"got strengths {', '.join(map(str, strengths))}, expected finite numbers")
     for adapter in adapters:
         check_base(adapter, base)
         if adapter.dense or adapter.spec.embedding_layers:

@@ -2,8 +2,10 @@
 
 import logging
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from PIL import Image
 
@@ -153,7 +155,7 @@ def applied(
 
 
 def check_base(adapter: Adapter, base: Base) -> None:
-    """SboraError unless the adapter was trained for this base model."""
+    """SboraError unless the adapter was trained for this base model, and has embeddings as its text encoders do."""
     check_fits(adapter, base.layer_shapes)
     if adapter.spec.base_fingerprint != base.fingerprint:
         raise SboraError(
@@ -161,13 +163,17 @@ def check_base(adapter: Adapter, base: Base) -> None:
             f"[{adapter.spec.base_fingerprint}], the base model is {base.id} [{base.fingerprint}]",
             f"use --base {adapter.spec.base_id}, in the version that it was trained for",
         )
+    for key, rows in adapter.tokens.items():
+        encoder: Any = getattr(base.pipeline, key.partition(".")[0], None)
+        if encoder is not None and rows.shape[1] != (width := encoder.config.hidden_size):
+            raise SboraError(f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} numbers, not {width}")
 
 
 def check_distinct(adapters: Sequence[Adapter]) -> None:
-    """SboraError if two adapters have a name or a token in common."""
+    """SboraError if two adapters have a name or a token in common; tokenizers do not tell capitals apart."""
     for what, lists in (
         ("name", [[adapter.spec.name] for adapter in adapters]),
-        ("token", [list(adapter.spec.tokens) for adapter in adapters]),
+        ("token", [[token.casefold() for token in adapter.spec.tokens] for adapter in adapters]),
     ):
         seen: set[str] = set()
         for word in (word for words in lists for word in words):
@@ -194,14 +200,16 @@ def generate(
     """
     if len(prompts) != len(seeds) or not prompts:
         raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
-    check_tokens(base, prompts)
+    check_tokens(base, [*prompts, negative_prompt])
     return base.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
 
 
 def check_tokens(base: Base, prompts: Sequence[str]) -> None:
-    """SboraError for a `<token>` that no loaded concept brings."""
+    """SboraError for a `<token>` that no loaded concept brings, or that is cut off with the end of a long prompt."""
     known = {word for reader in base.learners for word in base.tokenizer(reader).get_added_vocab()}
     for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are not UTF-8
+            raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
         missing = sorted(set(TOKEN.findall(prompt)) - known)
         if missing:
             have = sorted(set(filter(TOKEN.fullmatch, known)) - _own_marks(base))
@@ -209,6 +217,15 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
             )
+        if named := sorted(set(TOKEN.findall(prompt))):
+            ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
+            tokenizer = base.tokenizer(base.learners[0])
+            for token in named:
+                if tokenizer.convert_tokens_to_ids(token) not in ids:
+                    said = textwrap.shorten(prompt, 60, placeholder=" …")
+                    raise SboraError(
+                        f"{said!r} is too long: {token} is beyond its {len(ids)} tokens", "name the concept earlier"
+                    )
 
 
 def _own_marks(base: Base) -> set[str]:

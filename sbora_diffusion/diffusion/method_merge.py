@@ -11,7 +11,7 @@ from sbora_diffusion.adapter.fuse import fuse
 from sbora_diffusion.adapter.merge import check_mergeable, in_order, merge, put_together
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import applied
-from sbora_diffusion.diffusion.moments import PRIOR_PROMPTS, DrawnInputs, own_prompts
+from sbora_diffusion.diffusion.moments import DrawnInputs, own_prompts, prior_prompts
 from sbora_diffusion.methods import default_weights, merge_choice
 
 
@@ -61,6 +61,5 @@ def word_states(base: Base, adapter: Adapter) -> Tensor:
 @torch.no_grad()
 def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
     """(d, d): E[c cᵀ] of the text encoders' states of the prior prompts."""
-    prompts = sorted({p for a in adapters for p in a.spec.recipe.get("prior_prompts") or PRIOR_PROMPTS})
-    states = base.read(base.tokenize(prompts)).states.flatten(0, 1).double().cpu()
+    states = base.read(base.tokenize(prior_prompts(adapters))).states.flatten(0, 1).double().cpu()
     return states.T @ states / len(states)

@@ -13,6 +13,7 @@ from sbora_diffusion.diffusion.generate import applied
 PROMPTS = ("a photo of a {token}", "a {token} on the beach", "a {token} in the snow", "a {token} at night")
 PRIOR_PROMPTS = ("a photo of a house", "a person on the beach", "a red car in the snow", "a tree at night")
 STEPS = 10
+GUIDANCE = 3.0
 SEEDS = 2
 
 
@@ -68,8 +69,9 @@ class DrawnInputs:
 
     def __init__(self, base: Base, adapters: Sequence[Adapter], steps: int = STEPS, seeds: int = SEEDS) -> None:
         self._base, self._steps, self._seeds = base, steps, seeds
-        self._prior = sorted({prompt for a in adapters for prompt in a.spec.recipe.get("prior_prompts", PRIOR_PROMPTS)})
-        self._guidance = float(adapters[0].spec.recipe.get("guidance", 3.0))
+        self._prior = prior_prompts(adapters)
+        guidance = adapters[0].spec.recipe.get("guidance")
+        self._guidance = float(guidance) if isinstance(guidance, (int, float)) else GUIDANCE
 
     def __call__(self, adapter: Adapter | None, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `fuse.Inputs`."""
@@ -87,6 +89,18 @@ class DrawnInputs:
 
 
 def own_prompts(adapter: Adapter) -> list[str]:
-    """Prompts that name an adapter's tokens, one after the other."""
-    templates = adapter.spec.recipe.get("preview_prompts", PROMPTS)
-    return [template.replace("{token}", token) for token in adapter.spec.tokens for template in templates]
+    """Prompts that name an adapter's tokens, one after the other; PRIOR_PROMPTS if it has none, for it acts on any."""
+    templates = _texts(adapter, "preview_prompts") or PROMPTS
+    named = [template.replace("{token}", token) for token in adapter.spec.tokens for template in templates]
+    return named or list(PRIOR_PROMPTS)
+
+
+def prior_prompts(adapters: Sequence[Adapter]) -> list[str]:
+    """Those of all trainings, each once, in alphabetical order."""
+    return sorted({prompt for adapter in adapters for prompt in _texts(adapter, "prior_prompts") or PRIOR_PROMPTS})
+
+
+def _texts(adapter: Adapter, key: str) -> list[str]:
+    """A list of texts in the recipe of a file that may come from anywhere; empty if there is none."""
+    said = adapter.spec.recipe.get(key)
+    return [text for text in said if isinstance(text, str)] if isinstance(said, (list, tuple)) else []

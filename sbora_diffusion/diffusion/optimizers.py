@@ -55,8 +55,13 @@ def at_rest(optimizer: Any) -> Iterator[None]:
     if not hasattr(optimizer, "eval"):
         yield
         return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]  # there and back again rounds
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)

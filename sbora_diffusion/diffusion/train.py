@@ -16,6 +16,7 @@ from sbora_diffusion.adapter.spec import FORMAT, FORMAT_OF_METHODS, Spec
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.generate import check_tokens
 from sbora_diffusion.diffusion.layerwise import cross_attentions
 from sbora_diffusion.diffusion.live import Live, live_concept
 from sbora_diffusion.diffusion.preview import Preview
@@ -68,7 +69,7 @@ def train(
 
     Raises:
         SboraError: a folder in use or with another training in it, a loss that is not finite, a method that cannot be
-            trained in shares.
+            trained in shares, a caption so long that the text encoder does not read its token.
     """
     processes = current()
     processes.check(config.method)
@@ -80,6 +81,7 @@ def train(
         preview.draw_before()
         data = prepare_data(concept, base, config)
         with live_concept(concept, base, interval, config) as live:
+            check_tokens(base, [picture.caption for picture in concept.pictures])
             run = Run(live, data, config, base, processes)
             if state is not None:
                 run.load(state)

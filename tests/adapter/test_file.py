@@ -44,7 +44,8 @@ def assert_same(a: Adapter, b: Adapter) -> None:
     st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
 )
 def test_what_is_saved_is_loaded(tmp_path: Path, side: Side, interval: Interval, text: str, recipe: dict) -> None:
-    original = adapter(interval, side, name=text, tokens={text: "dog"}, recipe=recipe, parents=(text,))
+    name = text.translate({ord(letter): "_" for letter in "./\\"})
+    original = adapter(interval, side, name=name, tokens={text: "dog"}, recipe=recipe, parents=(text,))
     path = tmp_path / "dog.safetensors"
     original.save(path, force=True)
     assert_same(Adapter.load(path), original)
@@ -205,6 +206,8 @@ DEFECTS: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], str]] 
     ("token shape", lambda t, _: t.update({"tokens.text_encoder.<dog>": torch.ones(4)}), "expected a float32 matrix"),
     ("newer", lambda _, m: m.update(format=3), "got format 3, this version reads 1 and 2"),
     ("side", lambda _, m: m.update(side="fc"), "got side 'fc'"),
+    ("a path", lambda _, m: m.update(name="/tmp/x"), "without slashes"),
+    ("a hidden file", lambda _, m: m.update(name=".x"), "without slashes"),
     ("rank", lambda _, m: m.update(rank=0), "got rank 0"),
     ("bool", lambda _, m: m.update(rank=True), "metadata rank is bool, expected int"),
     ("interval", lambda _, m: m.update(intervals=["8-16"]), "expected start:stop"),

@@ -118,6 +118,11 @@ def test_colliding_tokens_are_renamed(caplog: pytest.LogCaptureFixture) -> None:
     assert "<pet> of 1 is called <pet-3> in the merge" in caplog.text
 
 
+def test_tokens_that_differ_in_capitals_are_renamed() -> None:
+    twins = [adapter(Interval(i, 1), name=f"{i}", tokens={t: "cat"}) for i, t in enumerate(("<pet>", "<Pet>"))]
+    assert list(merge(twins, [1.0] * 2, "sum").spec.tokens) == ["<pet>", "<Pet-2>"]
+
+
 @pytest.mark.parametrize(
     ("other", "message", "hint"),
     [

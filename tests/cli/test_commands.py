@@ -173,6 +173,16 @@ def test_inspect() -> None:
     assert max(map(len, several.splitlines())) <= 80
 
 
+def test_inspect_prints_nothing_that_a_terminal_obeys(adapters: Path) -> None:
+    dog = Adapter.load(adapters / "dog.safetensors")
+    recipe = {"note": "\x1b[31mred", "half": "\ud800"}
+    replace(dog, spec=replace(dog.spec, recipe=recipe)).save(adapters / "odd.safetensors")
+    shown = run("inspect", "odd")
+    assert shown.exit_code == 0
+    assert "\\x1b[31mred" in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
 def test_inspect_what_cannot_be_merged(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
     dog = Adapter.load(adapters / "dog.safetensors")
     replace(dog, spec=replace(dog.spec, base_fingerprint="beef")).save(adapters / "other.safetensors")

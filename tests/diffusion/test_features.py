@@ -104,6 +104,21 @@ def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) ->
         return run, [p.grad.clone() for p in live.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("optimizer", ["schedule-free", "prodigy"])
+def test_a_look_at_the_result_changes_nothing(base: Base, concept: Concept, optimizer: str) -> None:
+    pytest.importorskip({"schedule-free": "schedulefree", "prodigy": "prodigyopt"}[optimizer])
+    config = short_config(optimizer=optimizer, scheduler="constant")
+    data = prepare_data(concept, base, config)
+    with live_concept(concept, base, INTERVAL, config) as live:
+        run = Run(live, data, config, base)
+        for step in range(3):
+            run.advance(step)
+        before = [parameter.detach().clone() for parameter in live.parameters()]
+        with run.at_rest():
+            pass
+        assert all(map(torch.equal, before, live.parameters()))
+
+
 def test_accumulation_is_the_mean_over_its_batches(base: Base, concept: Concept) -> None:
     settings = {"max_grad_norm": "1e9", "quiet_weight": "0", "prior_batch": "0"}
     together = run_of(base, concept, short_config(accumulation="3", **settings))[1]

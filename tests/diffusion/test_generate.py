@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,7 @@ def assert_close(one: Image.Image, other: Image.Image) -> None:
         ({"base_fingerprint": "0" * 16, "base_id": "sd15"}, r"was trained for sd15 \[0000"),
         ({"name": "tom"}, "two adapters bring the name 'tom'"),
         ({"name": "other", "tokens": {"<tom>": "dog"}}, "two adapters bring the token '<tom>'"),
+        ({"name": "other", "tokens": {"<TOM>": "dog"}}, "two adapters bring the token '<tom>'"),
     ],
 )
 def test_adapters_that_do_not_go_together(
@@ -190,6 +192,30 @@ def test_adapters_that_do_not_go_together(
     first = replace(adapters[0], spec=replace(adapters[0].spec, **change))  # type: ignore[arg-type]
     with pytest.raises(SboraError, match=message), applied(base, [first, adapters[1]]):
         pass
+
+
+def test_embeddings_of_another_width(base: Base, adapters: list[Adapter]) -> None:
+    wide = replace(adapters[0], tokens={"text_encoder.<rex>": torch.zeros(1, 7)})
+    with pytest.raises(SboraError, match="of 'rex' has 7 numbers, not "), applied(base, [wide]):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("a <rex>", {"steps": 0}, "got steps=0, expected 1 to 1000"),
+        ("a <rex>", {"seeds": [2**63]}, "got the seed 9223372036854775808"),
+        ("a <rex>", {"guidance": float("nan")}, "got guidance=nan"),
+        ("a <rex>", {"negative_prompt": "a <tom>"}, "brings the token <tom>"),
+        ("a" + " dog" * 100 + " <rex>", {}, r"dog …' is too long: <rex> is beyond its \d+ tokens"),
+        ("a \udcff", {}, "expected text in UTF-8"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    base: Base, adapters: list[Adapter], prompt: str, settings: dict[str, Any], message: str
+) -> None:
+    with applied(base, adapters[:1]), pytest.raises(SboraError, match=message):
+        generate(base, [prompt], **{"seeds": [0], "steps": 2} | settings)
 
 
 def test_numbers_of_prompts_seeds_and_strengths_must_match(base: Base, adapters: list[Adapter]) -> None:

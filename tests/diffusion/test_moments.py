@@ -1,5 +1,8 @@
 """Moments against inputs that were kept, and what fuse is given."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.fuse import fuse
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import applied
-from sbora_diffusion.diffusion.moments import DrawnInputs, own_prompts, recorded_inputs
+from sbora_diffusion.diffusion.moments import PRIOR_PROMPTS, DrawnInputs, own_prompts, recorded_inputs
 
 from ..evaluation.conftest import make_adapter
 
@@ -49,6 +52,15 @@ def test_fused_from_drawn_inputs(base: Base, adapters: list[Adapter]) -> None:
 def test_prompts_name_the_tokens(adapters: list[Adapter]) -> None:
     assert all("<dog>" in prompt for prompt in own_prompts(adapters[0]))
     assert own_prompts(adapters[0])
+
+
+@pytest.mark.parametrize("recipe", [{"prior_prompts": [], "preview_prompts": [1, 2], "guidance": None}, {}])
+def test_recipes_that_say_nothing(base: Base, adapters: list[Adapter], recipe: dict[str, Any]) -> None:
+    silent = [replace(adapter, spec=replace(adapter.spec, recipe=recipe)) for adapter in adapters]
+    nameless = replace(silent[0], spec=replace(silent[0].spec, tokens={}), tokens={})
+    assert own_prompts(nameless) == list(PRIOR_PROMPTS)
+    fused = fuse([nameless, silent[1]], [1, 1], DrawnInputs(base, [nameless, silent[1]], steps=1, seeds=1))
+    assert all(factor.weight.isfinite().all() for factor in fused.factors.values())
 
 
 def test_no_recorder_stays(base: Base) -> None:

@@ -1,5 +1,6 @@
 """Training: resumed bit for bit, repeatable, nothing left behind in the base model, and what may go wrong."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -171,6 +172,13 @@ def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
     assert last.adapter is not None
     assert 0 < last.adapter.spec.metrics["loss"] < 10
     last.adapter.save(tmp_path / "dog.safetensors")
+
+
+def test_a_caption_that_hides_its_token_is_refused(base: Base, concept: Concept, tmp_path: Path) -> None:
+    long = replace(concept.pictures[0], caption="a photo" + " of a place" * 60 + f" with {concept.token}")
+    hidden = replace(concept, pictures=(long, *concept.pictures[1:]))
+    with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
+        next(train(hidden, base, INTERVAL, short_config(), tmp_path))
 
 
 def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) -> None:
