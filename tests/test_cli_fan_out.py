@@ -1,5 +1,6 @@
 """Several concepts in one command: columns for all at first, a process each, and going on after a stop."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from typer.testing import CliRunner, Result
 
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
-from sbora_diffusion.cli_fan_out import COMMAND, in_a_process
+from sbora_diffusion.cli_fan_out import COMMAND, _again, in_a_process
+from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.library import Library
 
 from .tiny_pipeline import save_tiny_pipeline
@@ -87,6 +89,18 @@ def test_nothing_starts_after_a_mistake(here: Path, base: Path, words: tuple[str
     assert message in done.stderr
     assert not (here / "runs").exists()
     assert Library(here / "adapters").ledgers() == []
+
+
+def test_force_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
+    config, other = (TrainConfig.from_recipe("emoji64", "sbora-fa", {"steps": steps}) for steps in ("5", "6"))
+    assert _again(tmp_path, config, True) == ["--force"]
+    (tmp_path / "checkpoint.pt").touch()
+    (tmp_path / "run.json").write_text(json.dumps({"config": config.to_dict()}))
+    assert _again(tmp_path, config, True) == ["--resume", "--force"]
+    assert _again(tmp_path, config, False) == _again(tmp_path, other, False) == ["--resume"]
+    assert _again(tmp_path, other, True) == ["--force"]
+    (tmp_path / "run.json").write_text("[]")
+    assert _again(tmp_path, config, True) == ["--force"]
 
 
 def test_one_interval_is_not_for_several(base: Path) -> None:
