@@ -95,13 +95,14 @@ def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path,
             progress.show(step)
             append_log(run, _told(step))
             if step.adapter and step.before_after:  # the run's checkpoint goes after this
+                name: str | Path = path.stem
                 if path.exists() and not force:  # it was not there at the beginning
-                    path, occupied = run / path.name, path
-                    log.warning("%s has come meanwhile, and stays; this one is beside its run", occupied)
-                step.adapter.save(path, force=path.parent == run or force)
+                    log.warning("%s has come meanwhile, and stays; this one is in %s", path, run)
+                    name = path = run / path.name
+                step.adapter.save(path, force=force or path == name)
                 written = [path, step.before_after]
                 token = next(iter(step.adapter.spec.tokens))
-                log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', token, path.stem)
+                log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', token, name)
     return written
 
 

@@ -25,6 +25,16 @@ MOST_STEPS, SEEDS = 1000, 2**63  # of a drawing
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
+def check_sampling(seeds: Sequence[int], steps: int, guidance: float) -> None:
+    """SboraError for steps or a seed that cannot be, or guidance that is no number."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
+    if not math.isfinite(guidance):
+        raise SboraError(f"got guidance={guidance}, expected a number")
+    if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+        raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
+
+
 @dataclass(frozen=True, eq=False)
 class Base:
     """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it.
@@ -137,12 +147,7 @@ class Base:
         Raises:
             SboraError: steps or a seed that cannot be, guidance that is no number.
         """
-        if not 1 <= steps <= MOST_STEPS:
-            raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
-        if not math.isfinite(guidance):
-            raise SboraError(f"got guidance={guidance}, expected a number")
-        if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
-            raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
+        check_sampling(seeds, steps, guidance)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         drawing = Drawing(
             prompts=prompts,

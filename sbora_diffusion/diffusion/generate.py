@@ -3,7 +3,7 @@
 import logging
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -166,7 +166,10 @@ def check_base(adapter: Adapter, base: Base) -> None:
     for key, rows in adapter.tokens.items():
         encoder: Any = getattr(base.pipeline, key.partition(".")[0], None)
         if encoder is not None and rows.shape[1] != (width := encoder.config.hidden_size):
-            raise SboraError(f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} numbers, not {width}")
+            raise SboraError(
+                f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} numbers, not {width}",
+                f"it belongs to other text encoders than {base.id} has: train it anew, or import it with its own",
+            )
 
 
 def check_distinct(adapters: Sequence[Adapter]) -> None:
@@ -210,22 +213,24 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are not UTF-8
             raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
-        missing = sorted(set(TOKEN.findall(prompt)) - known)
-        if missing:
+        named = set(TOKEN.findall(prompt))
+        if missing := sorted(named - known):
             have = sorted(set(filter(TOKEN.fullmatch, known)) - _own_marks(base))
             raise SboraError(
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
             )
-        if named := sorted(set(TOKEN.findall(prompt))):
-            ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
-            tokenizer = base.tokenizer(base.learners[0])
-            for token in named:
-                if tokenizer.convert_tokens_to_ids(token) not in ids:
-                    said = textwrap.shorten(prompt, 60, placeholder=" …")
-                    raise SboraError(
-                        f"{said!r} is too long: {token} is beyond its {len(ids)} tokens", "name the concept earlier"
-                    )
+        if named:
+            _check_read(base, prompt, named)
+
+
+def _check_read(base: Base, prompt: str, tokens: Iterable[str]) -> None:
+    """SboraError if the first text encoder does not get as far as one of a prompt's tokens."""
+    ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
+    tokenizer = base.tokenizer(base.learners[0])
+    if lost := sorted(token for token in tokens if tokenizer.convert_tokens_to_ids(token) not in ids):
+        said = textwrap.shorten(prompt, 60, placeholder=" …")
+        raise SboraError(f"{said!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier")
 
 
 def _own_marks(base: Base) -> set[str]:

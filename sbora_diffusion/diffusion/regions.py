@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.attention_maps import AttentionMaps
-from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.base import Base, check_sampling
 from sbora_diffusion.diffusion.branches import Branch, Scene, staged
 from sbora_diffusion.diffusion.families.family import Text
 from sbora_diffusion.diffusion.gating import LiveConcepts, live_concepts
@@ -124,10 +124,12 @@ def generate_regions(
         negative_prompt: no concept acts on it.
 
     Raises:
-        SboraError: no seeds, an adapter of another base model, two with one name or token, an unknown or lost token.
+        SboraError: no seeds, steps or seeds that cannot be, an adapter of another base model, two with one name or
+            token, an unknown or lost token.
     """
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
+    check_sampling(seeds, steps, guidance)
     with live_concepts(base, adapters, strengths) as live, base.arithmetic():
         check_tokens(base, [negative_prompt])
         side = base.resolution

@@ -93,7 +93,7 @@ class Run:
 
     def _learn_from_a_batch(self, number: int) -> float:
         """The gradients of the batch of this number; its loss on the concept."""
-        config, generator = self._config, torch.Generator().manual_seed(mixed(self._config.seed, number))
+        config, generator = self._config, torch.Generator().manual_seed(batch_seed(self._config.seed, number))
         sample, prior = self._samples.of_concept(generator), self._samples.of_prior(generator)
         of_class = self._samples.of_class(generator)
         with self._attention.recording(sample) if self._attention else nullcontext():
@@ -188,7 +188,7 @@ class Run:
             parameter.copy_(value)
 
 
-def mixed(seed: int, number: int) -> int:
+def batch_seed(seed: int, number: int) -> int:
     """The seed of a training's batch of this number."""
     return (seed * 1_000_003 + number) % 2**63
 

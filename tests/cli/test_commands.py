@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from sbora_diffusion import __version__
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
 from sbora_diffusion.diffusion.picture_file import read_settings
+from sbora_diffusion.diffusion.preview import Preview
 from sbora_diffusion.library import Library
 
 from .running import CLI, pixels, run, train
@@ -117,6 +119,23 @@ def test_columns_that_a_merge_keeps(adapters: Path, caplog: pytest.LogCaptureFix
     before = len(caplog.messages)
     assert run("remove", "cat+dog", "--yes").exit_code == 0
     assert len(caplog.messages) == before
+
+
+def test_a_file_that_comes_during_a_training_stays(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, draw_after = here / "adapters/dog.safetensors", Preview.draw_after
+
+    def meanwhile(preview: Preview) -> Any:
+        target.write_text("somebody else's")
+        return draw_after(preview)
+
+    monkeypatch.setattr(Preview, "draw_after", meanwhile)
+    done = train(base, "dog")
+    assert done.stdout.splitlines()[0] == "runs/dog/dog.safetensors", done.output
+    assert target.read_text() == "somebody else's"
+    assert Adapter.load(here / "runs/dog/dog.safetensors").spec.name == "dog"
+    assert "--adapter runs/dog/dog.safetensors" in caplog.text
 
 
 def test_bake(adapters: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
