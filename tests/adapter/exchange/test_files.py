@@ -91,7 +91,7 @@ def test_a_diffusers_file(tmp_path: Path) -> None:
 
 
 def test_a_kohya_file(tmp_path: Path) -> None:
-    write(random_adapter(SDXL_SHAPES, name="my dog/1"), tmp_path, "kohya", SDXL_SHAPES)
+    write(random_adapter(SDXL_SHAPES, name="my dog (1)"), tmp_path, "kohya", SDXL_SHAPES)
     metadata, tensors = contents(tmp_path / "my-dog-1.safetensors")
     assert len(tensors) == 3 * len(SDXL_SHAPES)
     assert all(tensor == 3 for key, tensor in tensors.items() if key.endswith(".alpha"))
@@ -102,13 +102,13 @@ def test_a_kohya_file(tmp_path: Path) -> None:
         "ss_network_alpha": "3",
         "ss_sd_model_name": "tiny",
         "ss_sd_model_hash": "f00d",
-        "ss_output_name": "my dog/1",
+        "ss_output_name": "my dog (1)",
         "ss_resolution": "(512, 512)",
         "ss_steps": "7",
-        "ss_tag_frequency": '{"my dog/1": {"<dog>": 1}}',
+        "ss_tag_frequency": '{"my dog (1)": {"<dog>": 1}}',
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.title": "my dog/1",
+        "modelspec.title": "my dog (1)",
         "modelspec.resolution": "512x512",
         "modelspec.date": "2026-01-02T03:04:05+00:00",
         "modelspec.trigger_phrase": "<dog>",
