@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from retention_bench import METRICS
 from retention_study import Study, planned
 from torch import Tensor
 
 from sbora_diffusion.diffusion.run_folder import versions
-from sbora_diffusion.evaluation.alignment import bootstrap_interval
+from sbora_diffusion.evaluation.compare_table import estimate, grid
 from sbora_diffusion.files import write_atomically
 
 log = logging.getLogger("retention")
@@ -22,23 +21,23 @@ TITLES = {"text_mos": "text alignment (mos)", "image": "image alignment", "succe
 
 
 def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dict:
-    """Means of what is there, with bootstrap 95 % intervals over (concept, seed) and prompts; what is missing."""
+    """Means of what is there, with bootstrap 95 % intervals over prompts, concepts and seeds; what is missing."""
     rows, missing = [], 0
     for scheme in schemes:
         found = {seed: study.found(scheme, seed) for seed in seeds}
         for how, size in dict.fromkeys((how, size) for how, size, _ in planned(study)):
-            pairs = [(found[seed].scores(how, size, name), found[seed].scores("single", 1, name))
-                     for seed in seeds for name in study.concepts]  # fmt: skip
-            both = [(cell, single) for cell, single in pairs if cell and single]
+            pairs = {(name, seed): (found[seed].scores(how, size, name), found[seed].scores("single", 1, name))
+                     for seed in seeds for name in study.concepts}  # fmt: skip
+            both = {key: (cell, single) for key, (cell, single) in pairs.items() if cell and single}
             missing += len(pairs) - len(both)
             if not both:
                 continue
             row: dict = {"scheme": scheme, "how": how, "size": size, "cells": len(both)}
             for metric in METRICS:
-                after, before = (torch.tensor([pair[i][metric] for pair in both]).T for i in (0, 1))
-                row[metric] = _estimate(after)
-                row[f"{metric} change"] = _estimate(after - before)
-                row[f"{metric} retention"] = (after.mean() / before.mean()).item()
+                after, before = (grid({key: pair[i][metric] for key, pair in both.items()}) for i in (0, 1))
+                row[metric] = _rounded(after)
+                row[f"{metric} change"] = _rounded(after - before)
+                row[f"{metric} retention"] = (after.nanmean() / before.nanmean()).item()
             merges = [found[seed].merged(how, names) for seed in seeds for names in study.groups(size)]
             done = [each for each in merges if each]
             for key in ("seconds", "objective"):
@@ -50,9 +49,8 @@ def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dic
             "rows": rows}  # fmt: skip
 
 
-def _estimate(values: Tensor) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+def _rounded(values: Tensor) -> dict[str, float]:
+    return {key: round(number, 4) for key, number in estimate(values).items()}
 
 
 def table(summary: Mapping) -> str:

@@ -98,26 +98,38 @@ def succeeds(scores: Tensor, which: int) -> Tensor:
 
 
 def bootstrap_interval(values: Tensor, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """A percentile interval of the mean over prompts and seeds, both taken as samples.
+    """A percentile interval of the mean over prompts and seeds, or over more than these, all taken as samples.
 
-    Prompts and seeds are drawn anew, with replacement, each for itself: the seeds are the same for every prompt, so
-    the pictures of a row, and those of a column, are not independent (two-way bootstrap, Owen 2007, "The pigeonhole
+    What lies along an axis is drawn anew, with replacement, each axis for itself: the seeds are the same for every
+    prompt, so the pictures of a row, and those of a column, are not independent (Owen 2007, "The pigeonhole
     bootstrap"). An axis of length 1 adds no width.
 
     Args:
-        values: (prompts, seeds), one score a picture.
+        values: (prompts, seeds) or any number of axes, as (prompts, concepts, seeds); one score a picture, NaN where
+            there is none. One score is there at least.
         level: how much of the distribution of the mean lies between the ends.
 
     Returns:
         (low, high).
     """
     generator = torch.Generator().manual_seed(seed)
-    prompts, seeds = (_resampling(count, draws, generator) for count in values.shape)
-    origin = values[0, 0].double()  # differences from it: equal values give no width, not even by rounding
-    means = ((prompts @ (values.double() - origin)) * seeds).sum(1)
+    shares = [_resampling(count, draws, generator) for count in values.shape]
+    there = ~values.isnan()
+    origin = values[there][0].double()  # differences from it: equal values give no width, not even by rounding
+    weights = _weighted(there.double(), shares)
+    means = (_weighted((values.double() - origin).nan_to_num(0), shares) / weights)[weights > 0]
     tail = (1 - level) / 2
     low, high = (origin + means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))).tolist()
     return low, high
+
+
+def _weighted(values: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """(draws,): in each draw the sum of values, each times its shares along all axes."""
+    first, *others = shares
+    left = (first @ values.flatten(1)).unflatten(1, values.shape[1:])
+    for share in others:
+        left = (left * share.reshape(*share.shape, *[1] * (left.dim() - 2))).sum(1)
+    return left
 
 
 def _resampling(count: int, draws: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sbora_diffusion.evaluation.compare_cells import Comparison
-from sbora_diffusion.evaluation.compare_table import METRICS, estimate, read_cells
+from sbora_diffusion.evaluation.compare_table import METRICS, estimate, grid, read_cells
 
 COMPARED = METRICS | {"success": "Success"}
 _Cells = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -16,8 +16,8 @@ _Cells = Mapping[tuple[str, int], Mapping[str, Any]]
 def differences(folder: Path, comparison: Comparison) -> list[dict[str, Any]]:
     """A row for each other variant and K: the mean of its scores minus the first variant's at the same K.
 
-    Taken over the (concept, seed) that both have, `n`; each with the interval of `bootstrap_interval` over these and
-    the prompts. How much concepts differ from each other, which widens the intervals of both means, is not in it.
+    Taken over the (concept, seed) that both have, `n`; each with the interval of `bootstrap_interval` over prompts,
+    concepts and seeds. How much concepts differ, which widens the intervals of both means, is not in it.
     """
     first, *others = comparison.variants
     rows = []
@@ -49,10 +49,10 @@ def _paired(ours: _Cells, theirs: _Cells) -> dict[str, Any]:
     shared = [key for key in ours if key in theirs]
     found: dict[str, Any] = {"n": len(shared)} if shared else {}
     for metric in COMPARED if shared else ():
-        both = [(ours[key].get(metric), theirs[key].get(metric)) for key in shared]
-        if all(None not in pair for pair in both):
-            scores = torch.tensor(both)  # (cells, 2, prompts)
-            found[metric] = estimate((scores[:, 0] - scores[:, 1]).T)
+        both = {key: (ours[key].get(metric), theirs[key].get(metric)) for key in shared}
+        if all(None not in pair for pair in both.values()):
+            changes = {key: torch.tensor(our) - torch.tensor(their) for key, (our, their) in both.items()}
+            found[metric] = estimate(grid(changes))
     return found
 
 

@@ -1,6 +1,7 @@
 """A comparison's rows, and its table in the published form."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,28 @@ def read_cells(folder: Path, comparison: Comparison, variant: str, size: int) ->
 def _scores(cells: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for metric in METRICS:
-        kinds = {"character": [], "object": [], "mean": []}
-        for (name, _), cell in cells.items():
-            kinds["object" if name in OBJECTS else "character"].append(cell[metric])
-            kinds["mean"].append(cell[metric])
-        scores[metric] = {kind: estimate(torch.tensor(values).T) for kind, values in kinds.items() if values}
+        told = {key: cell[metric] for key, cell in cells.items()}
+        objects = {key: values for key, values in told.items() if key[0] in OBJECTS}
+        characters = {key: values for key, values in told.items() if key not in objects}
+        kinds = {"character": characters, "object": objects, "mean": told}
+        scores[metric] = {kind: estimate(grid(cells)) for kind, cells in kinds.items() if cells}
     return scores
 
 
+def grid(cells: Mapping[tuple[str, int], Sequence[float] | Tensor]) -> Tensor:
+    """(concept, seed) -> a number a prompt as (prompts, concepts, seeds), NaN where there is no such cell."""
+    concepts, seeds = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    columns = [torch.as_tensor(values) for values in cells.values()]
+    values = torch.full((len(columns[0]), len(concepts), len(seeds)), torch.nan)
+    for (concept, seed), column in zip(cells, columns, strict=True):
+        values[:, concepts.index(concept), seeds.index(seed)] = column
+    return values
+
+
 def estimate(values: Tensor) -> dict[str, float]:
-    """Of (prompts, cells): the mean and its bootstrap 95 % interval over both."""
+    """Of a `grid`: the mean and its bootstrap 95 % interval over prompts, concepts and seeds."""
     low, high = bootstrap_interval(values)
-    return {"mean": values.mean().item(), "low": low, "high": high}
+    return {"mean": values.nanmean().item(), "low": low, "high": high}
 
 
 def _read(path: Path) -> dict[str, Any]:

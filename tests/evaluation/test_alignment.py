@@ -153,6 +153,24 @@ def test_interval_has_the_two_way_bootstraps_width(prompts: int, seeds: int) -> 
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.04)
 
 
+def test_interval_over_prompts_concepts_and_seeds() -> None:
+    """In closed form, the mean of what every axis adds: concepts whose seeds agree count once, however many seeds."""
+    generator = np.random.default_rng(0)
+    axes = [generator.normal(size=shape) for shape in ((30, 1, 1), (1, 25, 1), (1, 1, 20))]
+    low, high = bootstrap_interval(torch.from_numpy(sum(axes)), draws=20_000)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(sum(axis.var() / axis.size for axis in axes)), rel=0.04)
+    again = torch.from_numpy(axes[0] + axes[1]).expand(-1, -1, 20)
+    assert bootstrap_interval(again) == pytest.approx(bootstrap_interval(again[..., 0]))
+
+
+def test_interval_of_what_is_there() -> None:
+    values = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(0))
+    values[:, 1, 2] = values[:, 3] = math.nan
+    assert bootstrap_interval(values)[0] < values.nanmean() < bootstrap_interval(values)[1]
+    values[:, 1] = values[:, 2] = values[:, 0, 1:] = math.nan  # one column is left
+    assert bootstrap_interval(values) == pytest.approx(bootstrap_interval(values[:, :1, 0]), abs=0.05)
+
+
 scores = st.lists(st.integers(-3, 3).map(lambda n: n / 7), min_size=1, max_size=12)
 
 
