@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sbora_diffusion.evaluation.compare_cells import Comparison
+    from sbora_diffusion.evaluation.comparison import Comparison
 
 log = logging.getLogger("cells")
 
@@ -69,7 +69,7 @@ def choose_columns(kind: str, folder: Path, path: Path) -> None:
     from chosen_columns import choose
 
     from sbora_diffusion.diffusion.base import load_base
-    from sbora_diffusion.evaluation.compare_cells import Comparison
+    from sbora_diffusion.evaluation.comparison import Comparison
 
     comparison = Comparison.load(folder)
     config = comparison.config(comparison.variants[0], comparison.seeds[0])
@@ -97,7 +97,7 @@ def tasks_of(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
 
 def comparison_of(settings: dict[str, Any]) -> "Comparison":
     """What a part of the plan compares."""
-    from sbora_diffusion.evaluation.compare_cells import Comparison
+    from sbora_diffusion.evaluation.comparison import Comparison
 
     lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("variants", "concepts", "seeds", "sizes")}
     return Comparison(settings=settings.get("settings", {}), **lists)
@@ -105,7 +105,7 @@ def comparison_of(settings: dict[str, Any]) -> "Comparison":
 
 def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
     """Cells of a comparison, variant by variant: a deadline leaves whole rows."""
-    from sbora_diffusion.evaluation.compare_cells import path_of, trained_as
+    from sbora_diffusion.evaluation.comparison import path_of, trained_as
 
     folder, columns, comparison = out / name, settings.get("columns"), comparison_of(settings)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from short_tables import LOUD, SLOW
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
-from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
+from sbora_diffusion.evaluation.comparison import Comparison, path_of
 
 ROWS = {
     "LoRA, averaged": "lora",

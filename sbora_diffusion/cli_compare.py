@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
 from sbora_diffusion.evaluation.compare_report import write_comparison
+from sbora_diffusion.evaluation.comparison import Comparison, path_of
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.evaluation.compare_cells import Comparison, path_of, run_cell
+from sbora_diffusion.evaluation.compare_cells import run_cell
+from sbora_diffusion.evaluation.comparison import Comparison, path_of
 
 from .tiny_clip import save_tiny_clip
 from .tiny_pipeline import save_tiny_pipeline

@@ -78,17 +78,18 @@ def compare(
         raise typer.BadParameter(f"got {merge} and {seeds}, expected whole numbers") from None
     with imported_for_good():
         from sbora_diffusion.cli_compare import compare_methods
-        from sbora_diffusion.evaluation.compare_cells import Comparison
+        from sbora_diffusion.evaluation.comparison import Comparison
 
     shared = parse_settings(settings)
-    judged = {"suite": shared.pop("suite", "emoji64"), "judge": shared.pop("encoder", "emoji-clip")}
+    suite, judge = shared.pop("suite", "emoji64"), shared.pop("encoder", "emoji-clip")
     comparison = Comparison(
         variants=tuple(methods.split()),
         concepts=tuple(concepts.split()),
         seeds=numbers,
         sizes=sizes,
         base=base,
+        suite=suite,
+        judge=judge,
         settings=shared,
-        **judged,
     )
     typer.echo(compare_methods(comparison, out, jobs))

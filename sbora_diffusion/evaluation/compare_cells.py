@@ -4,8 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
-from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.method_merge import merge_by_method
 from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.diffusion.train import train
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.evaluation.comparison import Comparison, parts_of, path_of, trained_as
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import merged_token
@@ -32,79 +29,6 @@ from sbora_diffusion.files import write_atomically
 from sbora_diffusion.methods import find_method
 
 BATCH = 20  # pictures at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared: the same base, pictures, prompts and steps for every variant, or those of its own settings."""
-
-    variants: tuple[str, ...]  # "lora" or "lora:rank=4,learning_rate=1e-3"; "sbora-fa:merge=fuse" merges in that way
-    concepts: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sizes: tuple[int, ...] = (1,)  # concepts merged at once
-    base: str = "emoji64"
-    suite: str = "emoji64"
-    judge: str = "emoji-clip"
-    settings: dict[str, str] = field(default_factory=dict)  # of all recipes
-
-    @classmethod
-    def load(cls, folder: Path) -> "Comparison":
-        """Inverse of `save`."""
-        said: dict[str, Any] = json.loads((folder / "comparison.json").read_bytes())
-        lists = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
-        return cls(**{**said, **lists})
-
-    def save(self, folder: Path) -> None:
-        """Write it down; SboraError if cells of other conditions lie in the folder (more cells may be added)."""
-        if (folder / "comparison.json").exists():
-            before = asdict(Comparison.load(folder))
-            for key in ("base", "suite", "judge", "settings", "concepts"):
-                if before[key] != getattr(self, key):
-                    raise SboraError(f"{folder} holds a comparison of {key} {before[key]}", "choose another --out")
-        write_atomically(folder / "comparison.json", json.dumps(asdict(self), indent=1).encode())
-
-    def config(self, variant: str, seed: int) -> TrainConfig:
-        """The recipe of a variant, with the common settings and its own over it."""
-        method, own = _parts_of(trained_as(variant))
-        settings = self.settings | own | {"seed": str(seed), "preview_every": "0"}
-        return TrainConfig.from_recipe(recipe_base(self.base), method, settings)
-
-    def groups(self, size: int) -> list[tuple[str, ...]]:
-        """Neighbours, so that every concept is in one merge of each size."""
-        return [self.concepts[start : start + size] for start in range(0, len(self.concepts), size)]
-
-    def trainings(self) -> Iterator[str]:
-        """Keys of the cells to train."""
-        variants = dict.fromkeys(map(trained_as, self.variants))
-        yield from (f"{v}/{seed}/{name}" for seed in self.seeds for v in variants for name in self.concepts)
-
-    def merges(self) -> Iterator[str]:
-        """Keys of the cells to judge, single concepts (size 1) first."""
-        for size in self.sizes:
-            for seed in self.seeds:
-                for variant in self.variants:
-                    yield from (f"{variant}/{seed}/{'+'.join(names)}" for names in self.groups(size))
-
-
-def _parts_of(variant: str) -> tuple[str, dict[str, str]]:
-    """Its method, and what it sets."""
-    method, _, own = variant.partition(":")
-    pairs = [pair.partition("=") for pair in own.split(",") if pair]
-    if any(not equals for _, equals, _ in pairs):
-        raise SboraError(f"got {variant!r}, expected method or method:key=value,key=value")
-    return method, {key: value for key, _, value in pairs}
-
-
-def trained_as(variant: str) -> str:
-    """The variant that trains its adapters: itself, but for how it merges."""
-    method, own = _parts_of(variant)
-    settings = ",".join(f"{key}={value}" for key, value in own.items() if key != "merge")
-    return f"{method}:{settings}" if settings else method
-
-
-def path_of(folder: Path, kind: str, key: str) -> Path:
-    """Where a cell's result lies; kind is "trained" or "scores"."""
-    return folder / kind / f"{key}.json"
 
 
 def run_cell(folder: Path, kind: str, key: str) -> None:
@@ -168,7 +92,7 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
     base = base_of_process(comparison.base, comparison.config(variant, seed).precision)
     judge = _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
-    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=_parts_of(variant)[1].get("merge", ""))
+    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
     suite, told, rows = load_suite(comparison.suite), {}, []
     with applied(base, [merged]):
         for part in parts:

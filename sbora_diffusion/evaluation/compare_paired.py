@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sbora_diffusion.evaluation.compare_cells import Comparison
 from sbora_diffusion.evaluation.compare_table import METRICS, estimate, grid, read_cells
+from sbora_diffusion.evaluation.comparison import Comparison
 
 COMPARED = METRICS | {"success": "Success"}
 _Cells = Mapping[tuple[str, int], Mapping[str, Any]]

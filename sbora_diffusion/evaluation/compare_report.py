@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from sbora_diffusion.evaluation.compare_cells import Comparison
 from sbora_diffusion.evaluation.compare_paired import changes, differences, differences_table
 from sbora_diffusion.evaluation.compare_plots import retention, scatter
 from sbora_diffusion.evaluation.compare_table import summarise, table
+from sbora_diffusion.evaluation.comparison import Comparison
 from sbora_diffusion.files import write_atomically
 
 

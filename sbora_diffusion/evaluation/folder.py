@@ -9,6 +9,7 @@ from typing import Any
 
 from sbora_diffusion.diffusion.concept import EXTENSIONS
 from sbora_diffusion.diffusion.dataset import load_picture
+from sbora_diffusion.diffusion.masks import is_mask
 from sbora_diffusion.diffusion.run_folder import versions
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
@@ -81,7 +82,8 @@ def _results(
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SboraError(f"no folder {folder}")
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
+    files = [path for path in found if not is_mask(path)]
     if not files:
         raise SboraError(f"no picture in {folder}", f"allowed are {', '.join(EXTENSIONS)}")
     return files

@@ -1,16 +1,18 @@
 """A comparison of methods on a tiny base: cells made once, added to, and summed up with an independent mean."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sbora_diffusion.cli_compare import compare_methods
+from sbora_diffusion.diffusion.concept import default_roots
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.evaluation.compare_cells import Comparison, path_of
 from sbora_diffusion.evaluation.compare_paired import changes, differences, differences_table
 from sbora_diffusion.evaluation.compare_report import write_comparison
 from sbora_diffusion.evaluation.compare_table import summarise
+from sbora_diffusion.evaluation.comparison import Comparison, path_of
 
 
 def comparison(**changes: object) -> Comparison:
@@ -76,6 +78,48 @@ def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
     assert Comparison.load(tmp_path).variants == ("dora",)
     with pytest.raises(SboraError, match="holds a comparison of settings"):
         comparison(settings={"steps": "9"}).save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sizes": (0,)}, "2 concepts make no merges of 0"),
+        ({"sizes": (1, 3)}, "2 concepts make no merges of 3"),
+        ({"concepts": ("dog", "cat", "pumpkin"), "sizes": (2,)}, "3 concepts make no merges of 2"),
+        ({"concepts": ("dog", "dog")}, "got the concepts dog dog, expected different ones"),
+        ({"seeds": ()}, "got the seeds"),
+    ],
+)
+def test_what_cannot_be_compared(given: dict, words: str) -> None:
+    with pytest.raises(SboraError, match=words):
+        comparison(**given)
+
+
+def test_cells_of_one_table_saw_the_same_prompts_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts, out = tmp_path / "mine.txt", tmp_path / "out"
+    out.mkdir()
+    prompts.write_text("a <TOK>\n")
+    told = comparison(suite=str(prompts))
+    told.save(out)
+    told.save(out)
+    prompts.write_text("a red <TOK>\n")
+    with pytest.raises(SboraError, match=r"the suite .*mine.txt changed since the cells"):
+        told.save(out)
+    prompts.write_text("a <TOK>\n")
+    shutil.copytree(default_roots()[1] / "cat", tmp_path / "concepts/dog")
+    with pytest.raises(SboraError, match="concept dog changed since"):
+        told.save(out)
+
+
+def test_concepts_of_ones_own_are_neither_characters_nor_objects(tmp_path: Path) -> None:
+    told = comparison(concepts=("dog", "teapot"), sizes=(1,), variants=("lora",))
+    for number, key in enumerate(told.merges()):
+        path = path_of(tmp_path, "scores", key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({key.split("/")[-1]: {"text_mos": [number, number], "image": [0.5, 0.5]}}))
+    (row,) = summarise(tmp_path, told)
+    assert {kind: score["mean"] for kind, score in row["text_mos"].items()} == {"character": 1, "mean": 1.5}
 
 
 def test_other_budgets_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -65,6 +65,12 @@ def test_pictures_by_name_score_the_same(here: Path, judge: Encoder) -> None:
     assert "success" not in named.scores
 
 
+def test_masks_are_no_references(here: Path, judge: Encoder) -> None:
+    before = score(judge, "prompts.txt", ["ruby"], ["dog"])[0].scores["image"]
+    Image.new("L", (40, 50), 255).save(here / "ruby/images/a.mask.png")
+    assert score(judge, "prompts.txt", ["ruby"], ["dog"])[0].scores["image"].equal(before)
+
+
 def test_prompts_with_unequal_numbers_of_pictures(here: Path, judge: Encoder) -> None:
     (here / "pictures/001-1.png").unlink()
     (result,) = score(judge, "prompts.txt", ["ruby"], ["dog"])
