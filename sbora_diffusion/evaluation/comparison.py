@@ -56,6 +56,7 @@ class Comparison:
                 if before[key] != getattr(self, key):
                     raise SboraError(f"{folder} holds a comparison of {key} {before[key]}", "choose another --out")
             _check_same(folder, before["digests"], digests)
+            digests = before["digests"]
         write_atomically(folder / "comparison.json", json.dumps(asdict(self) | {"digests": digests}, indent=1).encode())
 
     def config(self, variant: str, seed: int) -> TrainConfig:
