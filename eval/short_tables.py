@@ -11,14 +11,15 @@ import typer
 
 SIZES = {1: "alone", 12: "of twelve"}
 METRICS = {"text_mos": "text", "image": "image", "success": "recognised"}
-LAYERWISE = "layerwise_tokens=1,token_vectors=2,prior_batch=1"
+LAYERWISE = "layerwise_tokens=1,token_vectors=2"
 LOUD = "learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
 QUICK = "steps=160,batch_size=4,learning_rate=9e-3,text_encoder_learning_rate=2.25e-3"
 SLOW = "token_learning_rate=3e-2"
 NAMES = {  # variant -> as the document calls it
     "sbora-fa": "SBoRA-FA",
     f"sbora-fa:quiet_weight=2,{LOUD}": "SBoRA-FA, loud",
-    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE}": "SBoRA-FA, loud, layer-wise tokens, one prior sample",
+    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE}": "SBoRA-FA, loud, layer-wise tokens",
+    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE},prior_batch=1": "the same, one prior sample",
     f"sbora-fa:quiet_weight=0,{LOUD}": "SBoRA-FA, loudest",
     f"sbora-fa:{SLOW}": "SBoRA-FA, token at 0.03",
     f"sbora-fa:{SLOW},batch_size=4": "the same, batches of 4",
