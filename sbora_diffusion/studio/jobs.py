@@ -120,7 +120,15 @@ class Jobs:
                 self._change(running, self._end_of(running))
             waiting = next((job for job in self._jobs if job.state == "waiting"), None)
             if waiting:
-                self._change(waiting, self._start(waiting))
+                self._change(waiting, self._started(waiting))
+
+    def _started(self, job: Job) -> Job:
+        """Running, or failed where it cannot even begin: those behind it must not wait for it."""
+        try:
+            return self._start(job)
+        except OSError as error:
+            log.warning("%s cannot be started: %s", job.name, error)
+            return replace(job, state="failed", message=f"it cannot be started: {error.strerror or error}")
 
     def _start(self, job: Job) -> Job:
         command = [sys.executable, "-m", "sbora_diffusion.studio.worker", *job.arguments]

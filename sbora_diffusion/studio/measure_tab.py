@@ -1,5 +1,6 @@
 """The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the pictures."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from sbora_diffusion.studio.messages import sentence, told
 from sbora_diffusion.studio.workshop import Workshop
 
 NONE = "none"
+LONGEST = 60  # letters of a result's name: it is a folder, and the log beside the queue is called so, too
 REPORT = "report.json"
 PERIOD = 1.5  # seconds between looks at what runs
 NOTHING = "Scores say more than a look at a few pictures: each comes with its interval."
@@ -89,11 +91,20 @@ def _start(workshop: Workshop, jobs: Jobs, picked: Sequence[str], merged: str, s
     if not picked:
         raise SboraError("no concept is picked", "Pick one or more.")
     names = [workshop.load(name).spec.name for name in picked]
-    folder = "-".join([*names, *([f"in-{merged}"] if merged != NONE else []), f"x{seeds}"])
+    folder = result_name(names, merged, seeds)
     options = ["--merged", merged] if merged != NONE else []
     out = str(workshop.folders.evaluations / folder)
     jobs.add(f"eval {folder}", ["eval", *picked, *options, "--set", f"seeds={seeds}", "--out", out, "--force"])
     return "Waiting …"
+
+
+def result_name(names: Sequence[str], merged: str, seeds: int) -> str:
+    """What an evaluation is called: all that it is of, or the beginning of that, a count and a hash of it."""
+    whole = "-".join([*names, *([f"in-{merged}"] if merged != NONE else []), f"x{seeds}"])
+    if len(whole) <= LONGEST:
+        return whole
+    tail = f"-of-{len(names)}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}-x{seeds}"
+    return whole[: LONGEST - len(tail)] + tail
 
 
 def _watcher(workshop: Workshop, jobs: Jobs) -> Callable[[Seen], tuple[Any, ...]]:
