@@ -24,6 +24,8 @@ NAMELESS = "<name>"  # in captions, while there is no name
 USUAL = "usual"  # the recipe that nobody has to ask for
 PERIOD = 1.0  # seconds between looks at the run folder
 
+Said = tuple[str, tuple[str, ...]]  # what the captions are of: the token in them, the pictures, a line each
+
 
 def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]:
     """Lay it out and wire it up.
@@ -58,7 +60,7 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     timer = gr.Timer(PERIOD)
     seen = gr.State(("", "", -1, ""))
 
-    said = gr.State(NAMELESS)
+    said = gr.State((NAMELESS, ()))
     gr.on([files.change, name.blur], _captions, [files, name, captions, said], [captions, said], queue=False)
     source.input(told(partial(_show_source, workshop)), source, [own, shown, name, noun], queue=False)
     gr.on([base.change, method.change], told(_recipes), [base, method], recipe, queue=False)
@@ -140,10 +142,11 @@ def _roots(workshop: Workshop) -> Sequence[Path]:
     return (workshop.folders.concepts, *default_roots()[1:])
 
 
-def _captions(files: Sequence[str] | None, name: str, captions: str, said: str) -> tuple[str, str]:
-    """Captions for these pictures under this name, and the token that they say."""
-    token = f"<{name.strip()}>" if name.strip() else NAMELESS
-    return "\n".join(caption_lines(captions, len(files or []), said, token)), token
+def _captions(files: Sequence[str] | None, name: str, captions: str, said: Said) -> tuple[str, Said]:
+    """Captions for these pictures under this name, and what they are of now."""
+    token, before = said
+    now = f"<{name.strip()}>" if name.strip() else NAMELESS, tuple(map(str, files or []))
+    return "\n".join(caption_lines(captions, now[1], before, token, now[0])), now
 
 
 def _show_source(workshop: Workshop, source: str) -> tuple[Any, ...]:

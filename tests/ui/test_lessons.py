@@ -27,10 +27,21 @@ def test_a_folder_is_made(tmp_path: Path, pictures: list[tuple[Path, str]]) -> N
         write_concept(tmp_path / "concepts", "mug-1", "mug", pictures)
 
 
-def test_captions_follow_pictures_and_name() -> None:
-    assert caption_lines("", 2, "<name>", "<mug>") == ["a <mug>", "a <mug>"]
-    assert caption_lines("a <name> here\na mug", 3, "<name>", "<mug>") == ["a <mug> here", "a mug", "a <mug>"]
-    assert caption_lines("a <mug> here\na <mug>", 1, "<mug>", "<cup>") == ["a <cup> here"]
+@pytest.mark.parametrize(
+    ("captions", "files", "before", "expected"),
+    [
+        ("", "rb", "", "a <cup>|a <cup>"),
+        ("a <mug> here\na mug", "rbg", "rb", "a <cup> here|a mug|a <cup>"),
+        ("red <mug>\nblue <mug>\ngreen <mug>", "bg", "rbg", "blue <cup>|green <cup>"),
+        ("red <mug>\nblue <mug>\ngreen <mug>", "gxr", "rbg", "green <cup>|a <cup>|red <cup>"),
+        ("one <mug>\ntwo <mug>", "rr", "rr", "one <cup>|two <cup>"),
+        ("written <mug>\nbefore", "rb", "", "written <cup>|before"),
+        ("red <mug>", "", "r", ""),
+    ],
+)
+def test_captions_follow_pictures_and_name(captions: str, files: str, before: str, expected: str) -> None:
+    """Pictures are letters here."""
+    assert "|".join(caption_lines(captions, files, before, "<mug>", "<cup>")) == expected
 
 
 @pytest.mark.parametrize("name", ["", "Mug", "../mug", "a/b", "mug.", "<mug>", "-mug", "m" * 41, "a b"])

@@ -219,6 +219,17 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     draw(page, 1)
 
 
+def test_captions_stay_with_their_pictures(page: "Page", here: Path) -> None:
+    tab(page, "Train")
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (30, 20), colour).save(here / f"{number}.png")
+    page.locator("#pictures input[type=file]").set_input_files(sorted(here.glob("*.png")))
+    page.wait_for_function("document.querySelector('#captions textarea').value.split('\\n').length === 3")
+    field(page, "captions").fill("a red <name>\na green <name>\na blue <name>")
+    page.locator("#pictures").get_by_label("Remove this file").first.click()
+    said(page, "captions", "a green <name>\\na blue <name>")
+
+
 def test_another_recipe(page: "Page", here: Path) -> None:
     tab(page, "Train")
     choose(page, "source", "tiger")
