@@ -195,7 +195,7 @@ def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
     if base not in workshop.bases():
         raise SboraError(f"got the base model {base!r}, expected one of {', '.join(workshop.bases())}")
     job = jobs.find(name)
-    if job and job.state in ("waiting", "running"):
+    if job and job.is_active:
         raise SboraError(f"{name} is {job.state} already")
     if (workshop.folders.runs / name / "checkpoint.pt").exists():
         raise SboraError(f"a training of {name} was stopped half-way", "Choose it on the right and resume it.")

@@ -61,6 +61,16 @@ def test_what_cannot_be_started_holds_nothing_up(jobs: Jobs) -> None:
     assert wait(jobs, "next", ended).state == "done"
 
 
+def test_a_log_that_is_gone_holds_nothing_up(jobs: Jobs) -> None:
+    jobs.add("first", LONG)
+    jobs.add("next", ["--version"])
+    wait(jobs, "first", lambda job: job.state == "running")
+    jobs.log_of("first").unlink()
+    jobs.stop("first")
+    assert wait(jobs, "first", ended).state == "stopped"
+    assert wait(jobs, "next", ended).state == "done"
+
+
 def test_one_at_a_time_stop_and_take_out(jobs: Jobs) -> None:
     jobs.add("first", LONG)
     jobs.add("second", ["--version"])

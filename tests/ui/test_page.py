@@ -303,6 +303,17 @@ def test_measure(page: "Page", here: Path) -> None:
     assert (here / "evaluations/dog-in-both-x1/report.json").exists()
 
 
+def test_a_measurement_is_stopped(page: "Page", here: Path) -> None:
+    tab(page, "Measure")
+    switch_on(page, "measure-concepts", "dog")
+    page.locator("#measure").click()
+    page.locator("#measure-status").get_by_text("Preparing …").wait_for()
+    page.locator("#measure-stop").click()
+    page.locator("#measure-status").get_by_text("Stopped.").wait_for()
+    page.locator("#measure-stop").wait_for(state="hidden")
+    assert not list(here.glob("evaluations/*/report.json"))
+
+
 def test_phone(page: "Page") -> None:
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
     for name in ("Generate", "Regions", "Train", "Merge", "Measure"):
