@@ -65,9 +65,9 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     source.input(told(partial(_show_source, workshop)), source, [own, shown, name, noun], queue=False)
     gr.on([base.change, method.change], told(_recipes), [base, method], recipe, queue=False)
     fields = [source, files, name, noun, captions, base, method, recipe, steps, rank]
-    start.click(told(lambda *values: _start(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
+    start.click(told(lambda *values: start_training(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
     stop.click(told(jobs.stop), chosen, None)
-    resume.click(told(lambda name: _resume(workshop, jobs, name)), chosen, None)
+    resume.click(told(lambda name: resume_training(workshop, jobs, name)), chosen, None)
     outputs = [chosen, status, stop, resume, picture, plot, seen]
     timer.tick(watcher(workshop, jobs), [chosen, seen], outputs, queue=False, show_progress="hidden")
     return source, base
@@ -163,7 +163,7 @@ def _recipes(base: str, method: str) -> Any:
     return gr.update(choices=[USUAL, *other_recipes(recipe_base(base), method)], value=USUAL)
 
 
-def _start(
+def start_training(
     workshop: Workshop,
     jobs: Jobs,
     source: str,
@@ -178,7 +178,7 @@ def _start(
     rank: float,
 ) -> Any:
     """Make the concept's folder and queue its training; the choice of trainings, with this one chosen."""
-    name = source if source != OWN else (name or "").strip()
+    name = (name or "").strip() if source == OWN else load_concept(source, _roots(workshop)).name
     _check_new(workshop, jobs, name, base)
     if source == OWN:
         lines = (captions or "").splitlines()
@@ -187,7 +187,9 @@ def _start(
     settings = ["--set", f"steps={int(steps)}"] if steps else []
     settings += ["--rank", str(int(rank))] if rank else []
     settings += ["--set", f"recipe={recipe}"] if recipe != USUAL else []
-    jobs.add(name, ["train", "--concept", name, "--base", base, "--method", method, *settings])
+    jobs.add(
+        name, ["train", "--concept", name if source == OWN else source, "--base", base, "--method", method, *settings]
+    )
     return gr.update(choices=[job.name for job in jobs.all() if job.arguments[0] == "train"], value=name, visible=True)
 
 
@@ -203,7 +205,7 @@ def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
         raise SboraError(f"{name} is in the library already", "Choose another name.")
 
 
-def _resume(workshop: Workshop, jobs: Jobs, name: str) -> None:
+def resume_training(workshop: Workshop, jobs: Jobs, name: str) -> None:
     """Go on from the last checkpoint, or begin again where there is none yet."""
     job = jobs.find(name)
     if job is None:
