@@ -152,6 +152,8 @@ def _seen_of(workshop: Workshop, job: Job, said: str) -> tuple[Any, ...]:
 def _words(jobs: Jobs, job: Job) -> str:
     if job.state == "failed":
         return sentence(job.message)
+    if job.is_to_stop and job.is_active:
+        return "Stopping …"
     if job.state != "running":
         return WORDS[job.state]
     lines = reversed(jobs.said(job.name).splitlines())
