@@ -37,6 +37,11 @@ class Job:
     message: str = ""  # why it failed
     is_to_stop: bool = False  # it was asked to
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it is at work, or will be."""
+        return self.state in ("waiting", "running")
+
 
 class Jobs:
     """The queue, kept in `studio.json` of a folder, with the jobs' stderr beside it.
@@ -81,7 +86,7 @@ class Jobs:
         """Put a job at the end of the queue, in place of a finished one of its name."""
         with self._lock:
             before = self.find(name)
-            if before and before.state in ("waiting", "running"):
+            if before and before.is_active:
                 raise SboraError(f"{name} is {before.state} already", "Stop it first.")
             self._jobs = [job for job in self._jobs if job.name != name]
             self._jobs.append(Job(name=name, arguments=tuple(arguments)))
@@ -91,7 +96,7 @@ class Jobs:
         """End a running job as Ctrl-C does, or take a waiting one out of the queue."""
         with self._lock:
             job = self.find(name)
-            if job is None or job.state not in ("waiting", "running"):
+            if job is None or not job.is_active:
                 raise SboraError(f"{name} is not running")
             if job.pid is not None and _is_alive(job):
                 self._change(job, replace(job, is_to_stop=True))
@@ -102,6 +107,13 @@ class Jobs:
     def log_of(self, name: str) -> Path:
         """Where a job's stderr goes."""
         return self._folder / f"{name}.stderr"
+
+    def said(self, name: str) -> str:
+        """What a job has written to its stderr so far; nothing where that is gone."""
+        try:
+            return self.log_of(name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def _run(self) -> None:
         while not self._closed.wait(PERIOD):
@@ -120,7 +132,15 @@ class Jobs:
                 self._change(running, self._end_of(running))
             waiting = next((job for job in self._jobs if job.state == "waiting"), None)
             if waiting:
-                self._change(waiting, self._start(waiting))
+                self._change(waiting, self._started(waiting))
+
+    def _started(self, job: Job) -> Job:
+        """Running, or failed where it cannot even begin: those behind it must not wait for it."""
+        try:
+            return self._start(job)
+        except OSError as error:
+            log.warning("%s cannot be started: %s", job.name, error)
+            return replace(job, state="failed", message=f"it cannot be started: {error.strerror or error}")
 
     def _start(self, job: Job) -> Job:
         command = [sys.executable, "-m", "sbora_diffusion.studio.worker", *job.arguments]
@@ -141,7 +161,7 @@ class Jobs:
         """How it ended; of a process that a former server started only its own words tell."""
         known = self._process is not None and self._process.pid == job.pid
         status = self._process.returncode if known and self._process else None
-        said = self.log_of(job.name).read_text(encoding="utf-8", errors="replace")
+        said = self.said(job.name)
         told_error = re.search(r"^error: ", said, re.MULTILINE)
         if status == 0 or (
             (job.is_to_stop or status in (None, *STOPPED)) and re.search(r"^next: ", said, re.MULTILINE)

@@ -94,10 +94,19 @@ def write_concept(root: Path, name: str, noun: str, pictures: Sequence[tuple[Pat
     return load_concept(name, (root,))
 
 
-def caption_lines(captions: str, count: int, before: str, token: str) -> list[str]:
-    """A line for each of `count` pictures: what was written stays, under the new token; what is missing is made."""
-    lines = [line.replace(before, token) for line in captions.splitlines()[:count]]
-    return lines + [f"a {token}"] * (count - len(lines))
+def caption_lines(captions: str, files: Sequence[str], before: Sequence[str], said: str, token: str) -> list[str]:
+    """A line for each of `files`: what was written of it stays, under the new token; what is missing is made.
+
+    Args:
+        captions: of the files `before`, a line each; those beyond them are for files that are new.
+        said: the token in them.
+    """
+    lines = [line.replace(said, token) for line in captions.splitlines()]
+    written: dict[str, list[str]] = {file: [] for file in [*before, *files]}  # a file may be there twice
+    for file, line in zip(before, lines, strict=False):
+        written[file].append(line)
+    spare = iter(lines[len(before) :])
+    return [written[file].pop(0) if written[file] else next(spare, f"a {token}") for file in files]
 
 
 def check_name(name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sbora_diffusion.adapter.columns import needs_original
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import WrittenConcepts
@@ -77,14 +78,16 @@ class LiveModel:
         return self._base
 
     def _switch(self, strengths: Mapping[str, float]) -> None:
-        """Change what is written into what is wanted: only what differs is touched."""
+        """Change what is written into what is wanted: only what differs is touched, but for a DoRA that comes."""
         assert self._written is not None
         wanted = {name: self._read(name) for name in strengths}
-        gone = [name for name, entry in self._loaded.items() if name not in wanted or wanted[name][0] != entry[0]]
+        kept = {name for name, entry in self._loaded.items() if name in wanted and wanted[name][0] == entry[0]}
+        if any(needs_original(wanted[name][1]) for name in wanted.keys() - kept):
+            kept = set()  # what is new reads the original weights
+        gone = self._loaded.keys() - kept
         self._written.restore([self._loaded[name][1].spec.name for name in gone])
-        for name in gone:
-            del self._loaded[name]
-        new = [name for name in wanted if name not in self._loaded]
+        self._loaded = {name: self._loaded[name] for name in kept}
+        new = [name for name in wanted if name not in kept]
         self._written.write([wanted[name][1] for name in new], [strengths[name] for name in new])
         self._loaded |= {name: wanted[name] for name in new}
         for name, strength in strengths.items():

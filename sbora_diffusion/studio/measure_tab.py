@@ -1,5 +1,6 @@
 """The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the pictures."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,15 +14,23 @@ from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.scores import METRICS
 from sbora_diffusion.evaluation.tables import MAIN
 from sbora_diffusion.studio.jobs import Job, Jobs
-from sbora_diffusion.studio.messages import sentence, told
+from sbora_diffusion.studio.messages import in_words, sentence, told
 from sbora_diffusion.studio.workshop import Workshop
 
 NONE = "none"
+LONGEST = 60  # letters of a result's name: it is a folder, and the log beside the queue is called so, too
 REPORT = "report.json"
 PERIOD = 1.5  # seconds between looks at what runs
 NOTHING = "Scores say more than a look at a few pictures: each comes with its interval."
 
-Seen = tuple[str, str, str]
+WORDS = {
+    "waiting": "Waiting for what runs before it …",
+    "done": "Done.",
+    "stopped": "Stopped. Measure the same again, and it goes on.",
+}
+SKIP = gr.skip()
+
+Seen = tuple[str, str, str]  # of what is shown: job, state, words
 
 
 def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dropdown, gr.Dropdown]:
@@ -35,6 +44,7 @@ def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dr
             )
             button = gr.Button("Measure", variant="primary", size="lg", elem_id="measure")
             status = gr.Markdown(NOTHING, elem_classes="note", elem_id="measure-status")
+            stop = gr.Button("Stop", size="sm", visible=False, elem_id="measure-stop")
         with gr.Column(scale=3, min_width=320):
             result = gr.Dropdown([], value=None, label="Result", visible=False, elem_id="result")
             table = gr.Dataframe(visible=False, interactive=False, wrap=True, elem_id="scores")
@@ -54,11 +64,12 @@ def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dr
             )
     seen = gr.State(("", "", ""))
     button.click(told(partial(_start, workshop, jobs)), [picked, merged, seeds], status, concurrency_limit=1)
+    stop.click(told(lambda seen: jobs.stop(seen[0])), seen, None)
     result.input(told(partial(_show, workshop)), result, [table, scatter, grid], queue=False)
     gr.Timer(PERIOD).tick(
-        _watcher(workshop, jobs),
+        watcher(workshop, jobs),
         seen,
-        [status, result, table, scatter, grid, seen],
+        [status, stop, result, table, scatter, grid, seen],
         queue=False,
         show_progress="hidden",
     )
@@ -89,49 +100,75 @@ def _start(workshop: Workshop, jobs: Jobs, picked: Sequence[str], merged: str, s
     if not picked:
         raise SboraError("no concept is picked", "Pick one or more.")
     names = [workshop.load(name).spec.name for name in picked]
-    folder = "-".join([*names, *([f"in-{merged}"] if merged != NONE else []), f"x{seeds}"])
+    folder = result_name(names, merged, seeds)
     options = ["--merged", merged] if merged != NONE else []
     out = str(workshop.folders.evaluations / folder)
     jobs.add(f"eval {folder}", ["eval", *picked, *options, "--set", f"seeds={seeds}", "--out", out, "--force"])
     return "Waiting …"
 
 
-def _watcher(workshop: Workshop, jobs: Jobs) -> Callable[[Seen], tuple[Any, ...]]:
+def result_name(names: Sequence[str], merged: str, seeds: int) -> str:
+    """What an evaluation is called: all that it is of, or the beginning of that, a count and a hash of it."""
+    whole = "-".join([*names, *([f"in-{merged}"] if merged != NONE else []), f"x{seeds}"])
+    if len(whole) <= LONGEST:
+        return whole
+    tail = f"-of-{len(names)}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}-x{seeds}"
+    return whole[: LONGEST - len(tail)] + tail
+
+
+def watcher(workshop: Workshop, jobs: Jobs) -> Callable[[Seen], tuple[Any, ...]]:
     """The timer's handler: what the latest evaluation is doing, and its result once it is there."""
 
     def look(seen: Seen) -> tuple[Any, ...]:
-        job = next((job for job in reversed(jobs.all()) if job.arguments[0] == "eval"), None)
-        said = _words(jobs, job) if job else ""
-        now = (job.name, job.state, said) if job else seen
+        job = _shown(jobs, seen[0])
+        now = (job.name, job.state, _words(jobs, job)) if job else seen
         if job is None or tuple(seen) == now:
-            return (gr.skip(),) * 6
-        if job.state != "done":
-            return (said, *(gr.skip(),) * 4, now)
-        folder = job.name.removeprefix("eval ")
-        choice = gr.update(choices=_results(workshop), value=folder, visible=True)
-        return (said, choice, *_show(workshop, folder), now)
+            return (SKIP,) * 7
+        said, *views = _seen_of(workshop, job, now[2])
+        return (said, gr.update(visible=job.is_active), *views, now)
 
     return look
+
+
+def _shown(jobs: Jobs, before: str) -> Job | None:
+    """The latest evaluation that is not over, else the one shown before, else the latest."""
+    evaluations = [job for job in jobs.all() if job.arguments[0] == "eval"]
+    active = [job for job in evaluations if job.is_active]
+    known = [job for job in evaluations if job.name == before]
+    return next(reversed(active or known or evaluations), None)
+
+
+def _seen_of(workshop: Workshop, job: Job, said: str) -> tuple[Any, ...]:
+    """Words, and once it is done, the choice of its result, the table, scatter and pictures."""
+    if job.state != "done":
+        return (said, *(SKIP,) * 4)
+    name = job.name.removeprefix("eval ")
+    try:
+        return (said, gr.update(choices=_results(workshop), value=name, visible=True), *_show(workshop, name))
+    except SboraError as defect:  # somebody deleted it: no error at every tick
+        return (in_words(defect), *(SKIP,) * 4)
 
 
 def _words(jobs: Jobs, job: Job) -> str:
     if job.state == "failed":
         return sentence(job.message)
+    if job.is_to_stop and job.is_active:
+        return "Stopping …"
     if job.state != "running":
-        return {"waiting": "Waiting for what runs before it …", "done": "Done.", "stopped": "Stopped."}[job.state]
-    lines = jobs.log_of(job.name).read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((f"{line} …" for line in reversed(lines) if line.endswith("pictures")), "Preparing …")
+        return WORDS[job.state]
+    lines = reversed(jobs.said(job.name).splitlines())
+    return next((f"{line} …" for line in lines if line.endswith("pictures")), "Preparing …")
 
 
 def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
     """Table, scatter and pictures of one evaluation, which a name from the page cannot leave."""
     if name not in _results(workshop):
-        raise SboraError(f"there is no result {name!r}", "Reload the page.")
+        raise SboraError(f"there is no result {name!r} any more", "Measure again.")
     folder = workshop.folders.evaluations / name
     try:
         results = json.loads((folder / REPORT).read_bytes())["results"]
         table, points, pictures = _table(results), _points(results), _pictures(results, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SboraError(f"the result {name} cannot be read ({error})", "Measure again.") from None
     return (
         gr.update(value=table, visible=True),
@@ -170,9 +207,6 @@ def _points(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
     """The first picture of every prompt, prompt by prompt, with what it was asked to show and by whom it was made."""
-    rows = [[(result["model"], prompt) for prompt in result["prompts"]] for result in results]
-    return [
-        (str(folder / prompt["pictures"][0]["file"]), f"{prompt['prompt']} ({model})")
-        for row in zip(*rows, strict=True)
-        for model, prompt in row
-    ]
+    rows = zip(*([(result["model"], prompt) for prompt in result["prompts"]] for result in results), strict=True)
+    named = [(prompt["pictures"][0]["file"], f"{prompt['prompt']} ({model})") for row in rows for model, prompt in row]
+    return [(str(folder / file), words) for file, words in named if (folder / file).is_file()]

@@ -42,6 +42,11 @@ def sentence(text: str) -> str:
     return html.escape(text if text.endswith((".", "!", "?")) else f"{text}.")
 
 
+def in_words(defect: SboraError) -> str:
+    """What is wrong, and what to do."""
+    return " ".join(sentence(part) for part in (str(defect), defect.hint) if part)
+
+
 def warn_of_missing(wanted: Iterable[str], known: Collection[str]) -> None:
     """Say which concepts of a picture are not here."""
     if missing := sorted(set(wanted).difference(known)):
@@ -53,7 +58,7 @@ def _as_messages() -> Iterator[None]:
     try:
         yield
     except SboraError as defect:
-        raise _message(" ".join(sentence(part) for part in (str(defect), defect.hint) if part)) from None
+        raise _message(in_words(defect)) from None
     except gr.Error:
         raise
     except MemoryError:

@@ -24,6 +24,8 @@ NAMELESS = "<name>"  # in captions, while there is no name
 USUAL = "usual"  # the recipe that nobody has to ask for
 PERIOD = 1.0  # seconds between looks at the run folder
 
+Said = tuple[str, tuple[str, ...]]  # what the captions are of: the token in them, the pictures, a line each
+
 
 def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]:
     """Lay it out and wire it up.
@@ -58,14 +60,14 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     timer = gr.Timer(PERIOD)
     seen = gr.State(("", "", -1, ""))
 
-    said = gr.State(NAMELESS)
+    said = gr.State((NAMELESS, ()))
     gr.on([files.change, name.blur], _captions, [files, name, captions, said], [captions, said], queue=False)
     source.input(told(partial(_show_source, workshop)), source, [own, shown, name, noun], queue=False)
     gr.on([base.change, method.change], told(_recipes), [base, method], recipe, queue=False)
     fields = [source, files, name, noun, captions, base, method, recipe, steps, rank]
-    start.click(told(lambda *values: _start(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
+    start.click(told(lambda *values: start_training(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
     stop.click(told(jobs.stop), chosen, None)
-    resume.click(told(lambda name: _resume(workshop, jobs, name)), chosen, None)
+    resume.click(told(lambda name: resume_training(workshop, jobs, name)), chosen, None)
     outputs = [chosen, status, stop, resume, picture, plot, seen]
     timer.tick(watcher(workshop, jobs), [chosen, seen], outputs, queue=False, show_progress="hidden")
     return source, base
@@ -140,10 +142,11 @@ def _roots(workshop: Workshop) -> Sequence[Path]:
     return (workshop.folders.concepts, *default_roots()[1:])
 
 
-def _captions(files: Sequence[str] | None, name: str, captions: str, said: str) -> tuple[str, str]:
-    """Captions for these pictures under this name, and the token that they say."""
-    token = f"<{name.strip()}>" if name.strip() else NAMELESS
-    return "\n".join(caption_lines(captions, len(files or []), said, token)), token
+def _captions(files: Sequence[str] | None, name: str, captions: str, said: Said) -> tuple[str, Said]:
+    """Captions for these pictures under this name, and what they are of now."""
+    token, before = said
+    now = f"<{name.strip()}>" if name.strip() else NAMELESS, tuple(map(str, files or []))
+    return "\n".join(caption_lines(captions, now[1], before, token, now[0])), now
 
 
 def _show_source(workshop: Workshop, source: str) -> tuple[Any, ...]:
@@ -160,7 +163,7 @@ def _recipes(base: str, method: str) -> Any:
     return gr.update(choices=[USUAL, *other_recipes(recipe_base(base), method)], value=USUAL)
 
 
-def _start(
+def start_training(
     workshop: Workshop,
     jobs: Jobs,
     source: str,
@@ -175,7 +178,7 @@ def _start(
     rank: float,
 ) -> Any:
     """Make the concept's folder and queue its training; the choice of trainings, with this one chosen."""
-    name = source if source != OWN else (name or "").strip()
+    name = (name or "").strip() if source == OWN else load_concept(source, _roots(workshop)).name
     _check_new(workshop, jobs, name, base)
     if source == OWN:
         lines = (captions or "").splitlines()
@@ -184,7 +187,9 @@ def _start(
     settings = ["--set", f"steps={int(steps)}"] if steps else []
     settings += ["--rank", str(int(rank))] if rank else []
     settings += ["--set", f"recipe={recipe}"] if recipe != USUAL else []
-    jobs.add(name, ["train", "--concept", name, "--base", base, "--method", method, *settings])
+    jobs.add(
+        name, ["train", "--concept", name if source == OWN else source, "--base", base, "--method", method, *settings]
+    )
     return gr.update(choices=[job.name for job in jobs.all() if job.arguments[0] == "train"], value=name, visible=True)
 
 
@@ -192,7 +197,7 @@ def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
     if base not in workshop.bases():
         raise SboraError(f"got the base model {base!r}, expected one of {', '.join(workshop.bases())}")
     job = jobs.find(name)
-    if job and job.state in ("waiting", "running"):
+    if job and job.is_active:
         raise SboraError(f"{name} is {job.state} already")
     if (workshop.folders.runs / name / "checkpoint.pt").exists():
         raise SboraError(f"a training of {name} was stopped half-way", "Choose it on the right and resume it.")
@@ -200,7 +205,7 @@ def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
         raise SboraError(f"{name} is in the library already", "Choose another name.")
 
 
-def _resume(workshop: Workshop, jobs: Jobs, name: str) -> None:
+def resume_training(workshop: Workshop, jobs: Jobs, name: str) -> None:
     """Go on from the last checkpoint, or begin again where there is none yet."""
     job = jobs.find(name)
     if job is None:

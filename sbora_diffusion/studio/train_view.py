@@ -23,7 +23,8 @@ def watcher(workshop: Workshop, jobs: Jobs) -> Callable[[str | None, Seen], Upda
     """The timer's handler: what has changed since it was shown last."""
 
     def look(chosen: str | None, seen: Seen) -> Update:
-        trainings = [job for job in jobs.all() if job.arguments[0] == "train"]
+        queue = jobs.all()
+        trainings = [job for job in queue if job.arguments[0] == "train"]
         job = next((job for job in trainings if job.name == chosen), trainings[-1] if trainings else None)
         if job is None:
             return (SKIP,) * 7
@@ -33,7 +34,7 @@ def watcher(workshop: Workshop, jobs: Jobs) -> Callable[[str | None, Seen], Upda
             return (SKIP,) * 7
         names = [training.name for training in trainings]
         choice = gr.update(choices=names, value=job.name, visible=True) if now[:2] != tuple(seen)[:2] else SKIP
-        return (choice, describe(job, run, _ahead(trainings, job)), *_buttons(job), *_pictures(run, now, seen), now)
+        return (choice, describe(job, run, _ahead(queue, job)), *_buttons(job), *_pictures(run, now, seen), now)
 
     return look
 
@@ -67,14 +68,13 @@ def _pace(run: Progress) -> str:
     return f"step {run.step} of {run.steps} · about {left} left"
 
 
-def _ahead(trainings: list[Job], job: Job) -> int:
-    before = trainings[: trainings.index(job)]
-    return sum(other.state in ("waiting", "running") for other in before)
+def _ahead(queue: list[Job], job: Job) -> int:
+    """How many jobs of any kind, evaluations too, come before it."""
+    return sum(other.is_active for other in queue[: queue.index(job)])
 
 
 def _buttons(job: Job) -> tuple[Any, Any]:
-    active = job.state in ("waiting", "running")
-    return gr.update(visible=active), gr.update(visible=job.state in ("stopped", "failed"))
+    return gr.update(visible=job.is_active), gr.update(visible=job.state in ("stopped", "failed"))
 
 
 def _pictures(run: Progress, now: Seen, seen: Seen) -> tuple[Any, Any]:

@@ -52,6 +52,25 @@ def test_done_and_failed(jobs: Jobs) -> None:
     assert bad.message.startswith("no adapter 'nothing', neither a file nor in adapters")
 
 
+def test_what_cannot_be_started_holds_nothing_up(jobs: Jobs) -> None:
+    name = "long" * 100  # of its log, longer than a file's may be
+    jobs.add(name, ["--version"])
+    jobs.add("next", ["--version"])
+    assert wait(jobs, name, ended).message == "it cannot be started: File name too long"
+    assert jobs.find(name).state == "failed"  # pyright: ignore[reportOptionalMemberAccess]
+    assert wait(jobs, "next", ended).state == "done"
+
+
+def test_a_log_that_is_gone_holds_nothing_up(jobs: Jobs) -> None:
+    jobs.add("first", LONG)
+    jobs.add("next", ["--version"])
+    wait(jobs, "first", lambda job: job.state == "running")
+    jobs.log_of("first").unlink()
+    jobs.stop("first")
+    assert wait(jobs, "first", ended).state == "stopped"
+    assert wait(jobs, "next", ended).state == "done"
+
+
 def test_one_at_a_time_stop_and_take_out(jobs: Jobs) -> None:
     jobs.add("first", LONG)
     jobs.add("second", ["--version"])

@@ -1,14 +1,36 @@
 """A concept's folder from dropped pictures, and the progress of its training."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
 
 from sbora_diffusion.diffusion.run_folder import append_log
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.lessons import Progress, caption_lines, progress, smoothed, write_concept
+from sbora_diffusion.studio.train_tab import resume_training, start_training
+from sbora_diffusion.studio.train_view import watcher
+from sbora_diffusion.studio.workshop import Folders, Workshop
+
+
+class Queue:
+    """Jobs that are stopped as soon as they are there."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def add(self, name: str, arguments: Sequence[str]) -> None:
+        self._jobs[name] = Job(name=name, arguments=tuple(arguments), state="stopped")
+
+    def find(self, name: str) -> Job | None:
+        return self._jobs.get(name)
+
+    def all(self) -> list[Job]:
+        return list(self._jobs.values())
 
 
 @pytest.fixture
@@ -27,10 +49,21 @@ def test_a_folder_is_made(tmp_path: Path, pictures: list[tuple[Path, str]]) -> N
         write_concept(tmp_path / "concepts", "mug-1", "mug", pictures)
 
 
-def test_captions_follow_pictures_and_name() -> None:
-    assert caption_lines("", 2, "<name>", "<mug>") == ["a <mug>", "a <mug>"]
-    assert caption_lines("a <name> here\na mug", 3, "<name>", "<mug>") == ["a <mug> here", "a mug", "a <mug>"]
-    assert caption_lines("a <mug> here\na <mug>", 1, "<mug>", "<cup>") == ["a <cup> here"]
+@pytest.mark.parametrize(
+    ("captions", "files", "before", "expected"),
+    [
+        ("", "rb", "", "a <cup>|a <cup>"),
+        ("a <mug> here\na mug", "rbg", "rb", "a <cup> here|a mug|a <cup>"),
+        ("red <mug>\nblue <mug>\ngreen <mug>", "bg", "rbg", "blue <cup>|green <cup>"),
+        ("red <mug>\nblue <mug>\ngreen <mug>", "gxr", "rbg", "green <cup>|a <cup>|red <cup>"),
+        ("one <mug>\ntwo <mug>", "rr", "rr", "one <cup>|two <cup>"),
+        ("written <mug>\nbefore", "rb", "", "written <cup>|before"),
+        ("red <mug>", "", "r", ""),
+    ],
+)
+def test_captions_follow_pictures_and_name(captions: str, files: str, before: str, expected: str) -> None:
+    """Pictures are letters here."""
+    assert "|".join(caption_lines(captions, files, before, "<mug>", "<cup>")) == expected
 
 
 @pytest.mark.parametrize("name", ["", "Mug", "../mug", "a/b", "mug.", "<mug>", "-mug", "m" * 41, "a b"])
@@ -53,6 +86,25 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path, pictures: list[tuple
         with pytest.raises(SboraError, match=message):
             write_concept(root, "mug", noun, given)
     assert not root.exists() or list(root.iterdir()) == []
+
+
+def test_a_training_goes_by_its_concepts_name(tmp_path: Path, pictures: list[tuple[Path, str]]) -> None:
+    """Whatever its folder is called: the run folder goes by it, too."""
+    write_concept(tmp_path / "concepts", "mug", "mug", [(path, "") for path, _ in pictures])
+    (tmp_path / "concepts/mug").rename(tmp_path / "concepts/My_Photos")
+    folders = Folders(adapters=tmp_path, runs=tmp_path / "runs", concepts=tmp_path / "concepts")
+    workshop, queue = Workshop(folders), Queue()
+    given = ("My_Photos", None, "", "", "", "emoji64", "sbora-fa", "usual", 0, 0)
+    start_training(workshop, cast(Jobs, queue), *given)
+    assert queue.all()[0].arguments[:3] == ("train", "--concept", "My_Photos")
+    (tmp_path / "runs/mug").mkdir(parents=True)
+    append_log(tmp_path / "runs/mug", {"step": 3, "steps": 9, "loss": 1.0, "time": time.time()})
+    assert "stopped at step 3 of 9" in watcher(workshop, cast(Jobs, queue))("mug", ("", "", -1, ""))[1]
+    (tmp_path / "runs/mug/checkpoint.pt").touch()
+    resume_training(workshop, cast(Jobs, queue), "mug")
+    assert queue.all()[0].arguments[-1] == "--resume"
+    with pytest.raises(SboraError, match="a training of mug was stopped half-way"):
+        start_training(workshop, cast(Jobs, queue), *given)
 
 
 def test_progress(tmp_path: Path) -> None:

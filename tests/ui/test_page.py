@@ -219,6 +219,17 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     draw(page, 1)
 
 
+def test_captions_stay_with_their_pictures(page: "Page", here: Path) -> None:
+    tab(page, "Train")
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (30, 20), colour).save(here / f"{number}.png")
+    page.locator("#pictures input[type=file]").set_input_files(sorted(here.glob("*.png")))
+    page.wait_for_function("document.querySelector('#captions textarea').value.split('\\n').length === 3")
+    field(page, "captions").fill("a red <name>\na green <name>\na blue <name>")
+    page.locator("#pictures").get_by_label("Remove this file").first.click()
+    said(page, "captions", "a green <name>\\na blue <name>")
+
+
 def test_another_recipe(page: "Page", here: Path) -> None:
     tab(page, "Train")
     choose(page, "source", "tiger")
@@ -290,6 +301,17 @@ def test_measure(page: "Page", here: Path) -> None:
     page.locator("#scatter canvas, #scatter svg").first.wait_for()
     page.locator("#measure-grid img").nth(1).wait_for()
     assert (here / "evaluations/dog-in-both-x1/report.json").exists()
+
+
+def test_a_measurement_is_stopped(page: "Page", here: Path) -> None:
+    tab(page, "Measure")
+    switch_on(page, "measure-concepts", "dog")
+    page.locator("#measure").click()
+    page.locator("#measure-status").get_by_text("Preparing …").wait_for()
+    page.locator("#measure-stop").click()
+    page.locator("#measure-status").get_by_text("Stopped.").wait_for()
+    page.locator("#measure-stop").wait_for(state="hidden")
+    assert not list(here.glob("evaluations/*/report.json"))
 
 
 def test_phone(page: "Page") -> None:

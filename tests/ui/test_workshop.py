@@ -2,12 +2,16 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from sbora_diffusion.adapter.dense import Dense
+from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapter.spec import FORMAT_OF_METHODS
 from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.picture_file import Settings, read_settings
@@ -42,6 +46,28 @@ def test_any_order_of_switching_gives_the_same_weights(workshop: Workshop, tiny_
         assert same(workshop.with_model(name, strengths, weights), untouched) == (strengths == {})
     assert same(workshop.with_model(name, {"cat": 1.0, "dog": 0.5}, weights), wanted)
     assert same(workshop.with_model(name, {}, weights), untouched)
+
+
+def random_dora(base: Base, name: str) -> Adapter:
+    """It adds what depends on the base weights."""
+    like = random_concept(base, name, 0)
+    dense = {
+        key: Dense(factor.weight, torch.ones(4, base.layer_shapes[key][1]), torch.ones(len(factor.weight), 1))
+        for key, factor in like.factors.items()
+    }
+    spec = replace(like.spec, method="dora", format=FORMAT_OF_METHODS, intervals=())
+    return Adapter(spec, {}, like.tokens, dense)
+
+
+def test_a_dora_comes_whatever_was_switched_on_before(workshop: Workshop, tiny_folder: Path) -> None:
+    name, fresh = str(tiny_folder), load_base(str(tiny_folder))
+    random_dora(fresh, "owl").save(workshop.library.path("owl"))
+    with applied(fresh, [workshop.load("dog"), workshop.load("owl")], [0.5, 1.0]):
+        wanted = weights(fresh)
+    for before in ({}, {"dog": 0.5}, {"dog": 1.0, "cat": 1.0}, {"owl": 1.0}):
+        workshop.with_model(name, before, weights)
+        assert same(workshop.with_model(name, {"dog": 0.5, "owl": 1.0}, weights), wanted)
+    assert same(workshop.with_model(name, {}, weights), weights(load_base(name)))
 
 
 def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
