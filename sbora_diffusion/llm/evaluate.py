@@ -75,13 +75,13 @@ class Harness:
             SboraError: data that cannot be loaded.
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
-        harness: Any = HFLM  # its decorators hide the signatures from type checkers
-        simple_evaluate: Any = lm_eval.simple_evaluate
+        from sbora_diffusion.llm.beams import WholeBeams
+
+        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide the signature from type checkers
         try:
             with _quietly():
-                wrapped = harness(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+                wrapped = WholeBeams(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
                 found = simple_evaluate(
                     wrapped, tasks=self.tasks, task_manager=self._manager, limit=limit, bootstrap_iters=0
                 )
