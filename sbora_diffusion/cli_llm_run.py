@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge, merged_name
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.files import check_writable, write_atomically
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
 from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
@@ -84,26 +84,34 @@ def measure(
     options: Mapping[str, str],
     *,
     force: bool,
-) -> str:
-    """The table of the adapters, or of the base model if there are none; all numbers go to `out`."""
+    tell: Callable[[str], None],
+) -> None:
+    """Tell the table of the adapters, or of the base model if there are none; all numbers go to `out`.
+
+    What is measured is kept after each model and told even if a later one, or the writing, fails.
+    """
     if out and out.exists() and not force:
         raise SboraError(f"{out} exists", "Choose another --out, or overwrite it with --force.")
+    if out:
+        check_writable(out)
     batch_size, dtype = _evaluation_options(options)
     harness = Harness([task.strip() for task in tasks.split(",") if task.strip()], data)
     abouts = {source: read_about(source) for source in adapters}  # a wrong one is told before minutes of work
     model, tokenizer = load_base(base, dtype, quantize)
-    measured = []
-    for source in adapters or [""]:
-        adapted = load_adapter(model, source, "default").eval() if source else model
-        scores = harness.run(adapted, tokenizer, batch_size, limit)
-        measured.append(Measured(source=source, about=abouts.get(source, {}), scores=scores))
-        model = adapted.unload() if source else model
-    if out:
-        told = {"command": ["sbora-diffusion", *sys.argv[1:]], "base": base, "quantize": quantize, "limit": limit}
-        told |= {"versions": {"sbora-diffusion": __version__, "torch": torch.__version__}}
-        told |= {"dtype": str(dtype), "models": [to_json(one) for one in measured]}
-        write_atomically(out, json.dumps(told, indent=1).encode())
-    return accuracy_table(measured)
+    told = {"command": ["sbora-diffusion", *sys.argv[1:]], "base": base, "quantize": quantize, "limit": limit}
+    told |= {"versions": {"sbora-diffusion": __version__, "torch": torch.__version__}, "dtype": str(dtype)}
+    measured: list[Measured] = []
+    try:
+        for source in adapters or [""]:
+            adapted = load_adapter(model, source, "default").eval() if source else model
+            scores = harness.run(adapted, tokenizer, batch_size, limit)
+            measured.append(Measured(source=source, about=abouts.get(source, {}), scores=scores))
+            model = adapted.unload() if source else model
+            if out:
+                write_atomically(out, json.dumps(told | {"models": [*map(to_json, measured)]}, indent=1).encode())
+    finally:
+        if measured:
+            tell(accuracy_table(measured))
 
 
 def merge_files(files: Sequence[str], weights: Sequence[float], out: Path | None, *, force: bool) -> Path:

@@ -106,7 +106,7 @@ def _members(task: str) -> list[str]:
 
 def _scores(found: Any, task: str) -> TaskScores:
     """A task's or a foreign group's numbers, question by question; of several filters the first."""
-    leaves = found.get("group_subtasks", {}).get(task) or [task]
+    leaves = dict.fromkeys(_leaves(found.get("group_subtasks", {}), task))
     samples = [sample for leaf in leaves for sample in _first_filter(found["samples"].get(leaf, []))]
     metric = next((name for name in _METRICS if samples and name in samples[0]), None)
     if metric is None:
@@ -116,6 +116,11 @@ def _scores(found: Any, task: str) -> TaskScores:
         correct=[float(sample[metric]) for sample in samples],
         failed=[float(sample["failed"]) for sample in samples if "failed" in sample],
     )
+
+
+def _leaves(members: Mapping[str, Sequence[str]], task: str) -> list[str]:
+    """The tasks of a group of groups, such as mmlu, or the task itself."""
+    return [leaf for member in members.get(task) or () for leaf in _leaves(members, member)] or [task]
 
 
 def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.extraction import judge
+from sbora_diffusion.llm.extraction import NUMBERS, OPTIONS, is_answer, judge
 from sbora_diffusion.llm.template import evaluation_prompt
 
 LETTERS = "ABCD"
@@ -26,7 +26,19 @@ def load(data_dir: str = "", folder: str = "", rule: str = "", **_: Any) -> dict
         rows = [{"instruction": r["instruction"], "answer": str(r["answer"]), "rule": rule or folder} for r in records]
     except (ValueError, KeyError, TypeError) as error:
         raise SboraError(f"{path} is no list of records with instruction and answer ({error!r})") from None
+    _check_answers(path, rows)
     return {"test": Dataset.from_list(rows)}
+
+
+def _check_answers(path: Path, rows: list[dict[str, str]]) -> None:
+    """Before hours of generation: what no text can answer is found only when it is counted."""
+    if not rows:
+        raise SboraError(f"{path} holds no questions")
+    for number, row in enumerate(rows):
+        rule, answer = row["rule"], row["answer"]
+        if not is_answer(rule, answer):
+            expected = "a number" if rule in NUMBERS else OPTIONS.get(rule, "A|B|C|D|E").replace("|", ", ")
+            raise SboraError(f"{path}, record {number}: got the answer {answer!r}, expected {expected}")
 
 
 def prompt(doc: dict[str, Any]) -> str:
