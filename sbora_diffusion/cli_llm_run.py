@@ -20,7 +20,7 @@ from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_js
 from sbora_diffusion.files import check_writable, write_atomically
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
-from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
+from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_about, read_concept
 from sbora_diffusion.llm.base import check_method, load_base
 from sbora_diffusion.llm.chat import NONE, Chat
 from sbora_diffusion.llm.config import LlmConfig
@@ -94,6 +94,7 @@ def measure(
         raise SboraError(f"{out} exists", "Choose another --out, or overwrite it with --force.")
     if out:
         check_writable(out)
+    _check_different(adapters)
     batch_size, dtype = _evaluation_options(options)
     harness = Harness([task.strip() for task in tasks.split(",") if task.strip()], data)
     abouts = {source: read_about(source) for source in adapters}  # a wrong one is told before minutes of work
@@ -112,6 +113,16 @@ def measure(
     finally:
         if measured:
             tell(accuracy_table(measured))
+
+
+def _check_different(adapters: Sequence[str]) -> None:
+    """Raise SboraError if one is named twice: it would count as two seeds."""
+    named: dict[Path, str] = {}
+    for source in adapters:
+        place = (find_folder(source) or Path(source)).resolve()
+        if place in named:
+            raise SboraError(f"{named[place]} and {source} are one adapter", "name each --adapter once")
+        named[place] = source
 
 
 def merge_files(files: Sequence[str], weights: Sequence[float], out: Path | None, *, force: bool) -> Path:

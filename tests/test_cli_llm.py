@@ -89,6 +89,8 @@ def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
     assert told["models"][0]["tasks"]["adapters_boolq"]["failure_rate"] == 1.0
     again = run(*command, "--out", work / "scores.json")
     assert "--force" in again.stderr
+    twice = run(*command, "--adapter", work / "one" / "adapter")
+    assert (twice.exit_code, "one/adapter are one adapter" in twice.stderr.replace("\n", "")) == (1, True)
 
 
 def test_what_is_measured_is_kept_whatever_fails_later(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
