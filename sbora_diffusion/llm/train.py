@@ -14,7 +14,6 @@ from peft import prepare_model_for_kbit_training
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -40,6 +39,7 @@ from sbora_diffusion.llm.run_folder import (
     is_first_process,
     start,
 )
+from sbora_diffusion.llm.sampling import EpochTeller, OrderedTrainer
 from sbora_diffusion.methods import find_method, method_side
 
 log = logging.getLogger(__name__)
@@ -107,13 +107,13 @@ def _train(
     if is_first_process():
         start(run, config, folder)
     training, validation = _split(examples, config)
-    trainer = Trainer(
+    trainer = OrderedTrainer(
         model=adapted,
         args=arguments,
         train_dataset=training,  # type: ignore[arg-type]  # a list has all that a map-style data set needs
         eval_dataset=validation or None,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
-        callbacks=[_Watcher(watch)],
+        callbacks=[EpochTeller(), _Watcher(watch)],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
     with _in_the_weights(adapted, run, config), full_disk_told(folder):

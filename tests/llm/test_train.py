@@ -57,15 +57,27 @@ def test_learns_and_plain_peft_loads_it(method: str, quantize: str, base: str, d
                 assert factor.sum() == 4
 
 
-@pytest.mark.parametrize(("method", "dropout"), [*((method, "0.05") for method in METHODS), ("sbora-fa", "0.0")])
-def test_resume_is_bit_for_bit(method: str, dropout: str, base: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dropout", "sampling"),
+    [
+        *((method, "0.05", "random") for method in METHODS),
+        ("sbora-fa", "0.0", "random"),
+        ("sbora-fa", "0.05", "group_by_length"),
+    ],
+)
+def test_resume_is_bit_for_bit(method: str, dropout: str, sampling: str, base: str, tmp_path: Path) -> None:
+    """Two epochs of three steps; the second one is interrupted after its first step."""
+    records = [{"instruction": "x" * (7 * n % 23), "output": "y" * (5 * n % 13)} for n in range(12)]
+    data = tmp_path / "records.json"
+    data.write_text(json.dumps(records))
     run = Run(base=base, data=data, method=method, quantize="none")
-    whole = train(run, small(dropout=dropout), tmp_path / "whole").adapter
-    train(run, small(dropout=dropout), tmp_path / "parts")
+    config = small(dropout=dropout, sampling=sampling, steps="6")
+    whole = train(run, config, tmp_path / "whole").adapter
+    train(run, config, tmp_path / "parts")
     interrupted = tmp_path / "parts"
-    for path in (interrupted / "checkpoint-4", interrupted / "adapter"):
+    for path in (interrupted / "checkpoint-6", interrupted / "adapter"):
         path.rename(tmp_path / path.name)
-    again = train(run, small(dropout=dropout), interrupted, resume=True).adapter
+    again = train(run, config, interrupted, resume=True).adapter
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
