@@ -35,7 +35,8 @@ class Measured:
     def row(self) -> str:
         """The same for runs that differ in their seed only."""
         config = {key: value for key, value in self.about.get("config", {}).items() if key not in _NOT_IN_LABEL}
-        return str((self.label, self.about.get("data"), sorted(config.items(), key=str)))
+        data = self.about.get("data_sha256") or self.about.get("data")
+        return str((self.label, data, sorted(config.items(), key=str)))
 
 
 def accuracy_table(measured: Sequence[Measured]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,8 @@ from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
 from sbora_diffusion.llm.run_folder import Run, Trained, full_disk_told
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
+
+from .tiny import save_data
 
 SMALL = {"rank": "4", "alpha": "8", "steps": "4", "batch_size": "4", "save_every": "2", "dtype": "float32"}
 SMALL |= {"warmup_steps": "0", "validation": "0", "cutoff": "512", "learning_rate": "0.01"}
@@ -113,6 +116,21 @@ def test_refuses_to_overwrite_or_to_resume_another(base: str, data: Path, tmp_pa
         train(run, small(steps="2"), tmp_path)
     with pytest.raises(SboraError, match="differs in config"):
         train(run, small(steps="4"), tmp_path, resume=True)
+
+
+def test_refuses_to_resume_with_other_records_or_another_base(base: str, tmp_path: Path) -> None:
+    data, same = save_data(tmp_path / "records.json"), tmp_path / "base"
+    shutil.copytree(base, same)
+    run = Run(base=str(same), data=data, method="lora", quantize="none")
+    train(run, small(steps="2"), tmp_path / "run")
+    model, _ = load_base(base)
+    model.lm_head.weight[0] += 1
+    model.save_pretrained(same)
+    with pytest.raises(SboraError, match="differs in the base model's weights"):
+        train(run, small(steps="2"), tmp_path / "run", resume=True)
+    save_data(data, 15)
+    with pytest.raises(SboraError, match="differs in what is in the data"):
+        train(run, small(steps="2"), tmp_path / "run", resume=True)
 
 
 def test_a_folder_in_use_is_refused(base: str, data: Path, tmp_path: Path) -> None:
