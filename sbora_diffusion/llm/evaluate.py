@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,9 +114,16 @@ def _scores(found: Any, task: str) -> TaskScores:
         raise SboraError(f"the task {task} has none of the metrics {', '.join(_METRICS)}")
     return TaskScores(
         metric=metric,
-        correct=[float(sample[metric]) for sample in samples],
+        correct=[weight * float(sample[metric]) for weight, sample in zip(_weights(samples), samples, strict=True)],
         failed=[float(sample["failed"]) for sample in samples if "failed" in sample],
     )
+
+
+def _weights(samples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """1, or what makes a mean over the questions that were asked a macro mean, where these say over what."""
+    groups = [sample.get("doc", {}).get("macro_over") for sample in samples]
+    sizes = Counter(groups)
+    return [len(groups) / (len(sizes) * sizes[group]) for group in groups]
 
 
 def _leaves(members: Mapping[str, Sequence[str]], task: str) -> list[str]:

@@ -11,9 +11,9 @@ from lm_eval.tasks import TaskManager
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.evaluate import TASKS, Harness, TaskScores, _scores
-from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, mmlu_prompt
+from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, load_mmlu, mmlu_prompt
 
-from .tiny import ANSWERS
+from .tiny import ANSWERS, save_tasks
 
 GAP = " " * 16
 PROMPT = (
@@ -69,9 +69,24 @@ def test_mmlu_prompt_is_qlora_s() -> None:
 def test_mmlu_s_mean_is_a_macro_mean(tasks: Path) -> None:
     docs = loaded("qlora_mmlu", tasks).test_docs()
     right, wrong = [(0.0, False), (1.0, False), (0.0, False), (0.0, False)], [(1.0, False)] + [(0.0, False)] * 3
-    verdicts = [count_mmlu(doc, right if "world history" in doc["text"] else wrong)["acc"] for doc in docs]
-    assert len(verdicts) == 4
-    assert sum(verdicts) / 4 == pytest.approx(0.5)  # one subject of two, one question of four
+    samples = [{"doc": doc} | count_mmlu(doc, right if "world history" in doc["text"] else wrong) for doc in docs]
+    assert len(samples) == 4
+    asked = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
+    assert asked == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("val/anatomy_val.csv", "who?,w,x,y,z,", "row 1: expected a question"),
+        ("val/anatomy_val.csv", "who?,w,x,y,z,BC", "row 1: expected a question"),
+        ("dev/anatomy_dev.csv", "who?,w,x,y,z,B", "anatomy has 1 shots in dev, expected 5"),
+    ],
+)
+def test_defects_of_mmlu_s_files(file: str, text: str, message: str, tmp_path: Path) -> None:
+    (save_tasks(tmp_path) / "mmlu" / file).write_text(text)
+    with pytest.raises(SboraError, match=message):
+        load_mmlu(data_dir=str(tmp_path))
 
 
 def test_runs_on_a_model(base: str, tasks: Path) -> None:
