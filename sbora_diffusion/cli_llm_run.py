@@ -143,14 +143,15 @@ def export_adapter(adapter: str, to: str, out: Path, base: str, *, dequantize: b
 
 def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, temperature: float) -> None:
     """Read lines from stdin, write answers to stdout, until the input ends."""
-    names = {Path(source).resolve().stem: source for source in adapters}
+    names = {_name(source): source for source in adapters}
     if len(names) < len(adapters) or NONE in names:
         raise SboraError(f"got adapters of the names {', '.join(names)}", f"each needs its own, and none {NONE!r}")
     model, tokenizer = load_base(base, "auto", quantize)
     inside = {name: f"chat-{number}" for number, name in enumerate(names)}  # PEFT allows not every name
     for name, source in names.items():
         model = load_adapter(model, source, inside[name]).eval()
-    chat = Chat(model, tokenizer, inside, max_tokens, temperature)
+    templates = {name: read_about(source).get("config", {}).get("template", "chat") for name, source in names.items()}
+    chat = Chat(model, tokenizer, inside, max_tokens, temperature, templates)
     screen = Console(stderr=True, highlight=False)
     screen.print(f"with {chat.active}; /help says what else")
     while (line := _read_line(screen)) is not None and line != "/quit":
@@ -164,6 +165,12 @@ def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, tem
         except SboraError as defect:
             screen.print(f"error: {defect}")
         sys.stdout.write("\n")
+
+
+def _name(source: str) -> str:
+    """Of a file without its suffix; a folder's dots are its own."""
+    path = Path(source).resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def _told(chat: Chat, line: str) -> str:

@@ -1,6 +1,7 @@
 """The llm commands end to end on a tiny model, and what they say to nonsense."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.chat import Chat
 
 from .llm.tiny import save_base, save_data, save_tasks
 
@@ -139,6 +141,17 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
     assert "error: no adapter 'nobody', there are one, lora, none" in result.stderr
     assert result.stdout.strip()
     assert "other weights" not in caplog.text
+
+
+def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(cli_llm_run, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
+    for name in ("v1.5", "two"):
+        shutil.copytree(work / "one", work / "copies" / name)
+    words = [word for name in ("v1.5", "two") for word in ("--adapter", work / "copies" / name)]
+    result = run("chat", "--base", base, *words, stdin="/quit\n")
+    assert result.exit_code == 0, result.output
+    assert seen == {"v1.5": "alpaca", "two": "alpaca"}
 
 
 @pytest.mark.parametrize(

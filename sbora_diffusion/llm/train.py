@@ -78,6 +78,8 @@ def train(
     if run.interval and not find_method(run.method).owns_interval:
         raise SboraError(f"got the interval {run.interval}, but {run.method} owns no columns")
     records = load_records(run.data)
+    if all("messages" in record for record in records):
+        config = replace(config, template="chat")  # as they are tokenised, and later asked
     run = replace(run, data_sha256=hashlib.sha256(run.data.read_bytes()).hexdigest())
     with claimed(folder):
         run, checkpoint = check(run, config, folder, resume)
