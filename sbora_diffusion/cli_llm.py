@@ -94,7 +94,7 @@ def evaluate(
 
         hide_bars_of_transformers()
     options = parse_settings(settings)
-    typer.echo(measure(base, tasks, adapter, data, quantize, limit, out, options, force=force))
+    measure(base, tasks, adapter, data, quantize, limit, out, options, force=force, tell=typer.echo)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,10 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge, merged_name
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.files import check_writable, write_atomically
 from sbora_diffusion.ledger import Space
 from sbora_diffusion.library import Library
-from sbora_diffusion.llm.adapters import load_adapter, read_about, read_concept
+from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_about, read_concept
 from sbora_diffusion.llm.base import check_method, load_base
 from sbora_diffusion.llm.chat import NONE, Chat
 from sbora_diffusion.llm.config import LlmConfig
@@ -84,26 +84,45 @@ def measure(
     options: Mapping[str, str],
     *,
     force: bool,
-) -> str:
-    """The table of the adapters, or of the base model if there are none; all numbers go to `out`."""
+    tell: Callable[[str], None],
+) -> None:
+    """Tell the table of the adapters, or of the base model if there are none; all numbers go to `out`.
+
+    What is measured is kept after each model and told even if a later one, or the writing, fails.
+    """
     if out and out.exists() and not force:
         raise SboraError(f"{out} exists", "Choose another --out, or overwrite it with --force.")
+    if out:
+        check_writable(out)
+    _check_different(adapters)
     batch_size, dtype = _evaluation_options(options)
     harness = Harness([task.strip() for task in tasks.split(",") if task.strip()], data)
     abouts = {source: read_about(source) for source in adapters}  # a wrong one is told before minutes of work
     model, tokenizer = load_base(base, dtype, quantize)
-    measured = []
-    for source in adapters or [""]:
-        adapted = load_adapter(model, source, "default").eval() if source else model
-        scores = harness.run(adapted, tokenizer, batch_size, limit)
-        measured.append(Measured(source=source, about=abouts.get(source, {}), scores=scores))
-        model = adapted.unload() if source else model
-    if out:
-        told = {"command": ["sbora-diffusion", *sys.argv[1:]], "base": base, "quantize": quantize, "limit": limit}
-        told |= {"versions": {"sbora-diffusion": __version__, "torch": torch.__version__}}
-        told |= {"dtype": str(dtype), "models": [to_json(one) for one in measured]}
-        write_atomically(out, json.dumps(told, indent=1).encode())
-    return accuracy_table(measured)
+    told = {"command": ["sbora-diffusion", *sys.argv[1:]], "base": base, "quantize": quantize, "limit": limit}
+    told |= {"versions": {"sbora-diffusion": __version__, "torch": torch.__version__}, "dtype": str(dtype)}
+    measured: list[Measured] = []
+    try:
+        for source in adapters or [""]:
+            adapted = load_adapter(model, source, "default").eval() if source else model
+            scores = harness.run(adapted, tokenizer, batch_size, limit)
+            measured.append(Measured(source=source, about=abouts.get(source, {}), scores=scores))
+            model = adapted.unload() if source else model
+            if out:
+                write_atomically(out, json.dumps(told | {"models": [*map(to_json, measured)]}, indent=1).encode())
+    finally:
+        if measured:
+            tell(accuracy_table(measured))
+
+
+def _check_different(adapters: Sequence[str]) -> None:
+    """Raise SboraError if one is named twice: it would count as two seeds."""
+    named: dict[Path, str] = {}
+    for source in adapters:
+        place = (find_folder(source) or Path(source)).resolve()
+        if place in named:
+            raise SboraError(f"{named[place]} and {source} are one adapter", "name each --adapter once")
+        named[place] = source
 
 
 def merge_files(files: Sequence[str], weights: Sequence[float], out: Path | None, *, force: bool) -> Path:
@@ -124,14 +143,15 @@ def export_adapter(adapter: str, to: str, out: Path, base: str, *, dequantize: b
 
 def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, temperature: float) -> None:
     """Read lines from stdin, write answers to stdout, until the input ends."""
-    names = {Path(source).resolve().stem: source for source in adapters}
+    names = {_name(source): source for source in adapters}
     if len(names) < len(adapters) or NONE in names:
         raise SboraError(f"got adapters of the names {', '.join(names)}", f"each needs its own, and none {NONE!r}")
     model, tokenizer = load_base(base, "auto", quantize)
     inside = {name: f"chat-{number}" for number, name in enumerate(names)}  # PEFT allows not every name
     for name, source in names.items():
         model = load_adapter(model, source, inside[name]).eval()
-    chat = Chat(model, tokenizer, inside, max_tokens, temperature)
+    templates = {name: read_about(source).get("config", {}).get("template", "chat") for name, source in names.items()}
+    chat = Chat(model, tokenizer, inside, max_tokens, temperature, templates)
     screen = Console(stderr=True, highlight=False)
     screen.print(f"with {chat.active}; /help says what else")
     while (line := _read_line(screen)) is not None and line != "/quit":
@@ -145,6 +165,12 @@ def talk(base: str, adapters: Sequence[str], quantize: str, max_tokens: int, tem
         except SboraError as defect:
             screen.print(f"error: {defect}")
         sys.stdout.write("\n")
+
+
+def _name(source: str) -> str:
+    """Of a file without its suffix; a folder's dots are its own."""
+    path = Path(source).resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def _told(chat: Chat, line: str) -> str:

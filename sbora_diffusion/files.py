@@ -27,6 +27,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
 
 
+def check_writable(path: Path) -> None:
+    """Before hours of work for a file: raise SboraError if nothing can be written where it will lie."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with _beside(path, b""):
+            pass
+    except OSError as error:
+        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
+
+
 def write_new(path: Path, content: bytes) -> None:
     """A new file, whole from the start; where a disk has no hard links, it can be seen while it is written.
 

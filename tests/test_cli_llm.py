@@ -1,15 +1,20 @@
 """The llm commands end to end on a tiny model, and what they say to nonsense."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from sbora_diffusion import cli_llm_run
 from sbora_diffusion.adapter.basis import Interval
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.cli import app
+from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.chat import Chat
 
 from .llm.tiny import save_base, save_data, save_tasks
 
@@ -86,6 +91,25 @@ def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
     assert told["models"][0]["tasks"]["adapters_boolq"]["failure_rate"] == 1.0
     again = run(*command, "--out", work / "scores.json")
     assert "--force" in again.stderr
+    twice = run(*command, "--adapter", work / "one" / "adapter")
+    assert (twice.exit_code, "one/adapter are one adapter" in twice.stderr.replace("\n", "")) == (1, True)
+
+
+def test_what_is_measured_is_kept_whatever_fails_later(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1]
+    command += ["--adapter", work / "one", "--adapter", work / "lora", "--out", work / "kept.json"]
+    loaded = cli_llm_run.load_adapter
+
+    def fail_of_lora(model: Any, source: str, name: str) -> Any:
+        if source.endswith("lora"):
+            raise SboraError("no more")
+        return loaded(model, source, name)
+
+    monkeypatch.setattr(cli_llm_run, "load_adapter", fail_of_lora)
+    result = run(*command)
+    assert (result.exit_code, "no more" in result.stderr) == (1, True)
+    assert "| SBoRA-FA r=4 |" in result.stdout
+    assert [model["label"] for model in json.loads((work / "kept.json").read_text())["models"]] == ["SBoRA-FA r=4"]
 
 
 def test_eval_of_the_base_model_alone(base: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +143,17 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
     assert "other weights" not in caplog.text
 
 
+def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(cli_llm_run, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
+    for name in ("v1.5", "two"):
+        shutil.copytree(work / "one", work / "copies" / name)
+    words = [word for name in ("v1.5", "two") for word in ("--adapter", work / "copies" / name)]
+    result = run("chat", "--base", base, *words, stdin="/quit\n")
+    assert result.exit_code == 0, result.output
+    assert seen == {"v1.5": "alpaca", "two": "alpaca"}
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -142,6 +177,12 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq"], 1, "with --data DIR"),
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "batch_size is a number"),
         (["eval", "--base", "BASE", "--tasks", ","], 1, "no task"),
+        (
+            ["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", "/dev/null/x"],
+            1,
+            "cannot write /dev/null",
+        ),
+        (["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", ".", "--force"], 1, "it is a folder"),
         (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "no run folder"),
         (["merge", "/no/such"], 1, "no run folder"),
         (["chat", "--base", "/no/such"], 1, "cannot load /no/such"),

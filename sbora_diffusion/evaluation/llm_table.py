@@ -1,6 +1,6 @@
 """Language models' accuracies as the published tables have them: a row a method, a column a task, and the mean."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Measured:
     """One model's scores."""
 
     source: str  # the adapter; "" is the base model
-    about: Mapping[str, Any]  # method, quantize, parameters, config
+    about: Mapping[str, Any]  # method, quantize, data, parameters, config
     scores: Mapping[str, TaskScores]
 
     @property
@@ -35,7 +35,8 @@ class Measured:
     def row(self) -> str:
         """The same for runs that differ in their seed only."""
         config = {key: value for key, value in self.about.get("config", {}).items() if key not in _NOT_IN_LABEL}
-        return str((self.label, sorted(config.items(), key=str)))
+        data = self.about.get("data_sha256") or self.about.get("data")
+        return str((self.label, data, sorted(config.items(), key=str)))
 
 
 def accuracy_table(measured: Sequence[Measured]) -> str:
@@ -52,11 +53,12 @@ def accuracy_table(measured: Sequence[Measured]) -> str:
     titles = [task.removeprefix("adapters_") for task in tasks]
     head = ["model", "parameters", "seeds", *titles, "mean", *(["no answer found"] if has_failures else [])]
     lines = [_line(head), _line(["---"] * len(head))]
-    for runs in rows.values():
+    names = _names(list(rows.values()))
+    for name, runs in zip(names, rows.values(), strict=True):
         cells = [_cell(runs, task) for task in tasks]
         mean = sum(_mean(runs, task) for task in tasks) / len(tasks)
         failures = [_failures(runs)] if has_failures else []
-        lines.append(_line([runs[0].label, _parameters(runs[0]), str(len(runs)), *cells, f"{mean:.1%}", *failures]))
+        lines.append(_line([name, _parameters(runs[0]), str(len(runs)), *cells, f"{mean:.1%}", *failures]))
     return "\n".join(lines)
 
 
@@ -77,6 +79,13 @@ def to_json(measured: Measured) -> dict[str, Any]:
             for task, scores in measured.scores.items()
         },
     }
+
+
+def _names(rows: Sequence[Sequence[Measured]]) -> list[str]:
+    """The rows' labels, with their runs where two rows have the same one."""
+    labels = Counter(runs[0].label for runs in rows)
+    told = [f"{runs[0].label} ({', '.join(run.source for run in runs)})" for runs in rows]
+    return [runs[0].label if labels[runs[0].label] == 1 else name for runs, name in zip(rows, told, strict=True)]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -25,11 +25,14 @@ COMPONENT = "model"  # what the concept file calls a language model
 QUANTISATIONS = ("none", "nf4")
 
 _LORA = re.compile(r"\blora_[AB]\.")  # PEFT's own linear layers
+_FINGERPRINT = "sbora_fingerprint"  # the attribute of a base model
 _SAMPLED = 1024  # entries of each linear weight that enter the fingerprint
 
 
 def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str = "none") -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder (also one with a single GGUF file) or the hub.
+
+    The files are read, and quantised, in their own type, and cast afterwards: the fingerprint is the same in each.
 
     Args:
         dtype: of the weights; "auto" is that of the files.
@@ -44,7 +47,10 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
     with cache_if_offline(), _told(base, " (its tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
     with cache_if_offline(), _told(base):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
+    setattr(model, _FINGERPRINT, _digest(model))
+    if isinstance(dtype, torch.dtype):
+        _cast(model, dtype)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -125,6 +131,11 @@ def count_parameters(base: str, method: str, config: LlmConfig) -> tuple[int, in
 
 
 def fingerprint(model: nn.Module) -> str:
+    """What `load_base` found in the files of a model, whatever was cast, dequantised or put into it since."""
+    return getattr(model, _FINGERPRINT)
+
+
+def _digest(model: nn.Module) -> str:
     """16 hexadecimal digits of all linear layers' names, shapes and sampled entries, rounded to float16.
 
     Layers that are quantised count with their packed bytes: another quantisation is another base.
@@ -151,6 +162,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def gpu_of_process() -> int:
     """The GPU that belongs to this process of torchrun's; the first one without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """As if the weights had been read in this type: buffers, and what is always computed in float32, stay."""
+    kept = () if dtype == torch.float32 else model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.dtype = dtype  # what it is dequantised to
+        elif not any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _forget_gguf(model: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.llm.data import shared
 from sbora_diffusion.llm.template import training_prompt
 
 NONE = "none"  # the base model alone
@@ -26,13 +27,20 @@ class Chat:
     Args:
         model: causal; a PEFT model if there are adapters.
         adapters: what users call these -> their names in the model.
+        templates: what users call these -> the template that they were trained on, where that is known.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, adapters: Mapping[str, str], max_tokens: int, temperature: float
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapters: Mapping[str, str],
+        max_tokens: int,
+        temperature: float,
+        templates: Mapping[str, str] | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self.adapters = dict(adapters)
+        self.adapters, self._templates = dict(adapters), dict(templates or {})
         self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": temperature > 0}
         self._options |= {"temperature": temperature} if temperature > 0 else {}
@@ -55,8 +63,8 @@ class Chat:
             SboraError: the conversation leaves no room for an answer, or the model failed; the text is forgotten.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        inputs = self._tokenizer(self._prompt(asked), add_special_tokens=False, return_tensors="pt")
-        options = dict(inputs.to(self._model.device)) | self._room(inputs["input_ids"].shape[1])
+        ids = torch.tensor([self._prompt(asked)], device=self._model.device)
+        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self._room(ids.shape[1])
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failures = threading.Event(), []
         worker = threading.Thread(target=self._generate, args=(options, streamer, stop, failures))
@@ -93,11 +101,15 @@ class Chat:
             return "a new conversation"
         return HELP
 
-    def _prompt(self, messages: list[dict[str, str]]) -> str:
-        """The conversation in the tokenizer's chat template; without one, the last message as an Alpaca instruction."""
-        if self._tokenizer.chat_template:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return (self._tokenizer.bos_token or "") + training_prompt("alpaca", messages[-1]["content"])
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation in the tokenizer's chat template, or of the last message as an instruction in
+        the template that the active adapter was trained on, or Alpaca's where there is neither."""
+        template = self._templates.get(self.active, "chat")
+        if template == "chat" and self._tokenizer.chat_template:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = training_prompt("alpaca" if template == "chat" else template, messages[-1]["content"])
+        prompt, whole = (self._tokenizer(part)["input_ids"] for part in (text, f"{text}A"))
+        return prompt[: shared(prompt, whole)] if text.endswith(" ") else prompt  # a last blank is the answer's
 
     def _generate(
         self,

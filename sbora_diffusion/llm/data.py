@@ -70,6 +70,12 @@ def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
         )
 
 
+def shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """How many tokens both begin with: the prompt's last blank may be one with the answer's first word."""
+    differs = (number for number, (asked, said) in enumerate(zip(prompt, whole, strict=False)) if asked != said)
+    return next(differs, min(len(prompt), len(whole)))
+
+
 def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
     if config.template == "chat" or "messages" in record:
         return _chat(record, number, tokenizer, config)
@@ -80,7 +86,7 @@ def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: Ll
     ids = tokenizer(prompt + record["output"])["input_ids"][: config.cutoff]
     if ids[-1] != tokenizer.eos_token_id and len(ids) < config.cutoff:
         ids = [*ids, tokenizer.eos_token_id]
-    masked = 0 if config.train_on_inputs else len(tokenizer(prompt)["input_ids"])
+    masked = 0 if config.train_on_inputs else shared(tokenizer(prompt)["input_ids"], ids)
     return _masked(ids, masked)
 
 
@@ -105,7 +111,7 @@ def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmCon
         raise SboraError("the base model's tokenizer has no chat template", hint="Use instruction and output records.")
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else len(prompt))
+    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else shared(prompt, ids))
 
 
 def _is_message(message: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +76,13 @@ class Harness:
             SboraError: data that cannot be loaded.
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
-        harness: Any = HFLM  # its decorators hide the signatures from type checkers
-        simple_evaluate: Any = lm_eval.simple_evaluate
+        from sbora_diffusion.llm.beams import WholeBeams
+
+        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide the signature from type checkers
         try:
             with _quietly():
-                wrapped = harness(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+                wrapped = WholeBeams(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
                 found = simple_evaluate(
                     wrapped, tasks=self.tasks, task_manager=self._manager, limit=limit, bootstrap_iters=0
                 )
@@ -106,16 +107,28 @@ def _members(task: str) -> list[str]:
 
 def _scores(found: Any, task: str) -> TaskScores:
     """A task's or a foreign group's numbers, question by question; of several filters the first."""
-    leaves = found.get("group_subtasks", {}).get(task) or [task]
+    leaves = dict.fromkeys(_leaves(found.get("group_subtasks", {}), task))
     samples = [sample for leaf in leaves for sample in _first_filter(found["samples"].get(leaf, []))]
     metric = next((name for name in _METRICS if samples and name in samples[0]), None)
     if metric is None:
         raise SboraError(f"the task {task} has none of the metrics {', '.join(_METRICS)}")
     return TaskScores(
         metric=metric,
-        correct=[float(sample[metric]) for sample in samples],
+        correct=[weight * float(sample[metric]) for weight, sample in zip(_weights(samples), samples, strict=True)],
         failed=[float(sample["failed"]) for sample in samples if "failed" in sample],
     )
+
+
+def _weights(samples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """1, or what makes a mean over the questions that were asked a macro mean, where these say over what."""
+    groups = [sample.get("doc", {}).get("macro_over") for sample in samples]
+    sizes = Counter(groups)
+    return [len(groups) / (len(sizes) * sizes[group]) for group in groups]
+
+
+def _leaves(members: Mapping[str, Sequence[str]], task: str) -> list[str]:
+    """The tasks of a group of groups, such as mmlu, or the task itself."""
+    return [leaf for member in members.get(task) or () for leaf in _leaves(members, member)] or [task]
 
 
 def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -63,6 +63,14 @@ def judge(task: str, text: str, answer: str) -> tuple[bool, bool]:
     return found == answer, False
 
 
+def is_answer(task: str, answer: str) -> bool:
+    """Whether a question's answer is one that a text can give: its own text is right."""
+    try:
+        return judge(task, answer, answer) == (True, False)
+    except ValueError:
+        return False
+
+
 def _extract(task: str) -> Callable[[str], str | float | None]:
     if task in OPTIONS:
         return lambda text: first_option(task, text)

@@ -34,6 +34,7 @@ LOSSES = "losses.json"
 ADAPTER = "adapter"  # the PEFT directory in it
 ABOUT = "sbora.json"  # in a PEFT directory of ours: what it was trained on, and how
 _FULL_DISK = ("No space left", "unexpected pos", "file write failed")
+_CONTENTS = {"data_sha256": "what is in the data", "fingerprint": "the base model's weights"}
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -46,9 +47,12 @@ class Run:
     method: str
     quantize: str
     interval: Interval | None = None  # of an SBoRA adapter; before the training None is whatever is free
+    data_sha256: str = ""  # of the file; like the base model's fingerprint "" until it has been read
+    fingerprint: str = ""
 
     def to_dict(self) -> dict[str, str | None]:
         told = {"base": self.base, "data": str(self.data), "method": self.method, "quantize": self.quantize}
+        told |= {"data_sha256": self.data_sha256, "fingerprint": self.fingerprint}
         return told | {"interval": str(self.interval) if self.interval else None}
 
 
@@ -98,11 +102,18 @@ def check(run: Run, config: LlmConfig, folder: Path, resume: bool) -> tuple[Run,
     before = _described(folder / RUN) if resume else {}
     if before.get("interval") and not run.interval:
         run = replace(run, interval=Interval.parse(before["interval"]))
-    described = _describe(run, config)
-    changed = [key for key in described if before and before.get(key) != described[key]]
-    if changed:
-        raise SboraError(f"the training in {folder} differs in {', '.join(changed)}", "repeat its settings")
+    if resume:
+        check_same(run, config, folder)
     return run, _last_whole(folder) if resume else None
+
+
+def check_same(run: Run, config: LlmConfig, folder: Path) -> None:
+    """Raise SboraError if the folder holds another training; what has not been read yet is not compared."""
+    before, described = _described(folder / RUN), _describe(run, config)
+    changed = [key for key, value in described.items() if before and value != "" and before.get(key) != value]
+    if changed:
+        names = ", ".join(_CONTENTS.get(key, key) for key in changed)
+        raise SboraError(f"the training in {folder} differs in {names}", "repeat its settings, or choose another --out")
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -141,16 +152,12 @@ def _describe(run: Run, config: LlmConfig) -> dict[str, Any]:
     return run.to_dict() | {"config": config.to_dict()}
 
 
-def finish(model: Any, run: Run, config: LlmConfig, folder: Path, identity: str, metrics: dict[str, float]) -> Trained:
-    """Write what a trained PEFT model has learned: a PEFT directory and, of SBoRA, a concept file.
-
-    Args:
-        identity: the base model's fingerprint.
-    """
+def finish(model: Any, run: Run, config: LlmConfig, folder: Path, metrics: dict[str, float]) -> Trained:
+    """Write what a trained PEFT model has learned: a PEFT directory and, of SBoRA, a concept file."""
     out = folder / ADAPTER
     model.save_pretrained(str(out))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    told = run.to_dict() | {"fingerprint": identity, "parameters": trained, "metrics": metrics, "versions": _versions()}
+    told = run.to_dict() | {"parameters": trained, "metrics": metrics, "versions": _versions()}
     write_atomically(out / ABOUT, json.dumps(told | {"config": config.to_dict()}, indent=2).encode())
     concept = folder / f"{folder.resolve().name}.safetensors"
     if run.interval is None:
@@ -161,10 +168,10 @@ def finish(model: Any, run: Run, config: LlmConfig, folder: Path, identity: str,
         intervals=(run.interval,),
         seed=config.basis_seed,
         base_id=run.base,
-        base_fingerprint=identity,
+        base_fingerprint=run.fingerprint,
         tokens={},
         name=concept.stem,
-        recipe=config.to_dict() | {"data": str(run.data), "quantize": run.quantize},
+        recipe=config.to_dict() | {"data": str(run.data), "data_sha256": run.data_sha256, "quantize": run.quantize},
         versions=_versions(),
         metrics={"parameters": trained},
     )

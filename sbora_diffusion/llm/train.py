@@ -1,5 +1,6 @@
 """Fine-tuning with transformers' Trainer: one process or several, resumed bit for bit."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ from peft import prepare_model_for_kbit_training
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -34,12 +34,14 @@ from sbora_diffusion.llm.run_folder import (
     Run,
     Trained,
     check,
+    check_same,
     claimed,
     finish,
     full_disk_told,
     is_first_process,
     start,
 )
+from sbora_diffusion.llm.sampling import EpochTeller, OrderedTrainer
 from sbora_diffusion.methods import find_method, method_side
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,9 @@ def train(
     if run.interval and not find_method(run.method).owns_interval:
         raise SboraError(f"got the interval {run.interval}, but {run.method} owns no columns")
     records = load_records(run.data)
+    if all("messages" in record for record in records):
+        config = replace(config, template="chat")  # as they are tokenised, and later asked
+    run = replace(run, data_sha256=hashlib.sha256(run.data.read_bytes()).hexdigest())
     with claimed(folder):
         run, checkpoint = check(run, config, folder, resume)
         return _train(run, config, folder, records, checkpoint, watch, reserve)
@@ -94,7 +99,9 @@ def _train(
     examples = tokenise(records, tokenizer, config)
     check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
     log.info("%d of %d records have something to learn", len(examples), len(records))
-    identity = fingerprint(model)
+    run = replace(run, fingerprint=fingerprint(model))
+    if checkpoint:
+        check_same(run, config, folder)
     if run.quantize != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
     if config.gradient_checkpointing:
@@ -102,18 +109,18 @@ def _train(
     model.config.use_cache = False
     arguments = training_arguments(config, folder)
     if find_method(run.method).owns_interval:
-        run = replace(run, interval=_placed(model, run, config, identity, reserve))
+        run = replace(run, interval=_placed(model, run, config, reserve))
     adapted = inject(model, run.method, config, run.interval)
     if is_first_process():
         start(run, config, folder)
     training, validation = _split(examples, config)
-    trainer = Trainer(
+    trainer = OrderedTrainer(
         model=adapted,
         args=arguments,
         train_dataset=training,  # type: ignore[arg-type]  # a list has all that a map-style data set needs
         eval_dataset=validation or None,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
-        callbacks=[_Watcher(watch)],
+        callbacks=[EpochTeller(), _Watcher(watch)],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
     with _in_the_weights(adapted, run, config), full_disk_told(folder):
@@ -121,15 +128,15 @@ def _train(
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         write_atomically(folder / LOSSES, json.dumps(losses).encode())
-        return finish(adapted, run, config, folder, identity, result.metrics)
+        return finish(adapted, run, config, folder, result.metrics)
     return None
 
 
-def _placed(model: Any, run: Run, config: LlmConfig, identity: str, reserve: Reserve | None) -> Interval:
+def _placed(model: Any, run: Run, config: LlmConfig, reserve: Reserve | None) -> Interval:
     """Where the adapter goes, in all processes the same: the first one asks."""
     side = method_side(run.method)
     widths = target_widths(model, config.targets, side)
-    space = Space(base_id=run.base, base_fingerprint=identity, side=side, seed=config.basis_seed, widths=widths)
+    space = Space(base_id=run.base, base_fingerprint=run.fingerprint, side=side, seed=config.basis_seed, widths=widths)
     granted: list[Any] = [None]
     if is_first_process():
         granted = [reserve(space, run.interval) if reserve else run.interval or Interval(0, config.rank)]

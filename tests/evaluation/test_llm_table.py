@@ -1,5 +1,6 @@
 """The table of language models: which runs are one row, and what a cell says."""
 
+from dataclasses import replace
 from typing import Any
 
 from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
@@ -27,6 +28,14 @@ def test_runs_of_other_settings_are_rows_of_their_own() -> None:
     one = measured("lora", 0, [1.0], [0.0])
     other = measured("lora", 0, [1.0], [0.0], config={"rank": 8, "seed": 1, "learning_rate": 1.0})
     assert len(accuracy_table([one, other]).split("\n")) == 4
+
+
+def test_runs_on_other_data_are_rows_of_their_own_and_look_so() -> None:
+    runs = [measured("lora", n, [1.0], [0.0], data=f"{data}.json") for n, data in enumerate("aab")]
+    runs = [replace(run, source=f"runs/{n}") for n, run in enumerate(runs)]
+    _, _, first, second = accuracy_table(runs).split("\n")
+    assert first.startswith("| LoRA r=8 (runs/0, runs/1) | 1,234 | 2 |")
+    assert second.startswith("| LoRA r=8 (runs/2) | 1,234 | 1 |")
 
 
 def test_no_column_of_failures_where_no_task_says() -> None:

@@ -95,12 +95,13 @@ def test_concept_file_says_what_it_is(base: str, data: Path, tmp_path: Path) -> 
     assert (spec.base_id, spec.recipe["quantize"], spec.tokens) == (base, "none", {})
 
 
-def test_nf4_is_never_merged_silently(base: str, data: Path, tmp_path: Path) -> None:
+def test_nf4_is_never_merged_silently(base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = trained("sbora-fa", base, data, tmp_path / "run", quantize="nf4")
     with pytest.raises(SboraError, match="trained on nf4: a merge would requantise"):
         export(str(folder), "model", tmp_path / "merged")
     expected = logits(load_adapter(load_base(base, quantize="nf4")[0], str(folder), "one").eval())
     export(str(folder), "model", tmp_path / "merged", dequantize=True)
+    assert "other weights" not in caplog.text
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
 

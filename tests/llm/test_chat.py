@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.chat import HELP, Chat
 from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.llm.data import IGNORED, tokenise
 from sbora_diffusion.llm.run_folder import Run
+from sbora_diffusion.llm.template import training_prompt
 from sbora_diffusion.llm.train import train
+
+from .tiny import merging_tokenizer
 
 
 def answers(chat: Chat, *names: str) -> list[str]:
@@ -56,6 +61,38 @@ def test_it_streams_and_remembers(base: str) -> None:
     assert len(pieces) > 1
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[1]["content"] == "".join(pieces)
+
+
+def asked(chat: Chat, model: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The token ids that the model is asked with."""
+    seen: list[int] = []
+    generate = model.generate
+
+    def watched(**options: Any) -> Any:
+        seen.extend(options["input_ids"][0].tolist())
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    list(chat.say(text))
+    return seen
+
+
+@pytest.mark.parametrize("template", ["adapters", "alpaca", "plain", "chat"])
+def test_it_asks_in_the_template_that_is_known(template: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_base(base)
+    chat = Chat(model, tokenizer, {}, 4, 0.0, {"none": template})
+    expected = training_prompt(template, "hi") if template != "chat" else "<user>hi\n<assistant>"
+    assert asked(chat, model, "hi", monkeypatch) == tokenizer(expected)["input_ids"]
+
+
+def test_it_asks_without_the_blank_that_belongs_to_the_answer(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load_base(base)
+    merging = merging_tokenizer("### Response: yes A")
+    model.resize_token_embeddings(1000)
+    chat = Chat(model, merging, {}, 4, 0.0)
+    [example] = tokenise([{"instruction": "hi", "output": "yes"}], merging, LlmConfig.from_recipe("small", {}))
+    before = [token for token, label in zip(*example.values(), strict=True) if label == IGNORED]
+    assert asked(chat, model, "hi", monkeypatch) == before
 
 
 def test_commands(base: str) -> None:

@@ -11,7 +11,7 @@ from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import IGNORED, check_lengths, load_records, tokenise
 from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
 
-from .tiny import tokenizer
+from .tiny import merging_tokenizer, tokenizer
 
 GAP = " " * 16
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -77,6 +77,21 @@ def test_chat_masks_what_comes_before_the_answer() -> None:
     [example] = tokenise([{"messages": messages}], tokenizer(), config(**settings))
     assert decoded(example["input_ids"]) == "<user>hi\n<assistant>ho\n"
     assert decoded([label for label in example["labels"] if label != IGNORED]) == "ho\n"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "adapters", "chat"])
+def test_an_answer_counts_whole_where_its_first_word_takes_the_prompt_s_last_blank(template: str) -> None:
+    merging = merging_tokenizer(training_prompt("alpaca", "Is it?") + "yes it is")
+    merging.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    record = {"instruction": "Is it?", "output": "yes"}
+    if template == "chat":
+        record = {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]}
+    [example] = tokenise([record], merging, config(template=template, train_on_inputs="false"))
+    counted = [merging.decode([label]) for label in example["labels"] if label != IGNORED]
+    assert counted == [" yes"] + ["</s>"] * (template != "chat")
 
 
 def test_json_jsonl_and_parquet_are_the_same(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from lm_eval.tasks import TaskManager
 
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import load_base
-from sbora_diffusion.llm.evaluate import TASKS, Harness, TaskScores
-from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, mmlu_prompt
+from sbora_diffusion.llm.evaluate import TASKS, Harness, TaskScores, _scores
+from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, load_mmlu, mmlu_prompt
 
-from .tiny import ANSWERS
+from .tiny import ANSWERS, save_tasks
 
 GAP = " " * 16
 PROMPT = (
@@ -69,9 +69,24 @@ def test_mmlu_prompt_is_qlora_s() -> None:
 def test_mmlu_s_mean_is_a_macro_mean(tasks: Path) -> None:
     docs = loaded("qlora_mmlu", tasks).test_docs()
     right, wrong = [(0.0, False), (1.0, False), (0.0, False), (0.0, False)], [(1.0, False)] + [(0.0, False)] * 3
-    verdicts = [count_mmlu(doc, right if "world history" in doc["text"] else wrong)["acc"] for doc in docs]
-    assert len(verdicts) == 4
-    assert sum(verdicts) / 4 == pytest.approx(0.5)  # one subject of two, one question of four
+    samples = [{"doc": doc} | count_mmlu(doc, right if "world history" in doc["text"] else wrong) for doc in docs]
+    assert len(samples) == 4
+    asked = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
+    assert asked == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("val/anatomy_val.csv", "who?,w,x,y,z,", "row 1: expected a question"),
+        ("val/anatomy_val.csv", "who?,w,x,y,z,BC", "row 1: expected a question"),
+        ("dev/anatomy_dev.csv", "who?,w,x,y,z,B", "anatomy has 1 shots in dev, expected 5"),
+    ],
+)
+def test_defects_of_mmlu_s_files(file: str, text: str, message: str, tmp_path: Path) -> None:
+    (save_tasks(tmp_path) / "mmlu" / file).write_text(text)
+    with pytest.raises(SboraError, match=message):
+        load_mmlu(data_dir=str(tmp_path))
 
 
 def test_runs_on_a_model(base: str, tasks: Path) -> None:
@@ -119,6 +134,14 @@ def test_the_harness_s_own_task_by_name(base: str, tmp_path: Path, monkeypatch: 
     assert scores.correct == [float(max(range(3), key=of.__getitem__) == n % 3) for n, of in enumerate(found)]
 
 
+def test_a_group_of_groups_is_its_tasks_questions() -> None:
+    """As mmlu's: what is found has samples of the innermost tasks only, and a task may be in two groups."""
+    samples = {"a": [{"acc": 1.0, "filter": "none"}], "b": [{"acc": 0.0, "filter": "none"}], "c": [{"acc": 1.0}]}
+    found = {"group_subtasks": {"all": ["stem", "c"], "stem": ["a", "b"], "a": []}, "samples": samples}
+    assert _scores(found, "all").correct == [1.0, 0.0, 1.0]
+    assert _scores(found, "a").correct == [1.0]
+
+
 def test_scores() -> None:
     assert TaskScores(metric="acc", correct=[1.0, 0.0, 0.0, 0.0], failed=[0.0, 1.0, 0.0, 0.0]).failure_rate == 0.25
 
@@ -131,6 +154,18 @@ def test_defects(tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps([{"instruction": "a"}]))
     with pytest.raises(SboraError, match="no list of records with instruction and answer"):
+        load(data_dir=str(tmp_path), folder="boolq")
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.json").write_text(
+        json.dumps([{"instruction": "a", "answer": answer} for answer in (-3.5, "1,234")])
+    )
+    with pytest.raises(SboraError, match="record 1: got the answer '1,234', expected a number"):
+        load(data_dir=str(tmp_path), folder="gsm8k")
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps([{"instruction": "a", "answer": "True"}]))
+    with pytest.raises(SboraError, match="record 0: got the answer 'True', expected true, false"):
+        load(data_dir=str(tmp_path), folder="boolq")
+    (tmp_path / "boolq" / "test.json").write_text("[]")
+    with pytest.raises(SboraError, match=r"boolq/test\.json holds no questions"):
         load(data_dir=str(tmp_path), folder="boolq")
     with pytest.raises(SboraError, match="unknown tasks adapters_nothing"):
         Harness(["adapters_nothing"], tasks)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,8 @@ from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
 from sbora_diffusion.llm.run_folder import Run, Trained, full_disk_told
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
+
+from .tiny import save_data
 
 SMALL = {"rank": "4", "alpha": "8", "steps": "4", "batch_size": "4", "save_every": "2", "dtype": "float32"}
 SMALL |= {"warmup_steps": "0", "validation": "0", "cutoff": "512", "learning_rate": "0.01"}
@@ -57,15 +60,27 @@ def test_learns_and_plain_peft_loads_it(method: str, quantize: str, base: str, d
                 assert factor.sum() == 4
 
 
-@pytest.mark.parametrize(("method", "dropout"), [*((method, "0.05") for method in METHODS), ("sbora-fa", "0.0")])
-def test_resume_is_bit_for_bit(method: str, dropout: str, base: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dropout", "sampling"),
+    [
+        *((method, "0.05", "random") for method in METHODS),
+        ("sbora-fa", "0.0", "random"),
+        ("sbora-fa", "0.05", "group_by_length"),
+    ],
+)
+def test_resume_is_bit_for_bit(method: str, dropout: str, sampling: str, base: str, tmp_path: Path) -> None:
+    """Two epochs of three steps; the second one is interrupted after its first step."""
+    records = [{"instruction": "x" * (7 * n % 23), "output": "y" * (5 * n % 13)} for n in range(12)]
+    data = tmp_path / "records.json"
+    data.write_text(json.dumps(records))
     run = Run(base=base, data=data, method=method, quantize="none")
-    whole = train(run, small(dropout=dropout), tmp_path / "whole").adapter
-    train(run, small(dropout=dropout), tmp_path / "parts")
+    config = small(dropout=dropout, sampling=sampling, steps="6")
+    whole = train(run, config, tmp_path / "whole").adapter
+    train(run, config, tmp_path / "parts")
     interrupted = tmp_path / "parts"
-    for path in (interrupted / "checkpoint-4", interrupted / "adapter"):
+    for path in (interrupted / "checkpoint-6", interrupted / "adapter"):
         path.rename(tmp_path / path.name)
-    again = train(run, small(dropout=dropout), interrupted, resume=True).adapter
+    again = train(run, config, interrupted, resume=True).adapter
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -101,6 +116,21 @@ def test_refuses_to_overwrite_or_to_resume_another(base: str, data: Path, tmp_pa
         train(run, small(steps="2"), tmp_path)
     with pytest.raises(SboraError, match="differs in config"):
         train(run, small(steps="4"), tmp_path, resume=True)
+
+
+def test_refuses_to_resume_with_other_records_or_another_base(base: str, tmp_path: Path) -> None:
+    data, same = save_data(tmp_path / "records.json"), tmp_path / "base"
+    shutil.copytree(base, same)
+    run = Run(base=str(same), data=data, method="lora", quantize="none")
+    train(run, small(steps="2"), tmp_path / "run")
+    model, _ = load_base(base)
+    model.lm_head.weight[0] += 1
+    model.save_pretrained(same)
+    with pytest.raises(SboraError, match="differs in the base model's weights"):
+        train(run, small(steps="2"), tmp_path / "run", resume=True)
+    save_data(data, 15)
+    with pytest.raises(SboraError, match="differs in what is in the data"):
+        train(run, small(steps="2"), tmp_path / "run", resume=True)
 
 
 def test_a_folder_in_use_is_refused(base: str, data: Path, tmp_path: Path) -> None:

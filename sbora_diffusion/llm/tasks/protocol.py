@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.extraction import judge
+from sbora_diffusion.llm.extraction import NUMBERS, OPTIONS, is_answer, judge
 from sbora_diffusion.llm.template import evaluation_prompt
 
 LETTERS = "ABCD"
@@ -26,7 +26,19 @@ def load(data_dir: str = "", folder: str = "", rule: str = "", **_: Any) -> dict
         rows = [{"instruction": r["instruction"], "answer": str(r["answer"]), "rule": rule or folder} for r in records]
     except (ValueError, KeyError, TypeError) as error:
         raise SboraError(f"{path} is no list of records with instruction and answer ({error!r})") from None
+    _check_answers(path, rows)
     return {"test": Dataset.from_list(rows)}
+
+
+def _check_answers(path: Path, rows: list[dict[str, str]]) -> None:
+    """Before hours of generation: what no text can answer is found only when it is counted."""
+    if not rows:
+        raise SboraError(f"{path} holds no questions")
+    for number, row in enumerate(rows):
+        rule, answer = row["rule"], row["answer"]
+        if not is_answer(rule, answer):
+            expected = "a number" if rule in NUMBERS else OPTIONS.get(rule, "A|B|C|D|E").replace("|", ", ")
+            raise SboraError(f"{path}, record {number}: got the answer {answer!r}, expected {expected}")
 
 
 def prompt(doc: dict[str, Any]) -> str:
@@ -41,18 +53,18 @@ def count(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def load_mmlu(data_dir: str = "", **_: Any) -> dict[str, Dataset]:
-    """MMLU's validation questions, each with five shots of its subject and the weight that makes a mean a macro mean.
+    """MMLU's validation questions, each with five shots of its subject; the score is a macro mean over subjects.
 
     From data_dir/mmlu in the authors' layout (dev/SUBJECT_dev.csv, val/SUBJECT_val.csv), or else from the hub.
     """
     local = Path(data_dir) / "mmlu"
     shots, questions = _read_local(local) if data_dir and local.is_dir() else _read_hub()
-    sizes = Counter(question["subject"] for question in questions)
+    _check_shots(shots, questions)
     rows = [
         {
             "text": mmlu_prompt(question, [shot for shot in shots if shot["subject"] == question["subject"]]),
             "gold": question["answer"],
-            "weight": len(questions) / (len(sizes) * sizes[question["subject"]]),
+            "macro_over": question["subject"],
         }
         for question in questions
     ]
@@ -67,9 +79,16 @@ def mmlu_prompt(question: dict[str, Any], shots: list[dict[str, Any]]) -> str:
 
 
 def count_mmlu(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the likeliest letter is right, times the question's weight."""
+    """Whether the likeliest letter is right."""
     scores = [score for score, _ in results]
-    return {"acc": doc["weight"] * (scores.index(max(scores)) == doc["gold"])}
+    return {"acc": float(scores.index(max(scores)) == doc["gold"])}
+
+
+def _check_shots(shots: list[dict[str, Any]], questions: list[dict[str, Any]]) -> None:
+    numbers = Counter(shot["subject"] for shot in shots)
+    for subject in dict.fromkeys(question["subject"] for question in questions):
+        if numbers[subject] < SHOTS:
+            raise SboraError(f"{subject} has {numbers[subject]} shots in dev, expected {SHOTS}")
 
 
 def _asked(question: dict[str, Any], letter: str) -> str:
@@ -86,7 +105,7 @@ def _read_split(folder: Path, split: str) -> list[dict[str, Any]]:
     for path in sorted((folder / split).glob(f"*_{split}.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             for number, row in enumerate(csv.reader(file), 1):
-                if len(row) != 6 or row[5] not in LETTERS:
+                if len(row) != 6 or row[5] not in tuple(LETTERS):
                     raise SboraError(f"{path}, row {number}: expected a question, four choices and a letter")
                 answer = LETTERS.index(row[5])
                 subject = path.stem.removesuffix(f"_{split}")
