@@ -3,9 +3,12 @@
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from sbora_diffusion.errors import SboraError
 
@@ -66,6 +69,33 @@ def _write_in_place(path: Path, content: bytes) -> None:
         except OSError:
             path.unlink()
             raise
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A path beside a folder's to write the folder at; at the end it takes its place, and that of what is there.
+
+    Raises:
+        SboraError: it cannot be written, for one because the disk is full; then what was there is left.
+    """
+    place = folder.resolve()
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _put_in_place(temporary, place)
+    except (OSError, SafetensorError) as error:
+        raise SboraError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Whoever looks sees the old folder, for a moment none, then the whole new one."""
+    old = folder.with_name(f"{temporary.name}.old")
+    if folder.exists():
+        folder.replace(old)
+    temporary.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

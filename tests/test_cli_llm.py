@@ -1,6 +1,8 @@
 """The llm commands end to end on a tiny model, and what they say to nonsense."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +120,11 @@ def test_eval_of_the_base_model_alone(base: Path, work: Path, capfd: pytest.Capt
     assert "git" not in capfd.readouterr().err, "there is no repository here, which is no business of anybody's"
 
 
-def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+def _no_space(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(descriptor))
+
+
+def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = run("merge", work / "one", work / "two", "--out", work / "both.safetensors")
     assert merged.exit_code == 0, merged.output
     assert merged.stdout.strip() == str(work / "both.safetensors")
@@ -127,6 +133,12 @@ def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     for kind in ("peft", "model"):
         result = run("export", work / "both.safetensors", "--to", kind, "--out", work / kind)
         assert result.exit_code == 0, result.output
+    with monkeypatch.context() as patch:
+        patch.setattr("sbora_diffusion.files.os.fsync", _no_space)
+        failed = run("export", work / "both.safetensors", "--to", "peft", "--out", work / "full")
+    assert "cannot write" in failed.stderr
+    assert "No space left" in failed.stderr
+    assert not [path for path in work.iterdir() if "full" in path.name], "nothing that the next try would stumble over"
     assert (work / "peft" / "adapter_config.json").is_file()
     assert (work / "model" / "model.safetensors").is_file()
     assert "has no concept file" in run("merge", work / "lora", work / "one").stderr

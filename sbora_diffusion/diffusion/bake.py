@@ -1,8 +1,6 @@
 """A whole pipeline folder with concepts in weights and tokenizer, for programs that know nothing of adapters."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
@@ -11,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sbora_diffusion import __version__
@@ -21,6 +18,7 @@ from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import applied
 from sbora_diffusion.diffusion.tokens import TokenEmbedding
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import whole_folder
 
 RECORD = "sbora.json"  # what was baked; also the sign that a folder may be overwritten
 
@@ -48,19 +46,12 @@ def bake(
             "train it with --set layerwise_tokens=0",
         )
     named = distinct_tokens(adapters)
-    place = folder.resolve()
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with whole_folder(folder) as temporary:
         with applied(base, named, strengths), _plain_vocabularies(base):
             base.pipeline.save_pretrained(temporary)
         _forget_origin(temporary)
         record = _record(base, adapters, named, strengths)
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        _put_in_place(temporary, place)
-    except (OSError, SafetensorError) as error:
-        raise SboraError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [token for adapter in named for token in adapter.spec.tokens]
 
 
@@ -128,12 +119,3 @@ def _record(
         ],
         "versions": {"sbora-diffusion": __version__, "diffusers": diffusers.__version__},
     }
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Whoever looks sees the old folder, for a moment none, then the whole new one."""
-    old = folder.with_name(f"{temporary.name}.old")
-    if folder.exists():
-        folder.replace(old)
-    temporary.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)

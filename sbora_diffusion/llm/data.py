@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError  # of torch's own dependencies
+
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.template import check_record, training_prompt
@@ -38,7 +40,7 @@ def _parse(path: Path) -> Any:
         return parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     return (
-        [json.loads(line) for line in text.splitlines() if line.strip()]
+        [json.loads(line) for line in text.split("\n") if line.strip()]  # not what else is a line break to Python
         if path.suffix == ".jsonl"
         else json.loads(text)
     )
@@ -84,7 +86,7 @@ def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: Ll
     if config.target_cutoff:
         return _in_two_parts(prompt, record["output"], tokenizer, config)
     ids = tokenizer(prompt + record["output"])["input_ids"][: config.cutoff]
-    if ids[-1] != tokenizer.eos_token_id and len(ids) < config.cutoff:
+    if ids[-1:] != [tokenizer.eos_token_id] and len(ids) < config.cutoff:
         ids = [*ids, tokenizer.eos_token_id]
     masked = 0 if config.train_on_inputs else shared(tokenizer(prompt)["input_ids"], ids)
     return _masked(ids, masked)
@@ -109,8 +111,11 @@ def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmCon
         raise SboraError(f"record {number} ends with {messages[-1]['role']!r}, expected an assistant's message")
     if not tokenizer.chat_template:
         raise SboraError("the base model's tokenizer has no chat template", hint="Use instruction and output records.")
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    try:
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    except (TemplateError, ValueError) as error:
+        raise SboraError(f"record {number} does not fit the base model's chat template ({error})") from None
     return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else shared(prompt, ids))
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from sbora_diffusion.errors import SboraError
+from sbora_diffusion.files import whole_folder
 from sbora_diffusion.llm.adapters import find_folder, layer_shapes, load_adapter, read_about, read_concept, write_peft
 from sbora_diffusion.llm.base import load_base, meta_base
 
@@ -39,12 +40,17 @@ def _peft(source: str, base: str, about: dict, folder: Path) -> Path:
     if base != trained_for:
         log.warning("%s was trained for %s: only the sizes of %s's layers are checked", source, trained_for, base)
     if about.get("method", "").startswith("sbora"):
-        return write_peft(read_concept(source), layer_shapes(meta_base(base)), folder)
+        adapter, shapes = read_concept(source), layer_shapes(meta_base(base))
+        with whole_folder(folder) as temporary:
+            write_peft(adapter, shapes, temporary)
+        return folder
     if about.get("method") == "dora":
         raise SboraError("vLLM, SGLang and llama.cpp load no DoRA", "merge it into its base: --to model")
     origin = find_folder(source)
     assert origin is not None, "a concept file is SBoRA's"
-    return Path(shutil.copytree(origin, folder))
+    with whole_folder(folder) as temporary:
+        shutil.copytree(origin, temporary)
+    return folder
 
 
 def _merged(source: str, base: str, about: dict, folder: Path, dequantize: bool) -> Path:
@@ -58,6 +64,7 @@ def _merged(source: str, base: str, about: dict, folder: Path, dequantize: bool)
     if quantize != "none":
         model = model.dequantize()
     merged = load_adapter(model, source, "default").merge_and_unload()
-    merged.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    with whole_folder(folder) as temporary:
+        merged.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
     return folder

@@ -33,7 +33,7 @@ RUN = "run.json"  # in a run folder: everything that decided the training
 LOSSES = "losses.json"
 ADAPTER = "adapter"  # the PEFT directory in it
 ABOUT = "sbora.json"  # in a PEFT directory of ours: what it was trained on, and how
-_FULL_DISK = ("No space left", "unexpected pos", "file write failed")
+_FULL_DISK = ("No space left", "unexpected pos", "file write failed", "iostream error")
 _CONTENTS = {"data_sha256": "what is in the data", "fingerprint": "the base model's weights"}
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 

@@ -11,7 +11,7 @@ from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import IGNORED, check_lengths, load_records, tokenise
 from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
 
-from .tiny import merging_tokenizer, tokenizer
+from .tiny import CHAT, merging_tokenizer, tokenizer
 
 GAP = " " * 16
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -99,6 +99,9 @@ def test_json_jsonl_and_parquet_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(records))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert load_records(tmp_path / "x.json") == load_records(tmp_path / "x.jsonl") == records
+    odd = [{"instruction": "a\u2028b\u0085c", "output": "d"}]
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert load_records(tmp_path / "odd.jsonl") == odd, "JSON has no line breaks in it but CR and LF"
     (tmp_path / "bom.json").write_text(json.dumps(records), encoding="utf-8-sig")
     assert load_records(tmp_path / "bom.json") == records
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -119,6 +122,14 @@ def test_defects(tmp_path: Path) -> None:
             tokenise([{"messages": [message, {"role": "assistant", "content": "x"}]}], tokenizer(), config())
     with pytest.raises(SboraError, match="record 0 has no messages"):
         tokenise([{"messages": []}], tokenizer(), config())
+    strict = tokenizer()
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+    said = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    for messages, what in ((said, "no system"), (said[-1:], "empty")):
+        with pytest.raises(SboraError, match=f"record 0 does not fit the base model's chat template .*{what}"):
+            tokenise([{"messages": messages}], strict, config())
+    with pytest.raises(SboraError, match="nothing of an answer is left"):
+        tokenise([{"instruction": "", "output": ""}], merging_tokenizer("x"), config(template="plain"))
     with pytest.raises(SboraError, match="a sequence has 3 tokens, the base model 2 positions"):
         check_lengths([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], 2)
     with pytest.raises(SboraError, match="longer than cutoff=10"):

@@ -105,6 +105,8 @@ def test_a_checkpoint_that_was_cut_off_is_left_out(
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="no space left"), full_disk_told(tmp_path):
         torch.save(torch.zeros(100_000), "/dev/full")
+    with pytest.raises(SboraError, match="no space left"), full_disk_told(tmp_path):
+        torch.save(torch.zeros(10), "/dev/full")
     with pytest.raises(RuntimeError, match="another matter"), full_disk_told(tmp_path):
         raise RuntimeError("another matter")
 
