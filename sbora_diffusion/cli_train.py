@@ -114,6 +114,7 @@ def _read(request: Request, library: Library) -> tuple[Concept, TrainConfig, Int
     path = library.path(concept.name)
     if path.exists() and not request.force:
         raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
+    log.info("concept %s: %d pictures in %s", concept.token, len(concept.pictures), concept.pictures[0].path.parent)
     return concept, config, interval
 
 

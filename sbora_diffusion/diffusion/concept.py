@@ -100,7 +100,6 @@ def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | N
         pictures=tuple(Picture(path=path, caption=words) for path, words in zip(pictures, captions, strict=True)),
     )
     _check_token(concept)
-    log.info("concept %s: %d pictures in %s", concept.token, len(concept.pictures), folder)
     return concept
 
 
