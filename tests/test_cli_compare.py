@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "save_every": "1", "
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A base model, a judge and a suite of two prompts."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "two.txt").write_text("a <TOK>\na red <TOK>\n")
@@ -25,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"base": str(base), "judge": str(judge), "suite": str(folder / "two.txt")}
 
 
-def compare(world: dict[str, str], out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def compare(world: dict[str, Any], out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     chosen = [f"{key}={value}" for key, value in QUICK.items()]
     chosen += [f"suite={world['suite']}", f"encoder={world['judge']}", *settings]
     command = [sys.executable, "-m", "sbora_diffusion", "compare"]
@@ -47,7 +48,7 @@ def compare(world: dict[str, str], out: Path, *settings: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_command_makes_every_cell_once(world: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_makes_every_cell_once(world: dict[str, Any], tmp_path: Path) -> None:
     first = compare(world, tmp_path / "out")
     assert first.returncode == 0, first.stderr
     assert "| sbora-fa | 2 | 2 |" in first.stdout
@@ -63,7 +64,7 @@ def test_the_command_makes_every_cell_once(world: dict[str, str], tmp_path: Path
     assert "holds a comparison of settings" in other.stderr
 
 
-def test_a_cell_that_fails_is_named(world: dict[str, str], tmp_path: Path) -> None:
+def test_a_cell_that_fails_is_named(world: dict[str, Any], tmp_path: Path) -> None:
     failed = compare(world, tmp_path / "out", "rank=64")  # wider than the base model
     assert failed.returncode == 1
     assert "2 cells failed: sbora-fa/0/dog, sbora-fa/0/pumpkin" in failed.stderr
@@ -74,7 +75,7 @@ def test_a_cell_that_fails_is_named(world: dict[str, str], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "variant", ["lora", "dora", "orthogonal", "custom-diffusion", "textual-inversion", "blocklora"]
 )
-def test_cells_of_every_method(world: dict[str, str], tmp_path: Path, variant: str) -> None:
+def test_cells_of_every_method(world: dict[str, Any], tmp_path: Path, variant: str) -> None:
     settings = QUICK | ({"rank": "4"} if variant == "orthogonal" else {})
     comparison = Comparison(
         variants=(variant,), concepts=("dog", "pumpkin"), seeds=(0,), sizes=(1, 2), settings=settings, **world
