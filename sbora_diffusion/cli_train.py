@@ -95,14 +95,18 @@ def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path,
             progress.show(step)
             append_log(run, _told(step))
             if step.adapter and step.before_after:  # the run's checkpoint goes after this
-                name: str | Path = path.stem
-                if path.exists() and not force:  # it was not there at the beginning
+                is_occupied = path.exists() and not force  # it was not there at the beginning
+                if is_occupied:
                     log.warning("%s has come meanwhile, and stays; this one is in %s", path, run)
-                    name = path = run / path.name
-                step.adapter.save(path, force=force or path == name)
+                    path = run / path.name
+                step.adapter.save(path, force=force or is_occupied)
                 written = [path, step.before_after]
                 token = next(iter(step.adapter.spec.tokens))
-                log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', token, name)
+                log.info(
+                    'next: sbora-diffusion generate "a %s on the beach" --adapter %s',
+                    token,
+                    path if is_occupied else path.stem,
+                )
     return written
 
 

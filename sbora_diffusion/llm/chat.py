@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from sbora_diffusion.errors import SboraError
-from sbora_diffusion.llm.data import shared
+from sbora_diffusion.llm.data import common_prefix
 from sbora_diffusion.llm.template import training_prompt
 
 NONE = "none"  # the base model alone
@@ -109,7 +109,7 @@ class Chat:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         text = training_prompt("alpaca" if template == "chat" else template, messages[-1]["content"])
         prompt, whole = (self._tokenizer(part)["input_ids"] for part in (text, f"{text}A"))
-        return prompt[: shared(prompt, whole)] if text.endswith(" ") else prompt  # a last blank is the answer's
+        return prompt[: common_prefix(prompt, whole)] if text.endswith(" ") else prompt  # a last blank is the answer's
 
     def _generate(
         self,

@@ -72,7 +72,7 @@ def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
         )
 
 
-def shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
+def common_prefix(prompt: Sequence[int], whole: Sequence[int]) -> int:
     """How many tokens both begin with: the prompt's last blank may be one with the answer's first word."""
     differs = (number for number, (asked, said) in enumerate(zip(prompt, whole, strict=False)) if asked != said)
     return next(differs, min(len(prompt), len(whole)))
@@ -88,7 +88,7 @@ def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: Ll
     ids = tokenizer(prompt + record["output"])["input_ids"][: config.cutoff]
     if ids[-1:] != [tokenizer.eos_token_id] and len(ids) < config.cutoff:
         ids = [*ids, tokenizer.eos_token_id]
-    masked = 0 if config.train_on_inputs else shared(tokenizer(prompt)["input_ids"], ids)
+    masked = 0 if config.train_on_inputs else common_prefix(tokenizer(prompt)["input_ids"], ids)
     return _masked(ids, masked)
 
 
@@ -116,7 +116,7 @@ def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmCon
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     except (TemplateError, ValueError) as error:
         raise SboraError(f"record {number} does not fit the base model's chat template ({error})") from None
-    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else shared(prompt, ids))
+    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else common_prefix(prompt, ids))
 
 
 def _is_message(message: Any) -> bool:

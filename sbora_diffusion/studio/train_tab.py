@@ -187,9 +187,8 @@ def start_training(
     settings = ["--set", f"steps={int(steps)}"] if steps else []
     settings += ["--rank", str(int(rank))] if rank else []
     settings += ["--set", f"recipe={recipe}"] if recipe != USUAL else []
-    jobs.add(
-        name, ["train", "--concept", name if source == OWN else source, "--base", base, "--method", method, *settings]
-    )
+    taught = name if source == OWN else source
+    jobs.add(name, ["train", "--concept", taught, "--base", base, "--method", method, *settings])
     return gr.update(choices=[job.name for job in jobs.all() if job.arguments[0] == "train"], value=name, visible=True)
 
 
