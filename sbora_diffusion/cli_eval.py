@@ -14,10 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sbora_diffusion.diffusion.base import load_base
 from sbora_diffusion.diffusion.concept import Concept, default_roots, known_concepts, load_concept
+from sbora_diffusion.diffusion.loading import is_emoji64
 from sbora_diffusion.evaluation.encoders import load_encoder, load_vision
 from sbora_diffusion.evaluation.evaluate import BATCH, evaluate
 from sbora_diffusion.evaluation.report import write_report
-from sbora_diffusion.evaluation.series import Sampling
 from sbora_diffusion.evaluation.suite import load_suite
 from sbora_diffusion.evaluation.tables import summary
 from sbora_diffusion.library import Library
@@ -62,8 +62,9 @@ def evaluate_concepts(
     command = shlex.join(["sbora-diffusion", *sys.argv[1:]])
     try:
         with EvaluationProgress() as progress:
+            base = load_base(base_name, "")
             report = evaluate(
-                load_base(base_name, ""),
+                base,
                 adapters,
                 suite,
                 _concepts(concept_names),
@@ -72,7 +73,7 @@ def evaluate_concepts(
                 folder,
                 merged=merged,
                 vision=load_vision(vision_name) if vision_name else None,
-                sampling=Sampling(**sampled),
+                sampling=replace(base.sampling, **sampled),
                 batch_size=batch_size,
                 force=force,
                 on_picture=progress.show,
@@ -119,7 +120,7 @@ class EvaluationProgress:
 
 def _defaults(base_name: str) -> tuple[str, str]:
     """Suite and encoder for a base model: emoji64 knows its own small world only."""
-    return ("emoji64", "emoji-clip") if base_name == "emoji64" else ("objects", "openai/clip-vit-base-patch32")
+    return ("emoji64", "emoji-clip") if is_emoji64(base_name) else ("objects", "openai/clip-vit-base-patch32")
 
 
 def _concepts(extra: Iterable[str]) -> list[Concept]:

@@ -36,7 +36,7 @@ def pictures(
     base = load_base(base_name or (adapters[0].spec.base_id if adapters else "emoji64"), options.get("precision", ""))
     concepts = {adapter.spec.name: strength for adapter, strength in zip(adapters, strengths, strict=False)}
     own = {"base": base.id, "precision": base.precision, "concepts": concepts, "regions": tuple(regions)}
-    made = Settings(prompt=prompt, **{**options, **own})
+    made = Settings(prompt=prompt, **{**vars(base.sampling), **options, **own})
     if parsed and made.whole_scene:
         prompt, parsed = whole_scene(prompt, parsed, class_nouns(adapters))
     batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]

@@ -176,10 +176,10 @@ def space_of(base: Base, side: Side, seed: int) -> Space:
 
 def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], dict[str, float]]:
     """Draws the preview prompts with two seeds and asks the encoder about them."""
+    from sbora_diffusion.diffusion.families.family import Sampling
     from sbora_diffusion.evaluation.alignment import overall
     from sbora_diffusion.evaluation.encoders import load_encoder
     from sbora_diffusion.evaluation.evaluate import quick_score
-    from sbora_diffusion.evaluation.series import Sampling
 
     encoder = load_encoder(config.eval_encoder)
     prompts = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]

@@ -29,7 +29,8 @@ def evaluate(
 ) -> None:
     """Score how well concepts do what prompts say, alone and merged; run again, it goes on where it was.
 
-    Settings: seeds (pictures a prompt), steps, guidance, negative_prompt, batch_size, vision (a second judge).
+    Settings: seeds (pictures a prompt), steps and guidance (default: what is usual for the base), negative_prompt,
+    batch_size, vision (a second judge).
     """
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
     options = convert(parse_settings(settings), kinds)

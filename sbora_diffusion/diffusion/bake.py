@@ -16,11 +16,10 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import distinct_tokens
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.generate import applied
+from sbora_diffusion.diffusion.loading import RECORD
 from sbora_diffusion.diffusion.tokens import TokenEmbedding
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.files import whole_folder
-
-RECORD = "sbora.json"  # what was baked; also the sign that a folder may be overwritten
 
 
 def bake(
@@ -107,6 +106,7 @@ def _record(
     """What is in the folder and what it was made from."""
     return {
         "base_id": base.id,
+        "kind": base.kind,
         "base_fingerprint": base.fingerprint,
         "concepts": [
             {

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapter.basis import Side, canonical
 from sbora_diffusion.adapter.layer import keep_linear4bit_unpacked
-from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader, Text
+from sbora_diffusion.diffusion.families.family import CLIP_ATTENTION, Drawing, Family, Reader, Sampling, Text
 from sbora_diffusion.diffusion.families.known import family_of
-from sbora_diffusion.diffusion.loading import drawing_precision, full_name, load_pipeline, to_device, to_half
+from sbora_diffusion.diffusion.loading import (
+    EMBEDDED,
+    EMBEDDED_SAMPLING,
+    drawing_precision,
+    full_name,
+    is_emoji64,
+    load_pipeline,
+    to_device,
+    to_half,
+)
 from sbora_diffusion.diffusion.precision import TYPES
 from sbora_diffusion.diffusion.quantised import to_nf4
 from sbora_diffusion.diffusion.sharding import is_sharded
@@ -23,16 +32,6 @@ from sbora_diffusion.errors import SboraError
 
 MOST_STEPS, SEEDS = 1000, 2**63  # of a drawing
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
-
-
-def check_sampling(seeds: Sequence[int], steps: int, guidance: float) -> None:
-    """SboraError for steps or a seed that cannot be, or guidance that is no number."""
-    if not 1 <= steps <= MOST_STEPS:
-        raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
-    if not math.isfinite(guidance):
-        raise SboraError(f"got guidance={guidance}, expected a number")
-    if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
-        raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,16 @@ class Base:
     @cached_property
     def family(self) -> Family:
         return family_of(self.pipeline)
+
+    @cached_property
+    def kind(self) -> str:
+        """Whose recipes, prompts and sampling suit it: "emoji64" or its family's name, as `recipe_base` has it."""
+        return EMBEDDED if is_emoji64(self.id) else self.family.name
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its pictures are drawn where nobody says."""
+        return EMBEDDED_SAMPLING if self.kind == EMBEDDED else self.family.sampling
 
     def component(self, name: str) -> nn.Module:
         """The U-Net or transformer, or a text encoder."""
@@ -130,13 +139,29 @@ class Base:
         """How many columns (fa) or rows (fb) each adapted layer has."""
         return {key: shape[1 if side == "fa" else 0] for key, shape in self.layer_shapes.items()}
 
+    def choose_sampling(self, seeds: Sequence[int], steps: int | None, guidance: float | None) -> tuple[int, float]:
+        """Steps and guidance as they are given, or as is usual for this base model.
+
+        Raises:
+            SboraError: steps or a seed that cannot be, guidance that is no number.
+        """
+        steps = self.sampling.steps if steps is None else steps
+        guidance = self.sampling.guidance if guidance is None else guidance
+        if not 1 <= steps <= MOST_STEPS:
+            raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
+        if not math.isfinite(guidance):
+            raise SboraError(f"got guidance={guidance}, expected a number")
+        if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+            raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
+        return steps, guidance
+
     def draw(
         self,
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        steps: int,
-        guidance: float,
+        steps: int | None = None,
+        guidance: float | None = None,
         negative_prompt: str = "",
         as_latents: bool = False,
     ) -> Any:
@@ -144,10 +169,13 @@ class Base:
 
         A picture depends on its own prompt and seed only, not on what else is in the call.
 
+        Args:
+            steps, guidance: None for what is usual for this base model.
+
         Raises:
             SboraError: steps or a seed that cannot be, guidance that is no number.
         """
-        check_sampling(seeds, steps, guidance)
+        steps, guidance = self.choose_sampling(seeds, steps, guidance)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         drawing = Drawing(
             prompts=prompts,

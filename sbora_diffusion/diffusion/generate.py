@@ -190,13 +190,16 @@ def generate(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    steps: int = 20,
-    guidance: float = 3.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, at the base model's own resolution.
 
     A picture depends on its own prompt and seed only, not on what else is in the call.
+
+    Args:
+        steps, guidance: None for what is usual for this base model.
 
     Raises:
         SboraError: a `<token>` that no applied concept brings.

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.families.family import Family
+from sbora_diffusion.diffusion.families.family import Family, Sampling
 from sbora_diffusion.diffusion.families.known import ALIASES, family_named
 from sbora_diffusion.diffusion.sharding import shard
 from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
@@ -26,6 +26,8 @@ from sbora_diffusion.interrupts import interrupts_held
 log = logging.getLogger(__name__)
 
 EMBEDDED = "emoji64"
+EMBEDDED_SAMPLING = Sampling(steps=20, guidance=3.0)
+RECORD = "sbora.json"  # in a folder that `bake` wrote: what was baked
 INDEX = "model_index.json"  # of every pipeline in diffusers' format: its class
 
 
@@ -36,7 +38,23 @@ def full_name(name: str) -> str:
 
 def recipe_base(name: str) -> str:
     """Whose recipes a base model's trainings follow: emoji64's, or its family's. No weights are loaded for it."""
-    return EMBEDDED if name == EMBEDDED else find_family(name).name
+    return EMBEDDED if is_emoji64(name) else find_family(name).name
+
+
+def usual_sampling(name: str) -> Sampling:
+    """How a base model's pictures are drawn where nobody says. No weights are loaded for it."""
+    return EMBEDDED_SAMPLING if is_emoji64(name) else find_family(name).sampling
+
+
+def is_emoji64(name: str) -> bool:
+    """Whether a base model is the embedded one, perhaps with concepts baked into it."""
+    if name == EMBEDDED:
+        return True
+    try:
+        record = json.loads((Path(name) / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and EMBEDDED in (record.get("kind"), record.get("base_id"))
 
 
 def drawing_precision(name: str, has_gpu: bool) -> str:

@@ -26,10 +26,10 @@ class Settings:
 
     base: str
     prompt: str
+    steps: int
+    guidance: float
     negative_prompt: str = ""
     seed: int = 0
-    steps: int = 20
-    guidance: float = 3.0
     precision: str = "fp32"  # of the base model's weights and arithmetic
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
     regions: tuple[str, ...] = ()  # as `parse_region` reads them

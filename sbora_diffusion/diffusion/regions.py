@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.attention_maps import AttentionMaps
-from sbora_diffusion.diffusion.base import Base, check_sampling
+from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.branches import Branch, Scene, staged
 from sbora_diffusion.diffusion.families.family import Text
 from sbora_diffusion.diffusion.gating import LiveConcepts, live_concepts
@@ -107,8 +107,8 @@ def generate_regions(
     *,
     seeds: Sequence[int],
     strengths: Sequence[float] | None = None,
-    steps: int = 20,
-    guidance: float = 3.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
     """One picture a seed, with live concepts: each acts only where it is named, in the text and in the picture.
@@ -121,6 +121,7 @@ def generate_regions(
         regions: later ones lie over earlier ones.
         adapters: what the prompts may name, in any order.
         strengths: one factor an adapter, 1 for all if None.
+        steps, guidance: None for what is usual for this base model.
         negative_prompt: no concept acts on it.
 
     Raises:
@@ -129,7 +130,7 @@ def generate_regions(
     """
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
-    check_sampling(seeds, steps, guidance)
+    steps, guidance = base.choose_sampling(seeds, steps, guidance)
     with live_concepts(base, adapters, strengths) as live, base.arithmetic():
         check_tokens(base, [negative_prompt])
         side = base.resolution

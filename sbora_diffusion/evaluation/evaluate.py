@@ -11,6 +11,7 @@ import torch
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.families.family import Sampling
 from sbora_diffusion.diffusion.generate import check_base, generate
 from sbora_diffusion.diffusion.run_folder import picture_digest, versions
 from sbora_diffusion.errors import SboraError
@@ -18,7 +19,7 @@ from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.evaluation.gallery import claimed, read_picture
 from sbora_diffusion.evaluation.results import Report, Result
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
-from sbora_diffusion.evaluation.series import DEFAULT_SAMPLING, Sampling, Series, draw, plan
+from sbora_diffusion.evaluation.series import Series, draw, plan
 from sbora_diffusion.evaluation.suite import Suite
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def evaluate(
     *,
     merged: Adapter | None = None,
     vision: ImageEncoder | None = None,
-    sampling: Sampling = DEFAULT_SAMPLING,
+    sampling: Sampling | None = None,
     batch_size: int = BATCH,
     force: bool = False,
     on_picture: Callable[[int, int], None] | None = None,
@@ -52,6 +53,7 @@ def evaluate(
         suite: prompts for one concept at a time, or for all of `adapters` in one picture.
         concepts: whom a picture may be taken for; those of the adapters, by name, among them.
         merged: a merge of the adapters, to be compared with each of them alone.
+        sampling: None for what is usual for the base model.
         batch_size: pictures made at once.
         force: throw away the pictures of another evaluation in the folder.
         on_picture: told how many pictures there are, and how many there will be.
@@ -64,6 +66,8 @@ def evaluate(
         raise SboraError(f"got {len(adapters)} adapters and {len(seeds)} seeds, expected at least one of both")
     if batch_size < 1:
         raise SboraError(f"got batch_size={batch_size}, expected at least 1")
+    sampling = sampling or base.sampling
+    base.choose_sampling(seeds, sampling.steps, sampling.guidance)
     for adapter in [*adapters, *([merged] if merged else [])]:
         check_base(adapter, base)
     all_series = plan(suite, adapters, merged)
@@ -93,7 +97,7 @@ def quick_score(
     encoder: Encoder,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampling: Sampling = DEFAULT_SAMPLING,
+    sampling: Sampling | None = None,
 ) -> dict[str, float]:
     """Score a concept as it is in the base model at this moment, in the middle of its training say.
 
@@ -101,6 +105,7 @@ def quick_score(
 
     Args:
         prompts: with the concept's token in them; each is drawn with every seed.
+        sampling: None for what is usual for the base model.
 
     Returns:
         The mean of each metric of `scores.METRICS` but success, for which there is nobody to be mistaken for.
@@ -109,7 +114,7 @@ def quick_score(
     pictures = []
     for start in range(0, len(jobs), BATCH):
         texts, each = zip(*jobs[start : start + BATCH], strict=True)
-        pictures += generate(base, texts, seeds=each, **vars(sampling))
+        pictures += generate(base, texts, seeds=each, **vars(sampling or base.sampling))
     judge = instruct(encoder, reference_pictures([concept]), None)
     tokens = {concept.token: concept.class_noun}
     scores = score(pictures, [prompt for prompt, _ in jobs], judge, tokens, [concept.name])[concept.name]

@@ -9,26 +9,11 @@ from PIL import Image
 
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.base import Base
+from sbora_diffusion.diffusion.families.family import Sampling
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.gallery import write_picture
 from sbora_diffusion.evaluation.suite import Suite
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How pictures are made."""
-
-    steps: int = 20
-    guidance: float = 3.0
-    negative_prompt: str = ""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SboraError(f"got steps={self.steps}, expected at least 1")
-
-
-DEFAULT_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import gradio as gr
 
+from sbora_diffusion.diffusion.loading import usual_sampling
+from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.workshop import DEFAULT_BASE
 
 MAX_SEED = 2**31 - 1
@@ -23,15 +25,23 @@ def more_fields(prefix: str, steps_label: str, dropped_label: str) -> More:
         prefix: of the ids in the page.
         steps_label: the sliders of two tabs must not be called the same.
     """
+    usual = usual_sampling(DEFAULT_BASE)
     negative = gr.Textbox("", label="What should it not show?", elem_id=f"{prefix}negative")
     with gr.Row():
-        steps = gr.Slider(1, 100, 20, step=1, label=steps_label, min_width=140)
+        steps = gr.Slider(1, 100, usual.steps, step=1, label=steps_label, min_width=140)
         guidance = gr.Slider(
-            1, 12, 3, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
+            0, 12, usual.guidance, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
         )
     base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id=f"{prefix}base")
     dropped = gr.File(label=dropped_label, file_types=[".png"], height=110, elem_id=f"{prefix}dropped")
+    base.input(told(_usual), base, [steps, guidance], queue=False, show_progress="hidden")
     return negative, steps, guidance, base, dropped
+
+
+def _usual(base: str) -> tuple[int, float]:
+    """Steps and guidance for a base model that was chosen."""
+    sampling = usual_sampling(base)
+    return sampling.steps, sampling.guidance
 
 
 def picture_gallery(elem_id: str, columns: int) -> gr.Gallery:

@@ -47,7 +47,7 @@ def draw_plain(pipeline: Any, prompt: str) -> np.ndarray:
     """As anybody would, without a line of ours."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(0)
-    return np.asarray(pipeline(prompt, num_inference_steps=2, guidance_scale=3.0, generator=generator).images[0])
+    return np.asarray(pipeline(prompt, num_inference_steps=2, guidance_scale=7.5, generator=generator).images[0])
 
 
 def draw(base: Base, prompt: str) -> np.ndarray:

@@ -3,12 +3,19 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from numpy.testing import assert_array_equal
 
+from sbora_diffusion.diffusion.bake import bake
 from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.loading import full_name, recipe_base
+from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.families.family import Sampling
+from sbora_diffusion.diffusion.families.known import FAMILIES
+from sbora_diffusion.diffusion.generate import generate
+from sbora_diffusion.diffusion.loading import full_name, recipe_base, usual_sampling
 from sbora_diffusion.errors import SboraError
 
 
@@ -59,9 +66,39 @@ def test_short_names_stand_for_hub_ids_unless_there_is_such_a_folder(
     assert full_name("sdxl") == "sdxl"
 
 
-def test_recipes_are_chosen_by_family(tiny_folder: Path) -> None:
+def test_recipes_and_sampling_are_chosen_by_family(base: Base, tiny_folder: Path) -> None:
     assert recipe_base("emoji64") == "emoji64"
-    assert recipe_base(str(tiny_folder)) == "sd"
+    assert recipe_base(str(tiny_folder)) == base.kind == "sd"
+    assert usual_sampling("emoji64") == Sampling(steps=20, guidance=3.0)
+    assert usual_sampling(str(tiny_folder)) == base.sampling == Sampling(steps=50, guidance=7.5)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_pictures_are_drawn_as_previews_are(kind: str) -> None:
+    (family,) = (family for family in FAMILIES if family.name == kind)
+    recipe = TrainConfig.from_recipe(kind, "sbora-fa", {})
+    assert family.sampling == Sampling(steps=recipe.sampling_steps, guidance=recipe.guidance)
+
+
+def test_the_usual_sampling_is_what_nobody_asks_for(base: Base) -> None:
+    usual, asked = (generate(base, ["a dog"], seeds=[1], **how)[0] for how in ({}, {"steps": 50, "guidance": 7.5}))
+    assert_array_equal(usual, asked)
+    assert not np.array_equal(usual, generate(base, ["a dog"], seeds=[1], steps=50, guidance=3.0)[0])
+
+
+def test_emoji64_with_concepts_baked_in_is_emoji64(base: Base, tmp_path: Path) -> None:
+    emoji64 = load_base("emoji64")
+    bake(emoji64, [], [], tmp_path / "first")
+    bake(load_base(str(tmp_path / "first")), [], [], tmp_path / "second")
+    for name in ("first", "second"):
+        again = load_base(str(tmp_path / name))
+        assert recipe_base(again.id) == again.kind == "emoji64"
+        assert usual_sampling(again.id) == again.sampling == emoji64.sampling
+    bake(base, [], [], tmp_path / "other")
+    assert recipe_base(str(tmp_path / "other")) == "sd"
+    for damaged in ("no JSON", "[]"):
+        (tmp_path / "first" / "sbora.json").write_text(damaged)
+        assert recipe_base(str(tmp_path / "first")) == "sd"
 
 
 def test_a_pipeline_of_no_known_family(tmp_path: Path) -> None:

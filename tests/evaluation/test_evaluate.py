@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.adapter.merge import merge
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
+from sbora_diffusion.diffusion.families.family import Sampling
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation import series as series_module
@@ -23,12 +25,12 @@ from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.evaluate import evaluate, quick_score
 from sbora_diffusion.evaluation.results import Report
 from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_pictures, score
-from sbora_diffusion.evaluation.series import Sampling, merged_token, plan
+from sbora_diffusion.evaluation.series import merged_token, plan
 from sbora_diffusion.evaluation.suite import Suite
 
 from .conftest import make_adapter
 
-QUICK = Sampling(steps=2)
+QUICK = Sampling(steps=2, guidance=3.0)
 SEEDS = range(2)
 Evaluate = Callable[..., Report]
 
@@ -71,7 +73,7 @@ def test_one_concept(run: Evaluate, base: Base, adapters: list[Adapter], tmp_pat
     names = [f"single/rex/{prompt:03d}-{seed}.png" for prompt in range(3) for seed in SEEDS]
     assert list(contents(tmp_path / "out/pictures")) == names
     with applied(base, adapters[:1]):
-        (expected,) = generate(base, ["a green <rex>"], seeds=[1], steps=2)
+        (expected,) = generate(base, ["a green <rex>"], seeds=[1], steps=2, guidance=3.0)
     with Image.open(tmp_path / "out/pictures/single/rex/002-1.png") as picture:
         assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # in a batch or alone
 
@@ -184,7 +186,7 @@ def test_more_seeds_later(run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_another_evaluation_in_the_folder(run: Evaluate, adapters: list[Adapter]) -> None:
     run()
     with pytest.raises(SboraError, match=r"differs in steps"):
-        run(sampling=Sampling(steps=3))
+        run(sampling=Sampling(steps=3, guidance=3.0))
     with pytest.raises(SboraError, match=r"differs in adapter rex .*, adapter tom"):
         run(adapters=adapters[1:])
     run(adapters=adapters[1:], force=True)
@@ -216,6 +218,8 @@ def test_what_cannot_be_evaluated(
         ({"adapters": []}, "got 0 adapters and 2 seeds"),
         ({"seeds": range(0)}, "got 1 adapters and 0 seeds"),
         ({"batch_size": 0}, "got batch_size=0"),
+        ({"sampling": Sampling(steps=0, guidance=3.0)}, "got steps=0"),
+        ({"sampling": Sampling(steps=2, guidance=math.nan)}, "got guidance=nan"),
         ({"concepts": concepts[1:]}, "the pictures of rex are not known"),
         ({"adapters": [stranger]}, "trained for"),
         ({"merged": Adapter(replace(both.spec, base_fingerprint="f00d"), both.factors, both.tokens)}, "trained for"),
@@ -227,8 +231,6 @@ def test_what_cannot_be_evaluated(
             run(**changes)
     with pytest.raises(SboraError, match=r"'rex\+tom' brings the tokens <rex>, <tom>, expected the adapter of one"):
         plan(joint_suite, [both], None)
-    with pytest.raises(SboraError, match="got steps=0"):
-        Sampling(steps=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -240,7 +242,7 @@ def test_quick_score_of_what_is_in_the_model(
     with applied(base, adapters[:1]):
         strong = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
         jobs = [(prompt, seed) for prompt in prompts for seed in SEEDS]
-        pictures = generate(base, [p for p, _ in jobs], seeds=[seed for _, seed in jobs], steps=2)
+        pictures = generate(base, [p for p, _ in jobs], seeds=[seed for _, seed in jobs], steps=2, guidance=3.0)
     with applied(base, adapters[:1], [0.1]):
         weak = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
     assert torch.equal(torch.get_rng_state(), random)

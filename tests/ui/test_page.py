@@ -214,6 +214,8 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     tab(page, "Generate")
     page.locator("#generate-more button").first.click()
     choose(page, "base", str(tiny_folder))
+    page.wait_for_function("document.querySelector('[aria-label=\"number input for Steps\"]').value === '50'")
+    assert page.get_by_label("number input for Guidance").first.input_value() == "7.5"
     switch_on(page, "concepts", "stripes")
     field(page, "prompt").fill("a <stripes>")
     draw(page, 1)

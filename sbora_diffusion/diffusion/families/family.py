@@ -38,14 +38,20 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Sampling:
+    """How pictures are drawn."""
+
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Sampling):
     """What is to be drawn: a picture for each prompt and generator."""
 
     prompts: Sequence[str]
     generators: list[torch.Generator]
-    steps: int
-    guidance: float
-    negative_prompt: str = ""
     as_latents: bool = False  # instead of pictures
 
 
@@ -64,6 +70,7 @@ class Family:
         noising: how pictures become noise, and what the answer is to be.
         draw: pictures, or latents (n, c, h, w).
         latent_size: height and width of the latents of a picture as the model was trained.
+        sampling: how pictures are drawn where nobody says.
     """
 
     name: str
@@ -76,6 +83,7 @@ class Family:
     noising: Callable[[Any], Noising]
     draw: Callable[[Any, Drawing], Any]
     latent_size: Callable[[Any], int]
+    sampling: Sampling
 
     def present(self, pipeline: Any) -> list[Reader]:
         """The text encoders that a pipeline has: SD3 can do without T5."""

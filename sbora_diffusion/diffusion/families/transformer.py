@@ -17,6 +17,7 @@ from sbora_diffusion.diffusion.families.family import (
     Drawing,
     Family,
     Reader,
+    Sampling,
     Text,
     call,
     draw_with_negative,
@@ -142,6 +143,7 @@ SD3 = Family(
     noising=_flow_sd3,
     draw=_draw_sd3,
     latent_size=lambda pipeline: pipeline.transformer.config.sample_size,
+    sampling=Sampling(steps=28, guidance=4.5),
 )
 FLUX = Family(
     name="flux",
@@ -157,4 +159,5 @@ FLUX = Family(
     noising=_flux_flow,
     draw=_draw_flux,
     latent_size=lambda pipeline: pipeline.default_sample_size,
+    sampling=Sampling(steps=28, guidance=3.5),
 )

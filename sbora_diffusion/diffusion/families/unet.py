@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.diffusion.families.family import ATTENTION, Family, Reader, Text, draw_with_negative
+from sbora_diffusion.diffusion.families.family import (
+    ATTENTION,
+    Family,
+    Reader,
+    Sampling,
+    Text,
+    draw_with_negative,
+)
 from sbora_diffusion.diffusion.families.noising import Diffusion
 
 
@@ -61,6 +68,7 @@ SD = Family(
     noising=Diffusion,
     draw=draw_with_negative,
     latent_size=_latent_size,
+    sampling=Sampling(steps=50, guidance=7.5),  # as Mix-of-Show and others evaluate on it
 )
 SDXL = Family(
     name="sdxl",
@@ -76,4 +84,5 @@ SDXL = Family(
     noising=Diffusion,
     draw=draw_with_negative,
     latent_size=_latent_size,
+    sampling=Sampling(steps=30, guidance=6.0),
 )
