@@ -15,13 +15,19 @@ from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.english import with_article
 
-PLACES = ("on the beach", "in the snow", "at night", "and a red apple on the grass")
+PLACES = {  # in the prompt, and above the picture
+    "on the beach": "on the beach",
+    "in the snow": "in the snow",
+    "at night": "at night",
+    "and a red apple on the grass": "with an apple",
+}
 
 
 def pictures(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
     """A labelled picture of a subject in each of PLACES, for each seed."""
     prompts = [f"{with_article(subject)} {place}" for place in PLACES for _ in seeds]
-    return list(zip(prompts, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
+    labels = [label for label in PLACES.values() for _ in seeds]
+    return list(zip(labels, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
 
 
 def given(name: str) -> list[tuple[str, Image.Image]]:

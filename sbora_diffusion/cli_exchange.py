@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 COLLISIONS = ("refuse", "keep")
 NEXT = {
-    "diffusers": 'pipeline.load_lora_weights("{folder}")',
+    "diffusers": 'pipeline.load_lora_weights("{folder}"), and the tokens in its embeddings/',
     "kohya": "put the file into ComfyUI's models/loras, and embeddings/ into models/embeddings",
-    "peft": 'PeftModel.from_pretrained(pipeline.{denoiser}, "{folder}/{denoiser}")',
+    "peft": 'PeftModel.from_pretrained(pipeline.{denoiser}, "{folder}/{denoiser}"), and the tokens in its embeddings/',
 }
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.cli_train import space_of
-from sbora_diffusion.diffusion.base import load_base
+from sbora_diffusion.diffusion.base import load_unplaced
 from sbora_diffusion.diffusion.concept import default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
 from sbora_diffusion.diffusion.processes import num_launched
+from sbora_diffusion.diffusion.run_folder import CHECKPOINT
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
 from sbora_diffusion.methods import find_method, method_side
@@ -81,7 +82,7 @@ def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library:
     """An interval for all who have none, or for nobody; it stays reserved until the concept's file is there."""
     if not names or not find_method(config.method).owns_interval:
         return
-    base = load_base(base_name)
+    base = load_unplaced(base_name)
     space = space_of(base, method_side(config.method), config.basis_seed)
     owned = {owner.name for owner in library.owners(space.base_fingerprint, space.side)}
     reserved: list[str] = []
@@ -99,7 +100,7 @@ def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library:
 def _again(run: Path, config: TrainConfig, force: bool) -> list[str]:
     """How a training that may have been interrupted goes on; with `force` one of other settings makes way."""
     forced = ["--force"] if force else []
-    if (run / "checkpoint.pt").exists() and not (force and _settings_in(run) != config.to_dict()):
+    if (run / CHECKPOINT).exists() and not (force and _settings_in(run) != config.to_dict()):
         return ["--resume", *forced]
     return forced
 

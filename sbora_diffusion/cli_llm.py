@@ -47,7 +47,7 @@ def train(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Fine-tune: writes a PEFT directory and, of SBoRA, a concept file: adapters/DIR.safetensors, whose columns nobody
-    else is given. Also under torchrun and accelerate."""
+    else is given. --set takes every setting: docs/llm.md. Also under torchrun and accelerate."""
     from sbora_diffusion.llm.config import LlmConfig
 
     config = LlmConfig.from_recipe(recipe, parse_settings(settings))

@@ -14,7 +14,7 @@ from typing import Any
 
 from sbora_diffusion.adapter.basis import Interval, Side
 from sbora_diffusion.cli_render import TrainingProgress
-from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.base import Base, load_base, load_unplaced
 from sbora_diffusion.diffusion.concept import Concept, concept_name, default_roots, load_concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.loading import recipe_base
@@ -28,7 +28,7 @@ from sbora_diffusion.diffusion.memory import (
     is_out_of_memory,
 )
 from sbora_diffusion.diffusion.processes import joined, num_launched
-from sbora_diffusion.diffusion.run_folder import append_log
+from sbora_diffusion.diffusion.run_folder import CHECKPOINT, append_log
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.ledger import Space
@@ -61,10 +61,11 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
         concept, config, wanted = processes.from_first(lambda: _read(request, library))
         path, run = library.path(concept.name), runs / concept.name
+        is_resumed = resume and (run / CHECKPOINT).exists()
         load = partial(load_base, request.base, config.precision, processes.sharded)
         base = processes.in_turn(load) if processes.sharded else load()
         interval = processes.from_first(
-            lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if resume else None), library)
+            lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if is_resumed else None), library)
         )
         kept = activations(base, config)
         _tell_memory(base, config, kept)
@@ -137,7 +138,7 @@ def _reserve(
 
 def _tell_memory(base: Base, config: TrainConfig, kept: Activations) -> None:
     needed, there = estimate(base, config, kept), available(base.device)
-    log.info("memory: %s; %.1f GB are there", needed, there / GIGABYTE)
+    log.info("memory: %s besides the program itself; %.1f GB are there", needed, there / GIGABYTE)
     if needed.total > there:
         log.warning("that may be too much: %s", advice(base, config, kept))
 
@@ -159,7 +160,7 @@ def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: 
         raise SboraError(f"{method} owns no columns", "nothing is to be reserved: just train")
     config = TrainConfig.from_recipe(recipe_base(base_name), method, {"rank": str(rank)})
     wanted = Interval.parse(pinned) if pinned else None
-    base = load_base(base_name)
+    base = load_unplaced(base_name)
     space = space_of(base, method_side(method), config.basis_seed)
     interval = library.reserve(space, rank, name, wanted, lasting=True)
     log.info(
@@ -208,6 +209,6 @@ def _how_to_go_on(run: Path) -> str:
     command = shlex.join(["sbora-diffusion", *(word for word in sys.argv[1:] if word != "--resume")])
     if num_launched() > 1:
         command = f"torchrun … -m sbora_diffusion {command.removeprefix('sbora-diffusion ')}"
-    if (run / "checkpoint.pt").exists():
+    if (run / CHECKPOINT).exists():
         return f"stopped; the last checkpoint is kept in {run}, go on with: {command} --resume"
     return f"stopped before the first checkpoint, begin again with: {command}"

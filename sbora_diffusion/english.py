@@ -1,4 +1,4 @@
-"""The little English that prompts need: a noun with its article, and a noun in the place of a token."""
+"""The little English that prompts and messages need: nouns with articles and in the place of tokens, kinds."""
 
 import re
 
@@ -14,3 +14,8 @@ def say_plainly(prompt: str, token: str, noun: str) -> str:
     prompt = re.sub(rf"\ba\s+{re.escape(token)}", article + noun, prompt)
     prompt = re.sub(rf"\bA\s+{re.escape(token)}", article.capitalize() + noun, prompt)
     return prompt.replace(token, noun)
+
+
+def in_words(kind: type) -> str:
+    """What a setting is to be: int -> `a whole number`."""
+    return {int: "a whole number", float: "a number", str: "a text"}.get(kind, kind.__name__)

@@ -108,19 +108,24 @@ class Library:
         """SboraError if another process is training this name into columns or rows of its own."""
         check_not_in_training(self._state(), name)
 
+    def what_is(self, name: str) -> str:
+        """In words: a concept's file, or a reservation; SboraError if there is neither."""
+        path = self.path(name)
+        if path.exists():
+            return str(path)
+        if any(reservation.name == name for reservation in self._state().reservations):
+            return f"the reservation of {name}"
+        raise SboraError(f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})")
+
     def remove(self, name: str) -> tuple[str, ...]:
         """Delete a concept's file and end all reservations of its name.
 
         Returns:
             Who else has columns of its, such as a merge of it: these are not free. Not told: what it was merged from.
         """
-        path = self.path(name)
-        if not path.exists() and all(reservation.name != name for reservation in self._state().reservations):
-            raise SboraError(
-                f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})"
-            )
+        self.what_is(name)
         also = self._also_own(name)
-        path.unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
         with self._changing_state() as state:
             state.reservations = [r for r in state.reservations if r.name != name]
         return also

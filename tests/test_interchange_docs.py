@@ -26,7 +26,7 @@ pipeline("a <dog> on the beach", generator=torch.Generator().manual_seed(0)).ima
 """
 
 
-@pytest.mark.parametrize(("to", "code"), [("diffusers", BLOCKS[0] + DRAW), ("peft", BLOCKS[3] + DRAW)])
+@pytest.mark.parametrize(("to", "code"), [("diffusers", BLOCKS[0] + DRAW), ("peft", BLOCKS[4] + DRAW)])
 def test_stable_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, code: str) -> None:
     monkeypatch.chdir(tmp_path)
     base = load_base(str(save_tiny_pipeline(tmp_path / "BASE")))
@@ -54,6 +54,18 @@ def test_the_tokens_of_sdxl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exec(BLOCKS[1], {"pipeline": pipeline})
     assert "<dog>" in pipeline.tokenizer.get_added_vocab()
     assert "<dog>" in pipeline.tokenizer_2.get_added_vocab()
+
+
+def test_the_end_of_a_prompt(tmp_path: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(save_tiny_sdxl(tmp_path / "BASE"))
+    end = pipeline.tokenizer.eos_token_id
+    parts = [part for one in (pipeline.text_encoder, pipeline.text_encoder_2) for part in one.modules()]
+    told = [part for part in parts if hasattr(part, "eos_token_id")]
+    assert len(told) == 2
+    for part in told:
+        part.eos_token_id = 2
+    exec(BLOCKS[3], {"pipeline": pipeline})
+    assert [part.eos_token_id for part in told] == [end, end]
 
 
 def test_the_tokens_of_sd3(tmp_path: Path) -> None:

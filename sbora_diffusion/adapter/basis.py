@@ -106,6 +106,8 @@ def first_free(taken: Iterable[Interval], rank: int, width: int) -> Interval:
         if start + rank <= interval.start:
             break
         start = max(start, interval.stop)
+    if rank > width:
+        raise SboraError(f"got rank {rank}, expected at most {width}: so many positions there are")
     if start + rank > width:
         raise SboraError(
             f"no {rank} consecutive positions are free of {width}",

@@ -77,7 +77,8 @@ def remove(
         from sbora_diffusion.library import Library
 
     library = Library(ADAPTERS)
-    if not yes and not typer.confirm(f"Delete {library.path(name)}?", err=True):
+    what = library.what_is(name)
+    if not yes and not typer.confirm(f"Delete {what}?", err=True):
         raise SboraError("nothing was deleted")
     if also := library.remove(name):
         log.info("its columns are not free: %s has them, too", ", ".join(also))

@@ -44,8 +44,9 @@ def train(
 ) -> None:
     """Learn a concept: writes adapters/NAME.safetensors.
 
-    Several are learned in a process each, with columns reserved for all at the start; the same command goes on where it
-    was stopped. --set jobs=2 runs two at a time, --set cluster=1 runs them on a Ray cluster.
+    --set takes every setting, such as steps=400, recipe=loud or precision=bf16: docs/training.md has them all. Several
+    concepts are learned in a process each, with columns reserved for all at the start; the same command goes on where
+    it was stopped. --set jobs=2 runs two at a time, --set cluster=1 runs them on a Ray cluster.
     """
     with imported_for_good():
         from sbora_diffusion.cli_train import Request, train_concept
@@ -128,6 +129,8 @@ def merge(
         from sbora_diffusion.library import Library
         from sbora_diffusion.methods import merge_choice
 
+    if len(names) < 2:
+        raise SboraError(f"got {names[0]} alone, expected two concepts or more")
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]
     how = merge_choice(adapters[0].spec.method_name, how)

@@ -214,6 +214,12 @@ class Base:
         return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
 
 
+def load_unplaced(name: str) -> Base:
+    """A base model for its layers and its fingerprint alone: on the CPU, in what its files are in."""
+    name = full_name(name)
+    return Base(name, load_pipeline(name, torch.bfloat16))
+
+
 def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base:
     """Load a base model, on the GPU if there is one.
 

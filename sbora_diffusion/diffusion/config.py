@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any, get_args, get_origin
 
 from sbora_diffusion.diffusion.config_checks import check
+from sbora_diffusion.english import in_words
 from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.methods import find_method
 
@@ -144,7 +145,7 @@ def _parse(key: str, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise SboraError(f"got {key}={text}, expected {kind.__name__}") from None
+        raise SboraError(f"got {key}={text}, expected {in_words(kind)}") from None
 
 
 def _coerce(key: str, value: Any) -> Any:
@@ -156,5 +157,5 @@ def _coerce(key: str, value: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise SboraError(f"got {key}={value!r}, expected {kind.__name__}")
+        raise SboraError(f"got {key}={value!r}, expected {in_words(kind)}")
     return value

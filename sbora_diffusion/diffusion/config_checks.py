@@ -54,6 +54,10 @@ def _check_together(config: "TrainConfig") -> None:
         raise SboraError(f"quiet_weight and erasure_weight are for columns and rows, {config.method} has neither")
     if find_method(config.method).kind == "none" and config.blocks:
         raise SboraError(f"blocks says which layers are adapted, {config.method} adapts none", "--set blocks=")
+    if find_method(config.method).kind == "none" and not config.token_learning_rate:
+        raise SboraError(f"got token_learning_rate=0: {config.method} would learn nothing", "leave it out")
+    if config.quiet_weight and not config.prior_prompts:
+        raise SboraError("quiet_weight is for the inputs of prior prompts, of which there are none", "set it to 0")
     if config.erasure_weight and not config.prior_batch:
         raise SboraError("erasure_weight needs prior samples", "--set prior_batch=4")
     if config.erasure_weight and config.buckets:

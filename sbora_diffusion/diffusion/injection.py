@@ -119,6 +119,8 @@ def _set_basis(module: LoraLayer, key: str, config: TrainConfig) -> None:
     """A = r rows, chosen by chance, of the orthogonal matrix that all layers of this input width share; frozen."""
     down: Any = module.lora_A[ADAPTER]
     width = down.weight.shape[1]
+    if config.rank > width:
+        raise SboraError(f"got rank={config.rank}, but a layer has {width} inputs, and no more orthogonal rows")
     seed = int.from_bytes(blake2b(key.encode(), digest_size=4).digest(), "little")
     rows = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[: config.rank]
     down.weight.copy_(orthogonal_matrix(width, config.basis_seed)[rows])

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -35,6 +36,9 @@ class Batch:
         return Batch(*(torch.cat([getattr(self, key), getattr(other, key)]) for key in vars(self)))
 
 
+B = TypeVar("B", bound=Batch)
+
+
 @dataclass(frozen=True, eq=False)
 class Shots:
     """Encoded pictures of one shape."""
@@ -50,7 +54,7 @@ def encode(base: Base, pictures: Sequence[Picture], config: TrainConfig) -> list
     generator = torch.Generator().manual_seed(config.seed)
     wanted = config.masked_loss or config.attention_weight
     masks = {picture: load_mask(picture.path) if wanted else None for picture in pictures}
-    if wanted and not any(masks.values()):
+    if wanted and pictures and not any(masks.values()):
         log.warning("no picture has a mask: all of every picture is learned (see docs/training.md)")
     found: dict[tuple[int, int], list[Shots]] = {}
     for picture in pictures:
@@ -111,12 +115,28 @@ def answers(
     t = noising.timesteps(count, generator).to(base.device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
     noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
-    size = max(8, AT_ONCE // latents[0].numel())
+    size = _at_once(noisy[0].numel())
     predicted = [base.predict(*parts) for parts in zip(noisy.split(size), t.split(size), ids.split(size), strict=True)]
     return Batch(noisy, t, ids, torch.cat(predicted))
+
+
+def in_parts(batch: B) -> list[B]:
+    """A batch in such parts as the base model is asked about together."""
+    size, count = _at_once(batch.noisy[0].numel()), len(batch.t)
+    fields = {key: [None] * -(-count // size) if v is None else v.split(size) for key, v in vars(batch).items()}
+    return [replace(batch, **dict(zip(fields, parts, strict=True))) for parts in zip(*fields.values(), strict=True)]
+
+
+def _at_once(numel: int) -> int:
+    """How many pictures, by the numbers of one's latents."""
+    return max(8, AT_ONCE // numel)
 
 
 @torch.no_grad()
 def draw_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
     """The base model's own pictures of the prompts, as latents (len(prompts), channels, height, width)."""
-    return base.draw(prompts, seeds=seeds, steps=config.sampling_steps, guidance=config.guidance, as_latents=True)
+    denoiser: Any = base.denoiser
+    size = _at_once(denoiser.config.in_channels * base.family.latent_size(base.pipeline) ** 2)
+    how = {"steps": config.sampling_steps, "guidance": config.guidance, "as_latents": True}
+    parts = range(0, len(prompts), size)
+    return torch.cat([base.draw(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])

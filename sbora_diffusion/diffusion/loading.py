@@ -19,7 +19,7 @@ from sbora_diffusion.diffusion.families.known import ALIASES, family_named
 from sbora_diffusion.diffusion.sharding import shard
 from sbora_diffusion.diffusion.single_file import load_checkpoint, settings_of
 from sbora_diffusion.diffusion.stored import fetched, stored_in
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.hub import cache_if_offline, why
 from sbora_diffusion.interrupts import interrupts_held
 
@@ -90,10 +90,24 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     with interrupts_held(), _told(name):
         pipeline = _load(name, family, dtype)
     pipeline.set_progress_bar_config(disable=True)
+    for reader in family.present(pipeline):
+        _tell_the_end(getattr(pipeline, reader.component), getattr(pipeline, reader.tokenizer))
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # convolutions are faster so
     return pipeline
+
+
+def _tell_the_end(encoder: Any, tokenizer: Any) -> None:
+    """Let a CLIP sum its prompt up at the token that ends it.
+
+    Published settings say 2 for that token's id, by an old mistake; a CLIP of which this is said looks at the highest
+    id of a prompt, and where a learned token is there, at that: whatever is said after it would be lost.
+    """
+    if getattr(encoder.config, "eos_token_id", None) == 2 != tokenizer.eos_token_id:
+        for part in (encoder.config, *encoder.modules()):
+            if getattr(part, "eos_token_id", None) == 2:
+                part.eos_token_id = tokenizer.eos_token_id
 
 
 def to_device(pipeline: Any, family: Family, sharded: bool = False) -> None:
@@ -155,14 +169,17 @@ def _told(name: str) -> Iterator[None]:
     try:
         with cache_if_offline():
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _what_to_do(name)) from error
 
 
 def _what_to_do(name: str) -> str:
     if not Path(name).is_file():
-        known = f"{EMBEDDED}, {', '.join(ALIASES)}"
-        return f"give {known}, a folder in diffusers' format, a .safetensors file, or a hub id that can be reached"
+        elsewhere = "a folder in diffusers' format, a .safetensors file"
+        if name in (*ALIASES, *ALIASES.values()):
+            return f"load it once with a network, or give {elsewhere} or {EMBEDDED}, which comes with the package"
+        known = (EMBEDDED, *ALIASES)
+        return f"{guess(name, known)}give {', '.join(known)}, {elsewhere}, or a hub id that can be reached"
     kind = settings_of(Path(name))
     return (
         f"a checkpoint has weights only: put the other files of a pipeline of its kind ({kind}), in diffusers' "

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.errors import SboraError
 
 SUFFIX = ".mask.png"  # dog.jpg has dog.mask.png beside it, or dog.png in the folder masks/ beside images/
@@ -17,21 +18,27 @@ def is_mask(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIX)
 
 
+def mask_file(picture: Path) -> Path | None:
+    """The mask beside a picture, if there is one."""
+    folder = picture.parents[1] if picture.parent.name == "images" else picture.parent
+    beside = (picture.with_name(picture.stem + SUFFIX), folder / "masks" / f"{picture.stem}.png")
+    return next((path for path in beside if path.is_file()), None)
+
+
 def load_mask(picture: Path) -> Image.Image | None:
     """An 8-bit grey image of the picture's size, white where the subject is; None if nothing says where.
 
     Raises:
-        SboraError: a mask that is no picture, of another size, or all black.
+        SboraError: what `load_picture` raises of the picture and of its mask, a mask of another size, or all black.
     """
-    folder = picture.parents[1] if picture.parent.name == "images" else picture.parent
-    for path in (picture.with_name(picture.stem + SUFFIX), folder / "masks" / f"{picture.stem}.png"):
-        if path.is_file():
-            return _checked(_read(path).convert("L"), path, picture)
-    with _opened(picture) as image:
+    size = load_picture(picture).size
+    if path := mask_file(picture):
+        return _checked(load_picture(path, background=(0, 0, 0)).convert("L"), path, size)
+    with Image.open(picture) as image:
         if not image.has_transparency_data:
             return None
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    return None if alpha.getextrema() == (255, 255) else _checked(alpha, picture, picture)
+    return None if alpha.getextrema() == (255, 255) else _checked(alpha, picture, size)
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
@@ -46,24 +53,7 @@ def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, in
     return torch.nn.functional.adaptive_avg_pool2d(pixels, latent_size)[0]
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise SboraError(f"cannot read {path}: {error}", "export it anew as PNG") from error
-
-
-def _read(path: Path) -> Image.Image:
-    with _opened(path) as image:
-        try:
-            return ImageOps.exif_transpose(image)
-        except OSError as error:
-            raise SboraError(f"cannot read the mask {path}: {error}", "export it anew as PNG") from error
-
-
-def _checked(mask: Image.Image, path: Path, picture: Path) -> Image.Image:
-    with _opened(picture) as image:
-        size = ImageOps.exif_transpose(image).size
+def _checked(mask: Image.Image, path: Path, size: tuple[int, int]) -> Image.Image:
     if mask.size != size:
         raise SboraError(
             f"the mask {path} has {mask.size} pixels, its picture {size}", "scale it to the picture's size"

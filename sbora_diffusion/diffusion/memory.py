@@ -50,9 +50,12 @@ class Estimate:
         return self.weights + self.trained + self.activations
 
     def __str__(self) -> str:
-        parts = (self.total, self.weights, self.activations, self.trained)
-        total, weights, activations, trained = (f"{part / GIGABYTE:.1f}" for part in parts)
-        return f"about {total} GB: {weights} of weights, {activations} of activations, {trained} of what is trained"
+        total, weights, kept, trained = map(_told, (self.total, self.weights, self.activations, self.trained))
+        return f"about {total} ({weights} of weights, {kept} of activations, {trained} of what is trained)"
+
+
+def _told(number: int) -> str:
+    return f"{number / GIGABYTE:.1f} GB" if number >= GIGABYTE else f"{number / 2**20:.0f} MB"
 
 
 def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:

@@ -25,15 +25,17 @@ class Precision:
         return torch.autocast(self._device.type, TYPES[self._name], enabled=self._name != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
-        self._scaler.scale(loss).backward()
+        """Add the gradients of a loss; there are none where it depends on nothing that is trained."""
+        if loss.requires_grad:
+            self._scaler.scale(loss).backward()
 
     def step(
         self, optimizer: Any, parameters: Mapping[str, Sequence[Tensor]], max_norm: float, loss: float, step: int
     ) -> None:
         """One optimiser step with the gradients' norm clipped.
 
-        With fp16 a step whose gradients overflow is left out, as its scale is too large: it is halved.
+        With fp16 a step whose gradients overflow is left out, as its scale is too large: it is halved. A step without
+        any gradient (a token alone, and all captions dropped) changes nothing.
 
         Args:
             parameters: by the name of their part, which an error names.
@@ -41,13 +43,16 @@ class Precision:
         Raises:
             SboraError: the loss or a gradient is not finite.
         """
-        self._scaler.unscale_(optimizer)
         everything = [parameter for part in parameters.values() for parameter in part]
+        if loss == loss and all(parameter.grad is None for parameter in everything):
+            optimizer.step()  # the scaler would ask for gradients
+            return
+        self._scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(everything, max_norm)
         finite = torch.isfinite(norm).item() and loss == loss
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (self._name != "fp16" or self._skipped > PATIENCE):
-            raise SboraError(self._reason(parameters, loss, step), self._advice())
+            raise SboraError(self._reason(parameters, loss, step), self._advice(optimizer))
         self._scaler.step(optimizer)
         self._scaler.update()
 
@@ -61,10 +66,11 @@ class Precision:
         ]
         return f"the gradients of the {' and '.join(broken) or 'adapter'} are not finite at step {step + 1}"
 
-    def _advice(self) -> str:
+    def _advice(self, optimizer: Any) -> str:
         if self._name == "fp16":
             return "fp16 cannot hold this model's numbers: --set precision=bf16"
-        return "train with a lower rate: --set learning_rate=1e-3"
+        first = optimizer.param_groups[0]
+        return f"train with a lower rate: --set learning_rate={first.get('initial_lr', first['lr']) / 10:.0e}"
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on."""

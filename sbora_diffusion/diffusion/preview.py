@@ -18,14 +18,17 @@ from sbora_diffusion.english import say_plainly
 class Preview:
     """The preview prompts of a training, drawn from the same seeds each time.
 
+    Attributes:
+        named: the prompts with the token.
+
     Args:
         writes: whether the pictures are to be stored, which one of several processes does.
     """
 
     def __init__(self, base: Base, concept: Concept, config: TrainConfig, folder: Path, writes: bool = True) -> None:
         self._base, self._concept, self._config, self._folder, self._writes = base, concept, config, folder, writes
-        self._named = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
-        self._plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in self._named]
+        self.named = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
+        self._plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in self.named]
         self._before: list[Image.Image] = []
 
     def draw_before(self) -> None:
@@ -35,7 +38,7 @@ class Preview:
     def draw(self, step: int) -> Path:
         """A grid of the prompts with the token, in the run folder."""
         title = f"{self._concept.token} after {step} steps"
-        return self._save(f"preview-{step:06d}.png", [(title, self._labelled(self._named))])
+        return self._save(f"preview-{step:06d}.png", [(title, self._labelled(self.named))])
 
     def draw_after(self) -> tuple[Path, float]:
         """The sheet of before and after, and how much the class without the token moved.
@@ -51,7 +54,7 @@ class Preview:
         rows = [
             ("the pictures that were given", pictures),
             (f"before: {self._base.id}'s own {noun}", list(zip(self._plain, self._before, strict=True))),
-            (f"after: {self._concept.token}", self._labelled(self._named)),
+            (f"after: {self._concept.token}", self._labelled(self.named)),
             (f"after, without the token (pixels moved by {drift:.1%})", list(zip(self._plain, after, strict=True))),
         ]
         return self._save("before-after.png", rows), drift

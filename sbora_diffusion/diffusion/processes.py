@@ -5,7 +5,7 @@ learned is what one process would learn from the whole batch.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,17 +49,23 @@ class Processes:
         return rows.tensor_split(self.count)[self.index]
 
     @torch.no_grad()
-    def average(self, tensors: Sequence[Tensor], value: float) -> float:
-        """Make tensors the mean over all processes; the mean of a number besides."""
+    def average(self, parameters: Iterable[Tensor], value: float) -> float:
+        """Make gradients the mean over all processes; the mean of a number besides.
+
+        A parameter that some processes have no gradient of counts as 0 there; one without any stays without.
+        """
         if self.count == 1:
             return value
-        flat = torch.cat([*(tensor.flatten() for tensor in tensors), torch.tensor([value]).to(tensors[0])])
+        trained = list(parameters)
+        here = torch.tensor([parameter.grad is not None for parameter in trained] + [value]).to(trained[0])
+        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in trained]
+        flat = torch.cat([*parts, here])
         with _others_there():
             distributed.all_reduce(flat)
-        *means, mean = (flat / self.count).split([*(tensor.numel() for tensor in tensors), 1])
-        for tensor, total in zip(tensors, means, strict=True):
-            tensor.copy_(total.view_as(tensor))
-        return mean.item()
+        *means, told = (flat / self.count).split([*(parameter.numel() for parameter in trained), len(here)])
+        for parameter, mean, is_there in zip(trained, means, told[:-1] > 0, strict=True):
+            parameter.grad = mean.view_as(parameter) if is_there else None
+        return told[-1].item()
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; whatever it raises ends the others as well."""

@@ -78,8 +78,7 @@ class Run:
         began, parts = time.perf_counter(), self._config.accumulation
         self._optimizer.zero_grad()
         value = sum(self._learn_from_a_batch(step * parts + part) for part in range(parts)) / parts
-        gradients = [parameter.grad for parameter in self._live.parameters() if parameter.grad is not None]
-        value = self._processes.average(gradients, value)
+        value = self._processes.average(self._live.parameters(), value)
         self._precision.step(self._optimizer, self._named_parameters(), self._config.max_grad_norm, value, step)
         self._schedule.step()
         self.step = step + 1
@@ -96,31 +95,36 @@ class Run:
         config, generator = self._config, torch.Generator().manual_seed(batch_seed(self._config.seed, number))
         sample, prior = self._samples.of_concept(generator), self._samples.of_prior(generator)
         of_class = self._samples.of_class(generator)
+        goes_along = len(prior.t) > 0 and sample.noisy.shape[1:] == prior.noisy.shape[1:]
         with self._attention.recording(sample) if self._attention else nullcontext():
-            own, held = self._errors(sample, prior)
-        loss = own + config.prior_weight * held
+            own, loss = self._errors(sample, prior if goes_along else None)
+            if self._attention:
+                loss = loss + config.attention_weight * self._attention()
+                self._precision.backward(loss / config.accumulation)  # still watched, for checkpoints compute it anew
+                loss = loss.detach()
+        if len(prior.t) and not goes_along:
+            loss = loss + config.prior_weight * mean_error(self._predict(prior), prior, masked=False)
         if of_class:
             loss = loss + config.class_weight * mean_error(self._predict(of_class), of_class, masked=False)
         if self._loudness:
             loss = loss + config.quiet_weight * self._loudness()
         if self._erasure:
             loss = loss + config.erasure_weight * self._erasure()
-        if self._attention:
-            loss = loss + config.attention_weight * self._attention()
         self._precision.backward(loss / config.accumulation)
         return own.item() if torch.isfinite(loss) else float("nan")
 
-    def _errors(self, sample: Sample, prior: Batch) -> tuple[Tensor, Tensor]:
-        """On the concept, and on what is to hold; in one pass through the model where they are of one shape."""
+    def _errors(self, sample: Sample, prior: Batch | None) -> tuple[Tensor, Tensor]:
+        """On the concept; and with it that on what is to hold, if it goes through the model in the same pass."""
         masked = bool(self._config.masked_loss)
-        if sample.noisy.shape[1:] != prior.noisy.shape[1:]:
+        if prior is None:
             own = mean_error(self._predict(sample), sample, masked)
-            return own, mean_error(self._predict(prior), prior, masked=False)
+            return own, own
         both = Batch(*(torch.cat([getattr(sample, key), getattr(prior, key)]) for key in vars(prior)))
         with self._erasure.recording(len(prior.t)) if self._erasure else nullcontext():
             answered = self._predict(both)
-        own, held = answered.split([len(sample.t), len(prior.t)])
-        return mean_error(own, sample, masked), mean_error(held, prior, masked=False)
+        ours, held = answered.split([len(sample.t), len(prior.t)])
+        own = mean_error(ours, sample, masked)
+        return own, own + self._config.prior_weight * mean_error(held, prior, masked=False)
 
     def _predict(self, batch: Batch) -> Tensor:
         with self._precision.arithmetic():
@@ -134,8 +138,10 @@ class Run:
     def validate(self) -> float:
         """The loss on the pictures that are held out, of what would be the result now."""
         with self.at_rest():
-            losses = [mean_error(self._predict(sample), sample, masked=False).item() for sample in self._held_out]
-        return sum(losses) / len(losses)
+            errors = [
+                mean_error(self._predict(part), part, masked=False).item() * len(part.t) for part in self._held_out
+            ]
+        return sum(errors) / sum(len(part.t) for part in self._held_out)
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,10 @@ from sbora_diffusion.claims import folder_held
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
+from sbora_diffusion.diffusion.masks import mask_file
 from sbora_diffusion.errors import SboraError
 
-LOG = "log.jsonl"
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -29,7 +30,10 @@ def describe_run(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, num_processes: int
 ) -> dict[str, Any]:
     """What must be the same for a training to be resumed: JSON values only."""
-    together = {"processes": num_processes} if num_processes > 1 else {}
+    together: dict[str, Any] = {"processes": num_processes} if num_processes > 1 else {}
+    files = [mask_file(picture.path) for picture in concept.pictures]
+    if any(files) and (config.masked_loss or config.attention_weight):
+        together["masks"] = _digest(file.read_bytes() if file else b"" for file in files)
     return together | {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
         "pictures": picture_digest(concept),
@@ -42,9 +46,13 @@ def describe_run(
 
 def picture_digest(concept: Concept) -> str:
     """16 hexadecimal digits of all pictures' bytes and captions."""
+    return _digest(picture.path.read_bytes() + picture.caption.encode() for picture in concept.pictures)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for picture in concept.pictures:
-        digest.update(picture.path.read_bytes() + picture.caption.encode())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -73,7 +81,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self._writes = path, writes
-        self._checkpoint = path / "checkpoint.pt"
+        self._checkpoint = path / CHECKPOINT
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from sbora_diffusion.diffusion.captions import shuffle_tags
 from sbora_diffusion.diffusion.concept import Concept
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.noising import Diffusion, Noising
-from sbora_diffusion.diffusion.latents import Batch, Shots, answers, draw_latents, encode
+from sbora_diffusion.diffusion.latents import Batch, Shots, answers, draw_latents, encode, in_parts
 from sbora_diffusion.diffusion.moments import recorded_inputs
 from sbora_diffusion.diffusion.prior import prior_latents
 from sbora_diffusion.diffusion.processes import Processes
@@ -33,7 +33,7 @@ class Data:
     shots: list[Shots]  # to learn from, by shape
     held_out: list[Shots]  # to validate with
     of_class: Shots | None  # the base model's own pictures of the class noun
-    prior: Batch
+    prior: list[Batch]  # by shape
     noising: Noising
     moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts, where the adapter is to be quiet
 
@@ -58,12 +58,12 @@ def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
     prior = answers(base, most.latents, base.tokenize(said), noising, PRIOR_SIZE // 2, generator)
     of_class = _class_shots(concept, base, config)
     if not config.prior_prompts:
-        return Data(shots, held_out, of_class, prior, noising, {})
+        return Data(shots, held_out, of_class, [prior], noising, {})
     drawn, ids = prior_latents(base, config), base.tokenize(config.prior_prompts)
     quiet = adapted_layers(base, config) if config.quiet_weight else {}
     with recorded_inputs(base, {f"{part}.{name}": None for part, names in quiet.items() for name in names}) as moments:
         others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
-    kept = prior + others if prior.noisy.shape[1:] == others.noisy.shape[1:] else others
+    kept = [prior + others] if prior.noisy.shape[1:] == others.noisy.shape[1:] else [prior, others]
     return Data(shots, held_out, of_class, kept, noising, moments.means())
 
 
@@ -97,7 +97,7 @@ class Samples:
 
     def of_concept(self, generator: torch.Generator) -> Sample:
         """Noisy crops of the pictures, all of one shape."""
-        number = self._choose_shape(generator)
+        number = _chosen([len(shots.latents) for shots in self._data.shots], generator)
         shots, count = self._data.shots[number], self._config.batch_size * self._processes.count
         rows = torch.randint(len(shots.latents), (count,), generator=generator)
         sample = self._noised(shots, rows, self._ids[number][rows], generator)
@@ -119,19 +119,20 @@ class Samples:
         return self._share(self._noised(shots, rows, ids, generator))
 
     def of_prior(self, generator: torch.Generator) -> Batch:
-        """The base model's own answers."""
-        prior, count = self._data.prior, self._config.prior_batch * self._processes.count
+        """The base model's own answers, of one shape."""
+        prior = self._data.prior[_chosen([len(batch.t) for batch in self._data.prior], generator)]
+        count = self._config.prior_batch * self._processes.count
         rows = torch.randint(len(prior.t), (count,), generator=generator)
         return self._share(Batch(prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows]))
 
     def held_out(self) -> list[Sample]:
-        """Always the same noisy versions of the pictures that are not learned from."""
+        """Always the same noisy versions of the pictures that are not learned from, in parts to be asked about."""
         generator = torch.Generator().manual_seed(self._config.seed)
         found = []
         for shots in self._data.held_out:
             rows = torch.randint(len(shots.latents), (VALIDATION_SIZE,), generator=generator)
             ids = self._base.tokenize([shots.captions[row] for row in rows.tolist()])
-            found.append(self._noised(shots, rows, ids, generator))
+            found += in_parts(self._noised(shots, rows, ids, generator))
         return found
 
     @torch.no_grad()
@@ -140,13 +141,6 @@ class Samples:
             self._base.read(batch.ids)  # an encoder in shares remembers what it reads, and asks nobody again
         parts = {key: None if part is None else self._processes.share(part) for key, part in vars(batch).items()}
         return replace(batch, **parts)
-
-    def _choose_shape(self, generator: torch.Generator) -> int:
-        """A shape of pictures, each as likely as it has pictures."""
-        counts: Sequence[int] = [len(shots.latents) for shots in self._data.shots]
-        if len(counts) == 1:
-            return 0
-        return int(torch.multinomial(torch.tensor(counts).float(), 1, generator=generator))
 
     def _noised(self, shots: Shots, rows: Tensor, ids: Tensor, generator: torch.Generator) -> Sample:
         noising, device, latents = self._data.noising, self._base.device, shots.latents[rows]
@@ -158,3 +152,8 @@ class Samples:
         weights = noising.min_snr_weights(t, gamma) if gamma and isinstance(noising, Diffusion) else None
         masks = None if shots.masks is None else shots.masks[rows]
         return Sample(noising.add(latents, noise, t), t, ids, noising.target(latents, noise, t), weights, masks)
+
+
+def _chosen(counts: Sequence[int], generator: torch.Generator) -> int:
+    """The number of a shape, each as likely as there are such."""
+    return int(torch.multinomial(torch.tensor(counts).float(), 1, generator=generator)) if len(counts) > 1 else 0

@@ -69,7 +69,7 @@ def train(
 
     Raises:
         SboraError: a folder in use or with another training in it, a loss that is not finite, a method that cannot be
-            trained in shares, a caption so long that the text encoder does not read its token.
+            trained in shares, a caption or preview prompt so long that the text encoder does not read its token.
     """
     processes = current()
     processes.check(config.method)
@@ -81,7 +81,7 @@ def train(
         preview.draw_before()
         data = prepare_data(concept, base, config)
         with live_concept(concept, base, interval, config) as live:
-            check_tokens(base, [picture.caption for picture in concept.pictures])
+            check_tokens(base, [*(picture.caption for picture in concept.pictures), *preview.named])
             run = Run(live, data, config, base, processes)
             if state is not None:
                 run.load(state)

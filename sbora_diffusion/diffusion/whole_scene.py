@@ -6,6 +6,7 @@ from dataclasses import replace
 from sbora_diffusion.adapter.file import Adapter
 from sbora_diffusion.diffusion.generate import TOKEN
 from sbora_diffusion.diffusion.regions import Region
+from sbora_diffusion.english import say_plainly
 
 
 def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]) -> tuple[str, list[Region]]:
@@ -19,13 +20,19 @@ def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]
         prompt: what is said of the whole picture; may be empty, and stays as it is in every region.
         nouns: the class noun of each token.
     """
-    told = [TOKEN.sub(lambda token: nouns.get(token[0], token[0]), region.prompt) for region in regions]
+    told = [_plainly(region.prompt, nouns) for region in regions]
 
     def scene(subjects: Sequence[str]) -> str:
         return " ".join([" and ".join(subjects), prompt]).strip()
 
     own = [scene([*told[:n], region.prompt, *told[n + 1 :]]) for n, region in enumerate(regions)]
     return scene(told), [replace(region, prompt=words) for region, words in zip(regions, own, strict=True)]
+
+
+def _plainly(prompt: str, nouns: Mapping[str, str]) -> str:
+    for token in set(TOKEN.findall(prompt)).intersection(nouns):
+        prompt = say_plainly(prompt, token, nouns[token])
+    return prompt
 
 
 def class_nouns(adapters: Iterable[Adapter]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from sbora_diffusion.diffusion.base import Base, load_base
 from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.diffusion.generate import applied, generate
 from sbora_diffusion.diffusion.method_merge import merge_by_method
+from sbora_diffusion.diffusion.run_folder import CHECKPOINT
 from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.diffusion.train import train
 from sbora_diffusion.evaluation.comparison import Comparison, parts_of, path_of, trained_as
@@ -54,7 +55,7 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     began = time.perf_counter()
-    for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
+    for step in train(concept, base, interval, config, run, resume=(run / CHECKPOINT).exists()):
         if step.adapter:
             adapter = step.adapter
             adapter.save(path, True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from typing import Any, Literal, get_args
 
+from sbora_diffusion.english import in_words
 from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.llm.template import TEMPLATES
 
@@ -111,7 +112,7 @@ def _parse(key: str, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise SboraError(f"got {key}={text}, expected {kind.__name__}") from None
+        raise SboraError(f"got {key}={text}, expected {in_words(kind)}") from None
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
@@ -122,5 +123,5 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise SboraError(f"got {key}={value!r}, expected {kind.__name__}")
+        raise SboraError(f"got {key}={value!r}, expected {in_words(kind)}")
     return value

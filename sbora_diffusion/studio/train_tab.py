@@ -11,6 +11,7 @@ from sbora_diffusion.diffusion.concept import EXTENSIONS, default_roots, known_c
 from sbora_diffusion.diffusion.config import other_recipes
 from sbora_diffusion.diffusion.dataset import load_picture
 from sbora_diffusion.diffusion.loading import recipe_base
+from sbora_diffusion.diffusion.run_folder import CHECKPOINT
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.methods import METHODS
 from sbora_diffusion.studio.jobs import Jobs
@@ -198,7 +199,7 @@ def _check_new(workshop: Workshop, jobs: Jobs, name: str, base: str) -> None:
     job = jobs.find(name)
     if job and job.is_active:
         raise SboraError(f"{name} is {job.state} already")
-    if (workshop.folders.runs / name / "checkpoint.pt").exists():
+    if (workshop.folders.runs / name / CHECKPOINT).exists():
         raise SboraError(f"a training of {name} was stopped half-way", "Choose it on the right and resume it.")
     if name in workshop.library.names():
         raise SboraError(f"{name} is in the library already", "Choose another name.")
@@ -210,5 +211,5 @@ def resume_training(workshop: Workshop, jobs: Jobs, name: str) -> None:
     if job is None:
         raise SboraError("no training is chosen", "Choose one of those that were stopped.")
     arguments = [word for word in job.arguments if word != "--resume"]
-    going_on = (workshop.folders.runs / name / "checkpoint.pt").exists()
+    going_on = (workshop.folders.runs / name / CHECKPOINT).exists()
     jobs.add(name, [*arguments, "--resume"] if going_on else arguments)

@@ -43,6 +43,14 @@ def test_train_says_what_is_next(here: Path, base: Path, caplog: pytest.LogCaptu
     assert (spec.side, spec.rank, str(spec.intervals[0])) == ("fb", 4, "12:16")
 
 
+def test_a_finished_training_pins_nothing(adapters: Path, base: Path, trained: tuple[Path, list[Result]]) -> None:
+    shutil.copytree(trained[0] / "runs", adapters.parent / "runs")
+    for words, intervals in (("--rank 4", ["0:4"]), ("--method lora", [])):
+        again = train(base, "dog", *words.split(), "--force", "--resume")
+        assert again.exit_code == 0, again.output
+        assert [str(one) for one in Adapter.load(adapters / "dog.safetensors").spec.intervals] == intervals
+
+
 def test_fuse(adapters: Path) -> None:
     fused = run("merge", "dog", "cat", "--how", "fuse")
     assert fused.stdout.splitlines() == ["adapters/cat+dog.safetensors"], fused.output
@@ -108,6 +116,9 @@ def test_merge_and_remove(adapters: Path) -> None:
     assert Library(adapters).names() == ["cat", "dog"]
     asked = CliRunner().invoke(app, ["remove", "dog"], input="n\n")
     assert (asked.exit_code, Library(adapters).names()) == (1, ["cat", "dog"])
+    assert "Delete adapters/dog.safetensors?" in asked.output
+    unasked = CliRunner().invoke(app, ["remove", "nosuch"])
+    assert "Delete" not in unasked.output
 
 
 def test_columns_that_a_merge_keeps(adapters: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -248,6 +259,8 @@ def test_reserve(here: Path, base: Path, caplog: pytest.LogCaptureFixture) -> No
     assert (taken.exit_code, taken.stdout) == (1, "")
     assert "the interval 10:14 is taken (8:12 by cat)" in taken.stderr
     assert "cat (reserved)" in run("ledger").stdout
+    asked = CliRunner().invoke(app, ["remove", "fox"], input="n\n")
+    assert "Delete the reservation of fox?" in asked.output
     assert train(base, "cat", "--rank", "4").exit_code == 0
     assert str(Adapter.load(here / "adapters/cat.safetensors").spec.intervals[0]) == "8:12"
     assert "cat (reserved)" not in run("ledger").stdout

@@ -9,8 +9,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from numpy.testing import assert_array_equal
 
+from sbora_diffusion.diffusion import loading
 from sbora_diffusion.diffusion.bake import bake
-from sbora_diffusion.diffusion.base import Base, load_base
+from sbora_diffusion.diffusion.base import Base, load_base, load_unplaced
 from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.family import Sampling
 from sbora_diffusion.diffusion.families.known import FAMILIES
@@ -106,6 +107,29 @@ def test_a_pipeline_of_no_known_family(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="is a KandinskyPipeline, which no training is written for") as caught:
         load_base(str(tmp_path))
     assert "StableDiffusionXLPipeline" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("sd51", "did you mean sd15"), ("sdxl", "load it once with a network")])
+def test_what_helps_without_the_hub(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: str) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading, "hf_hub_download", unreachable)
+    with pytest.raises(SboraError, match="could not load base model") as caught:
+        load_base(name)
+    assert str(caught.value.hint).startswith(hint)
+
+
+def test_an_index_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(SboraError, match="could not load base model"):
+        load_base(str(tmp_path))
+
+
+def test_a_base_model_to_look_at_is_the_same(base: Base, tiny_folder: Path) -> None:
+    seen = load_unplaced(str(tiny_folder))
+    assert (seen.id, seen.fingerprint, seen.layer_shapes) == (base.id, base.fingerprint, base.layer_shapes)
+    assert seen.device.type == "cpu"
 
 
 def test_a_damaged_folder_says_what_is_damaged(tiny_folder: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_another_recipe_by_its_name() -> None:
     ("key", "value", "message"),
     [
         ("stesp", "7", "unknown setting 'stesp'"),
-        ("steps", "many", "expected int"),
+        ("steps", "many", "expected a whole number"),
         ("steps", "0", "steps=0"),
         ("learning_rate", "nan", "learning_rate=nan"),
         ("caption_dropout", "1.5", "from 0 to 1"),

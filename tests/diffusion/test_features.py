@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sbora_diffusion.adapter.basis import Interval
+from sbora_diffusion.diffusion import latents
+from sbora_diffusion.diffusion.attention_loss import AttentionLoss
 from sbora_diffusion.diffusion.averages import Averages
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.buckets import bucket_of
@@ -20,9 +23,11 @@ from sbora_diffusion.diffusion.latents import encode
 from sbora_diffusion.diffusion.live import live_concept
 from sbora_diffusion.diffusion.masks import load_mask
 from sbora_diffusion.diffusion.optimizers import PACKAGES
+from sbora_diffusion.diffusion.processes import ALONE
 from sbora_diffusion.diffusion.run import Run, mean_error
-from sbora_diffusion.diffusion.samples import Sample, prepare_data
+from sbora_diffusion.diffusion.samples import Sample, Samples, prepare_data
 from sbora_diffusion.diffusion.schedules import rate_factor
+from sbora_diffusion.diffusion.tokens import class_embedding
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 
@@ -92,6 +97,99 @@ def test_it_matters_and_is_resumed_bit_for_bit(
     assert resumed[0].step == 3
     assert_same(result(resumed), result(straight))
     assert "_Watched" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on
+
+
+TOGETHER = {
+    "buckets, no prior": {"buckets": "1", "prior_batch": "0"},
+    "buckets, no prior, text encoder alone": {"buckets": "1", "prior_batch": "0", "text_encoder_learning_rate": "0"},
+    "buckets, attention, class": {"buckets": "1", "attention_weight": "0.1", "class_pictures": "3"},
+    "attention, no prior, masks": {"attention_weight": "0.1", "prior_batch": "0", "masked_loss": "1"},
+    "attention, checkpointing": {"attention_weight": "0.1", "gradient_checkpointing": "1"},
+    "all": {"attention_weight": "0.1", "gradient_checkpointing": "1", "buckets": "1", "class_pictures": "3"},
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_settings_go_together(name: str, base: Base, tall: Concept, tmp_path: Path) -> None:
+    logs = list(train(tall, base, INTERVAL, short_config(**TOGETHER[name]), tmp_path / "run"))
+    assert result(logs).spec.metrics["loss"] > 0
+    assert not base.denoiser.is_gradient_checkpointing
+    assert "Watched" not in str(base.denoiser.attn_processors)
+
+
+def test_attention_is_watched_in_the_samples_pass_alone(
+    base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    observe = AttentionLoss.observe
+    monkeypatch.setattr(
+        AttentionLoss, "observe", lambda loss, *watched: (seen.append(len(watched[1])), observe(loss, *watched))
+    )
+    config = short_config(attention_weight="0.1", class_pictures="3", batch_size="2", prior_batch="3")
+    run_of(base, tall, config)
+    cross = [key for key in base.denoiser.attn_processors if "attn2" in key]
+    assert seen == [2 + 3] * len(cross)
+
+
+@pytest.mark.parametrize("more", [{}, {"buckets": "1", "class_pictures": "3"}])
+def test_checkpointing_watches_the_attention_too(base: Base, tall: Concept, more: dict[str, str]) -> None:
+    learned = [
+        run_of(base, tall, short_config(attention_weight="10", gradient_checkpointing=switch, **more))[1]
+        for switch in ("0", "1")
+    ]
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_token_alone_waits_where_all_captions_are_dropped(
+    base: Base, concept: Concept, tmp_path: Path, precision: str
+) -> None:
+    config = short_config("textual-inversion", caption_dropout="1", precision=precision)
+    before = class_embedding(base, concept.class_noun, config.token_vectors)
+    logs = list(train(concept, base, None, config, tmp_path / "run"))
+    for key, rows in result(logs).tokens.items():
+        assert torch.equal(rows, before[key.split(".")[0]])
+
+
+def test_the_class_is_held_in_place_in_its_own_shape(base: Base, tall: Concept) -> None:
+    config = short_config(buckets="1")
+    data = prepare_data(tall, base, config)
+    wide, square = (tuple(prior.noisy.shape[2:]) for prior in data.prior)
+    assert wide[0] < wide[1]
+    assert square[0] == square[1]
+    said = base.tokenizer(base.learners[0]).batch_decode(data.prior[0].ids, skip_special_tokens=True)
+    assert all("dog" in caption for caption in said)
+    samples, generator = Samples(data, base, config, ALONE), torch.Generator().manual_seed(0)
+    assert {tuple(samples.of_prior(generator).noisy.shape[2:]) for _ in range(20)} == {wide, square}
+
+
+def test_many_pictures_are_asked_about_in_parts(base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_config(class_pictures="20", validation_pictures="1", validation_every="1")
+    whole = prepare_data(tall, base, config)
+    monkeypatch.setattr(latents, "AT_ONCE", 1)
+    rows: list[int] = []
+    hook = base.denoiser.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    parts = prepare_data(tall, base, config)
+    hook.remove()
+    assert max(rows) == 2 * 8  # with and without the prompt
+    assert whole.of_class
+    assert parts.of_class
+    torch.testing.assert_close(parts.of_class.latents, whole.of_class.latents, rtol=1e-3, atol=1e-4)
+    assert [len(part.t) for part in Samples(parts, base, config, ALONE).held_out()] == [8] * 4
+
+
+def test_other_masks_are_another_training(base: Base, tall: Concept, tmp_path: Path) -> None:
+    config, file = short_config(masked_loss="1"), tall.pictures[2].path.with_suffix(".mask.png")
+    Image.new("L", (60, 40), 255).save(file)
+    stopped = train(tall, base, INTERVAL, config, tmp_path / "run")
+    for _ in range(3):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
+    Image.new("L", (60, 40), 200).save(file)
+    with pytest.raises(SboraError, match="differs in masks"):
+        next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
 
 
 def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Run, list[Tensor]]:
@@ -246,12 +344,34 @@ def test_where_a_mask_comes_from(tmp_path: Path) -> None:
     Image.new("L", (40, 40), 0).save(folder / "a.mask.png")
     with pytest.raises(SboraError, match="all black"):
         load_mask(folder / "a.jpg")
+    painted = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    painted.paste((255, 255, 255, 255), (0, 0, 20, 40))
+    for mask in (painted, Image.fromarray(np.repeat(np.uint16([[6000, 65535]]), 20, 1).repeat(40, 0))):
+        mask.save(folder / "a.mask.png")
+        found = load_mask(folder / "a.jpg")
+        assert found is not None
+        assert sorted((found.getpixel((3, 3)), found.getpixel((30, 3)))) in ([0, 255], [23, 255])
+
+
+def test_masks_of_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 4), np.uint8)
+    Image.fromarray(noise, "RGBA").save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(SboraError, match=r"a\.png is too large"):
+        load_mask(tmp_path / "a.png")
+    monkeypatch.undo()
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:9000])
+    with pytest.raises(SboraError, match=r"cannot read .*a\.png"):
+        load_mask(tmp_path / "a.png")
 
 
 def test_without_any_mask_all_is_learned(base: Base, concept: Concept, caplog: pytest.LogCaptureFixture) -> None:
     [shots] = encode(base, concept.pictures, short_config(masked_loss="1"))
     assert shots.masks is None
     assert "no picture has a mask" in caplog.text
+    caplog.clear()
+    assert encode(base, [], short_config(masked_loss="1")) == []  # nothing is held out
+    assert not caplog.text
 
 
 def test_pictures_keep_their_proportions(base: Base, tall: Concept) -> None:
@@ -334,6 +454,8 @@ def test_validation_is_told_and_the_best_is_kept(base: Base, tall: Concept, tmp_
         ({"ema": "0.9", "optimizer": "schedule-free"}, "averages the weights itself"),
         ({"buckets": "1", "erasure_weight": "1", "quiet_weight": "0"}, "pictures of one shape"),
         ({"flip": "2"}, "from 0 to 1"),
+        ({"method": "textual-inversion", "token_learning_rate": "0"}, "would learn nothing"),
+        ({"prior_prompts": ""}, "prior prompts, of which there are none"),
         ({"masked_loss": "2"}, "expected 0 or 1"),
         ({"validation_pictures": "1", "validation_every": "0"}, "never asked"),
     ],

@@ -177,6 +177,11 @@ def test_orthogonal_rows_are_frozen_rows_of_one_shared_matrix(base: Base) -> Non
     assert any(not torch.equal(first[key].down, second[key].down) for key in first)  # type: ignore[arg-type]
 
 
+def test_no_more_orthogonal_rows_than_there_are(base: Base, concept: Concept, tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match="got rank=33, but a layer has 32 inputs"):
+        next(train(concept, base, None, short("orthogonal", rank="33"), tmp_path))
+
+
 def test_custom_diffusions_noun_stays(base: Base, concept: Concept, tmp_path: Path) -> None:
     from sbora_diffusion.diffusion.tokens import class_embedding
 

@@ -142,6 +142,30 @@ def drawn(samples: Samples, seed: int) -> list[torch.Tensor]:
     return [part for batch in batches if batch for part in vars(batch).values() if part is not None]
 
 
+AVERAGED = """
+import torch
+from torch import distributed
+from sbora_diffusion.diffusion.processes import Processes
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+trained = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), (1,))]
+trained[0].grad = torch.full((2, 2), rank + 1.0)
+trained[1].grad = torch.full((3,), 5.0) if rank else None  # the token, where this share's captions are all dropped
+assert Processes(rank, 2).average(trained, rank * 4.0) == 2
+assert torch.equal(trained[0].grad, torch.full((2, 2), 1.5))
+assert torch.equal(trained[1].grad, torch.full((3,), 2.5))
+assert trained[2].grad is None
+assert Processes(rank, 2).average([trained[2]], 3.0) == 3
+distributed.destroy_process_group()
+"""
+
+
+def test_gradients_that_not_all_processes_have(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, AVERAGED, [])
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_prior_samples_to_share() -> None:
     assert Processes(1, 2).share(torch.empty(0, 3)).shape == (0, 3)
 

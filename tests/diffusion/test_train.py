@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
     monkeypatch.setattr(Base, "predict", broken)
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
         next(train(concept, base, INTERVAL, config, tmp_path))
-    assert "learning_rate" in (caught.value.hint or "")
+    assert f"--set learning_rate={config.learning_rate / 10:.0e}" in (caught.value.hint or "")
 
 
 def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
@@ -179,6 +179,12 @@ def test_a_caption_that_hides_its_token_is_refused(base: Base, concept: Concept,
     hidden = replace(concept, pictures=(long, *concept.pictures[1:]))
     with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
         next(train(hidden, base, INTERVAL, short_config(), tmp_path))
+
+
+def test_a_preview_that_hides_its_token_is_refused_at_once(base: Base, concept: Concept, tmp_path: Path) -> None:
+    config = short_config(preview_prompts="a" + " long" * 90 + " {token}")
+    with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
+        next(train(concept, base, INTERVAL, config, tmp_path))
 
 
 def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) -> None:

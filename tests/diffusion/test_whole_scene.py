@@ -17,6 +17,12 @@ def test_a_concept_is_named_in_its_own_region_only() -> None:
     assert (left.box, left.adapters, right.feather) == (LEFT.box, ("ink",), RIGHT.feather)
 
 
+def test_a_noun_has_the_article_it_needs() -> None:
+    octopus = Region(box=(0, 0, 0.5, 1), prompt="a <octopus>")
+    prompt, _ = whole_scene("on the beach", [octopus, RIGHT], NOUNS | {"<octopus>": "octopus"})
+    assert prompt == "an octopus and a cat on the beach"
+
+
 def test_nothing_is_said_of_the_whole_picture() -> None:
     prompt, (left, right) = whole_scene("", [LEFT, RIGHT], NOUNS)
     assert (prompt, left.prompt, right.prompt) == ("a dog and a cat", "a <dog> and a cat", "a dog and a <cat>")

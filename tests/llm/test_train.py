@@ -199,7 +199,7 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
         ({"rank": "0"}, "got rank=0"),
         ({"color": "red"}, "unknown setting 'color'"),
         ({"template": "poem"}, "got template=poem, choose from"),
-        ({"rank": "many"}, "expected int"),
+        ({"rank": "many"}, "expected a whole number"),
         ({"steps": "-3"}, "got steps=-3, expected a non-negative number"),
         ({"optimizer": "foo"}, "got optimizer=foo, choose from adamw_torch, "),
     ],
