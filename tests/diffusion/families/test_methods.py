@@ -33,7 +33,7 @@ def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: str, tmp_path: Path) -> None:
     base, folder = known
     before = snapshot(base)
-    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": ""}
+    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": "", "quiet_weight": "0"}
     config = TrainConfig.from_recipe(base.family.name, method, quick)
     rex, tom = make_concept(tmp_path, "rex", "red"), make_concept(tmp_path, "tom", "blue")
     places = [Interval(0, 4), Interval(4, 4)] if method == "sbora-fb" else [None, None]
