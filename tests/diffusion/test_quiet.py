@@ -78,11 +78,3 @@ def test_recorded_is_what_is_to_be_quiet(base: Base, concept: Concept) -> None:
     config = short_config(quiet_weight="1", blocks="up_blocks")
     quiet = [f"{part}.{name}" for part, names in adapted_layers(base, config).items() for name in names]
     assert sorted(prepare_data(concept, base, config).moments) == sorted(quiet)
-
-
-def test_no_prior_prompts_nothing_to_be_quiet_on(base: Base, concept: Concept) -> None:
-    config = short_config(prior_prompts="", quiet_weight="1")
-    data = prepare_data(concept, base, config)
-    assert data.moments == {}
-    with live_concept(concept, base, INTERVAL, config) as live:
-        Run(live, data, config, base).advance(0)
