@@ -109,7 +109,7 @@ def test_a_pipeline_of_no_known_family(tmp_path: Path) -> None:
     assert "StableDiffusionXLPipeline" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize(("name", "hint"), [("sd51", "did you mean sd15"), ("sdxl", "load it once with a network")])
+@pytest.mark.parametrize(("name", "hint"), [("sdlx", "did you mean sdxl"), ("sdxl", "load it once with a network")])
 def test_what_helps_without_the_hub(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: str) -> str:
         raise OSError("no network")
