@@ -86,10 +86,10 @@ def generate(
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
 ) -> None:
-    """Make pictures, with any concepts. --set takes steps and guidance (default: what is usual
-    for the base model), negative_prompt, gated (1: each concept acts
-    only where it is named), whole_scene (0: a region hears its own prompt only, nothing of the other ones), precision
-    (fp32, bf16, fp16 or nf4; on a GPU SDXL, SD3 and FLUX are drawn in bf16)."""
+    """Make pictures, with any concepts. --set takes steps and guidance (default: what is usual for the base model),
+    negative_prompt, gated (1: each concept acts only where it is named), whole_scene (0: a region hears its own prompt
+    only, nothing of the other ones), precision (fp32, bf16, fp16 or nf4; on a GPU SDXL, SD3 and FLUX are drawn in
+    bf16)."""
     kinds = {"steps": int, "guidance": float, "negative_prompt": str, "gated": flag, "whole_scene": flag}
     kinds |= {"precision": str}
     options = convert(parse_settings(settings), kinds)
