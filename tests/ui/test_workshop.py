@@ -75,7 +75,7 @@ def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder:
     assert [read_settings(path).seed for path in paths] == [3, 4, 5, 6, 7, 8]
     base = load_base(str(tiny_folder))
     with applied(base, [workshop.load("dog")]):
-        expected = generate(base, ["a <dog>"] * 6, seeds=range(3, 9), steps=2)
+        expected = generate(base, ["a <dog>"] * 6, seeds=range(3, 9), steps=2, guidance=3.0)
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             assert file.tobytes() == picture.tobytes()
@@ -96,7 +96,7 @@ def test_regions_are_those_of_the_command_line(workshop: Workshop, tiny_folder: 
     base, adapters = load_base(str(tiny_folder)), [workshop.load("cat"), workshop.load("dog")]
     prompt, told = whole_scene("on the beach", boxes, {"<dog>": "dog", "<cat>": "cat"})
     for path, seed in zip(paths, (3, 4), strict=True):
-        options = {"steps": 2, "negative_prompt": "blue", "strengths": [1.0, 0.5]}
+        options = {"steps": 2, "guidance": 3.0, "negative_prompt": "blue", "strengths": [1.0, 0.5]}
         expected = generate_regions(base, prompt, told, adapters, seeds=[seed], **options)[0]
         with Image.open(path) as file:
             assert file.tobytes() == expected.tobytes()
