@@ -33,7 +33,7 @@ def more_fields(prefix: str, steps_label: str, dropped_label: str) -> More:
             0, 12, usual.guidance, step=0.5, label="Guidance", info="how literally the prompt is taken", min_width=140
         )
     base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id=f"{prefix}base")
-    dropped = gr.File(label=dropped_label, file_types=[".png"], height=110, elem_id=f"{prefix}dropped")
+    dropped = gr.File(label=dropped_label, file_types=[".png"], height=170, elem_id=f"{prefix}dropped")
     base.input(told(_usual), base, [steps, guidance], queue=False, show_progress="hidden")
     return negative, steps, guidance, base, dropped
 

@@ -47,9 +47,7 @@ def generate_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.Dropdown]:
                 seed = seed_field("seed")
                 dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
             with gr.Accordion("More", open=False, elem_id="generate-more"):
-                negative, steps, guidance, base, dropped = more_fields(
-                    "", "Steps", "Drop a picture made here: its settings come back"
-                )
+                negative, steps, guidance, base, dropped = more_fields("", "Steps", "Settings of a picture made here")
         with gr.Column(scale=3, min_width=320):
             gallery = picture_gallery("gallery", 2)
             note = gr.Markdown("Your pictures appear here.", elem_id="note", elem_classes="note")

@@ -36,7 +36,7 @@ def regions_tab(workshop: Workshop) -> list[Any]:
                 dice = gr.Button("New seed", size="sm", min_width=90)
             with gr.Accordion("More", open=False, elem_id="regions-more"):
                 negative, steps, guidance, base, dropped = more_fields(
-                    "regions-", "Steps of regions", "Drop a picture made here: its boxes and settings come back"
+                    "regions-", "Steps of regions", "Boxes and settings of a picture made here"
                 )
         with gr.Column(scale=3, min_width=320):
             gallery = picture_gallery("regions-gallery", 1)
