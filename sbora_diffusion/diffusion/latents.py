@@ -122,9 +122,11 @@ def answers(
 
 def in_parts(batch: B) -> list[B]:
     """A batch in such parts as the base model is asked about together."""
-    size, count = _at_once(batch.noisy[0].numel()), len(batch.t)
-    fields = {key: [None] * -(-count // size) if v is None else v.split(size) for key, v in vars(batch).items()}
-    return [replace(batch, **dict(zip(fields, parts, strict=True))) for parts in zip(*fields.values(), strict=True)]
+    size, fields = _at_once(batch.noisy[0].numel()), vars(batch)
+    return [
+        replace(batch, **{key: None if rows is None else rows[at : at + size] for key, rows in fields.items()})
+        for at in range(0, len(batch.t), size)
+    ]
 
 
 def _at_once(numel: int) -> int:

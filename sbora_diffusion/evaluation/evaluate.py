@@ -62,12 +62,8 @@ def evaluate(
         SboraError: nothing to evaluate, an adapter without its concept or for another base, a folder that belongs to
             another evaluation, a damaged picture, a suite for another number of concepts.
     """
-    if not adapters or not seeds:
-        raise SboraError(f"got {len(adapters)} adapters and {len(seeds)} seeds, expected at least one of both")
-    if batch_size < 1:
-        raise SboraError(f"got batch_size={batch_size}, expected at least 1")
     sampling = sampling or base.sampling
-    base.choose_sampling(seeds, sampling.steps, sampling.guidance)
+    _check_numbers(base, adapters, seeds, sampling, batch_size)
     for adapter in [*adapters, *([merged] if merged else [])]:
         check_base(adapter, base)
     all_series = plan(suite, adapters, merged)
@@ -119,6 +115,17 @@ def quick_score(
     tokens = {concept.token: concept.class_noun}
     scores = score(pictures, [prompt for prompt, _ in jobs], judge, tokens, [concept.name])[concept.name]
     return {metric: values.mean().item() for metric, values in scores.items()}
+
+
+def _check_numbers(
+    base: Base, adapters: Sequence[Adapter], seeds: Sequence[int], sampling: Sampling, batch_size: int
+) -> None:
+    """What could not be drawn is refused before a folder is claimed for it."""
+    if not adapters or not seeds:
+        raise SboraError(f"got {len(adapters)} adapters and {len(seeds)} seeds, expected at least one of both")
+    if batch_size < 1:
+        raise SboraError(f"got batch_size={batch_size}, expected at least 1")
+    base.choose_sampling(seeds, sampling.steps, sampling.guidance)
 
 
 def _check_concepts(adapters: Iterable[Adapter], concepts: Iterable[Concept]) -> None:

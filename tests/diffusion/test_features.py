@@ -3,38 +3,28 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.diffusion import latents
-from sbora_diffusion.diffusion.attention_loss import AttentionLoss
 from sbora_diffusion.diffusion.averages import Averages
 from sbora_diffusion.diffusion.base import Base
 from sbora_diffusion.diffusion.buckets import bucket_of
 from sbora_diffusion.diffusion.captions import names_a_side, shuffle_tags
 from sbora_diffusion.diffusion.concept import Concept, Picture
-from sbora_diffusion.diffusion.config import TrainConfig
 from sbora_diffusion.diffusion.families.noising import Diffusion
 from sbora_diffusion.diffusion.latents import encode
 from sbora_diffusion.diffusion.live import live_concept
-from sbora_diffusion.diffusion.masks import load_mask
 from sbora_diffusion.diffusion.optimizers import PACKAGES
-from sbora_diffusion.diffusion.processes import ALONE
-from sbora_diffusion.diffusion.run import Run, mean_error
-from sbora_diffusion.diffusion.samples import Sample, Samples, prepare_data
+from sbora_diffusion.diffusion.run import Run
+from sbora_diffusion.diffusion.samples import prepare_data
 from sbora_diffusion.diffusion.schedules import rate_factor
-from sbora_diffusion.diffusion.tokens import class_embedding
 from sbora_diffusion.diffusion.train import StepLog, train
 from sbora_diffusion.errors import SboraError
 
-from .conftest import short_config
+from .conftest import INTERVAL, run_of, short_config
 from .test_train import assert_same, result
 
-INTERVAL = Interval(4, 4)
 SETTINGS = {
     "accumulation": {"accumulation": "2"},
     "attention": {"attention_weight": "0.1"},
@@ -56,20 +46,6 @@ SETTINGS = {
     "weight decay": {"weight_decay": "0.5"},
 }
 NO_EFFECT = ("checkpointing",)  # on what is learned, up to rounding
-
-
-@pytest.fixture
-def tall(tmp_path: Path) -> Concept:
-    """Four pictures: three wide ones, of which two are transparent around their subject, and a high one."""
-    pictures = []
-    for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
-        image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
-        ImageDraw.Draw(image).ellipse(
-            (4, 6, size[0] // 2, size[1] - 9), fill=("red", "orange", "blue", "green")[number]
-        )
-        image.save(tmp_path / f"{number}.png")
-        pictures.append(Picture(path=tmp_path / f"{number}.png", caption=f"a <rex>, in place {number}, at night, wet"))
-    return Concept(name="rex", token="<rex>", class_noun="dog", pictures=tuple(pictures))
 
 
 @pytest.fixture
@@ -97,109 +73,6 @@ def test_it_matters_and_is_resumed_bit_for_bit(
     assert resumed[0].step == 3
     assert_same(result(resumed), result(straight))
     assert "_Watched" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on
-
-
-TOGETHER = {
-    "buckets, no prior": {"buckets": "1", "prior_batch": "0"},
-    "buckets, no prior, text encoder alone": {"buckets": "1", "prior_batch": "0", "text_encoder_learning_rate": "0"},
-    "buckets, attention, class": {"buckets": "1", "attention_weight": "0.1", "class_pictures": "3"},
-    "attention, no prior, masks": {"attention_weight": "0.1", "prior_batch": "0", "masked_loss": "1"},
-    "attention, checkpointing": {"attention_weight": "0.1", "gradient_checkpointing": "1"},
-    "all": {"attention_weight": "0.1", "gradient_checkpointing": "1", "buckets": "1", "class_pictures": "3"},
-}
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_settings_go_together(name: str, base: Base, tall: Concept, tmp_path: Path) -> None:
-    logs = list(train(tall, base, INTERVAL, short_config(**TOGETHER[name]), tmp_path / "run"))
-    assert result(logs).spec.metrics["loss"] > 0
-    assert not base.pipeline.unet.is_gradient_checkpointing
-    assert "Watched" not in str(base.pipeline.unet.attn_processors)
-
-
-def test_attention_is_watched_in_the_samples_pass_alone(
-    base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    observe = AttentionLoss.observe
-    monkeypatch.setattr(
-        AttentionLoss, "observe", lambda loss, *watched: (seen.append(len(watched[1])), observe(loss, *watched))
-    )
-    config = short_config(attention_weight="0.1", class_pictures="3", batch_size="2", prior_batch="3")
-    run_of(base, tall, config)
-    cross = [key for key in base.pipeline.unet.attn_processors if "attn2" in key]
-    assert seen == [2 + 3] * len(cross)
-
-
-@pytest.mark.parametrize("more", [{}, {"buckets": "1", "class_pictures": "3"}])
-def test_checkpointing_watches_the_attention_too(base: Base, tall: Concept, more: dict[str, str]) -> None:
-    learned = [
-        run_of(base, tall, short_config(attention_weight="10", gradient_checkpointing=switch, **more))[1]
-        for switch in ("0", "1")
-    ]
-    for one, other in zip(*learned, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_token_alone_waits_where_all_captions_are_dropped(
-    base: Base, concept: Concept, tmp_path: Path, precision: str
-) -> None:
-    config = short_config("textual-inversion", caption_dropout="1", precision=precision)
-    before = class_embedding(base, concept.class_noun, config.token_vectors)
-    logs = list(train(concept, base, None, config, tmp_path / "run"))
-    for key, rows in result(logs).tokens.items():
-        assert torch.equal(rows, before[key.split(".")[0]])
-
-
-def test_the_class_is_held_in_place_in_its_own_shape(base: Base, tall: Concept) -> None:
-    config = short_config(buckets="1")
-    data = prepare_data(tall, base, config)
-    wide, square = (tuple(prior.noisy.shape[2:]) for prior in data.prior)
-    assert wide[0] < wide[1]
-    assert square[0] == square[1]
-    said = base.tokenizer(base.learners[0]).batch_decode(data.prior[0].ids, skip_special_tokens=True)
-    assert all("dog" in caption for caption in said)
-    samples, generator = Samples(data, base, config, ALONE), torch.Generator().manual_seed(0)
-    assert {tuple(samples.of_prior(generator).noisy.shape[2:]) for _ in range(20)} == {wide, square}
-
-
-def test_many_pictures_are_asked_about_in_parts(base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = short_config(class_pictures="20", validation_pictures="1", validation_every="1")
-    whole = prepare_data(tall, base, config)
-    monkeypatch.setattr(latents, "AT_ONCE", 1)
-    rows: list[int] = []
-    hook = base.denoiser.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    parts = prepare_data(tall, base, config)
-    hook.remove()
-    assert max(rows) == 2 * 8  # with and without the prompt
-    assert whole.of_class
-    assert parts.of_class
-    torch.testing.assert_close(parts.of_class.latents, whole.of_class.latents, rtol=1e-3, atol=1e-4)
-    assert [len(part.t) for part in Samples(parts, base, config, ALONE).held_out()] == [8] * 4
-
-
-def test_other_masks_are_another_training(base: Base, tall: Concept, tmp_path: Path) -> None:
-    config, file = short_config(masked_loss="1"), tall.pictures[2].path.with_suffix(".mask.png")
-    Image.new("L", (60, 40), 255).save(file)
-    stopped = train(tall, base, INTERVAL, config, tmp_path / "run")
-    for _ in range(3):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
-    Image.new("L", (60, 40), 200).save(file)
-    with pytest.raises(SboraError, match="differs in masks"):
-        next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
-
-
-def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Run, list[Tensor]]:
-    """A training after some steps, and its gradients."""
-    data = prepare_data(concept, base, config)
-    with live_concept(concept, base, INTERVAL, config) as live:
-        run = Run(live, data, config, base)
-        for step in range(steps):
-            run.advance(step)
-        return run, [p.grad.clone() for p in live.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("optimizer", ["schedule-free", "prodigy"])
@@ -294,88 +167,6 @@ def test_averages_change_places_and_come_back() -> None:
     assert torch.equal(parameter.detach(), torch.full((2,), 3.0))
 
 
-def test_masks_are_cut_as_their_pictures_are(base: Base, concept: Concept) -> None:
-    for picture in concept.pictures:  # 40 x 60: the square that the model sees begins 10 pixels from the top
-        mask = Image.new("L", (40, 60), 255)
-        mask.paste(0, (0, 0, 40, 30))
-        mask.save(picture.path.with_suffix(".mask.png"))
-    [shots] = encode(base, concept.pictures, short_config(masked_loss="1", crops="1", smallest_crop="1"))
-    assert shots.masks is not None
-    assert shots.masks.shape == (2, 1, *shots.latents.shape[-2:])
-    half = shots.masks.shape[-2] // 2
-    assert shots.masks[:, :, : half - 1].max() == 0
-    assert shots.masks[:, :, half + 1 :].min() == 1
-
-
-def test_an_error_behind_the_mask_is_none() -> None:
-    target, masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
-    masks[..., :2] = 1
-    answered = torch.zeros_like(target)
-    answered[..., 2:] = 5
-    weights = torch.tensor([1.0, 3.0])
-    sample = Sample(target, torch.zeros(2), torch.zeros(2, 4), target, weights, masks)
-    assert mean_error(answered, sample, masked=True) == 0
-    assert mean_error(answered, sample, masked=False) == 25 / 2 * (1 + 3) / 2
-    answered[..., :2] = 2
-    assert mean_error(answered, sample, masked=True) == 4 * (1 + 3) / 2
-
-
-def test_where_a_mask_comes_from(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (40, 40), "red").save(folder / "a.jpg")
-    assert load_mask(folder / "a.jpg") is None
-    Image.new("RGBA", (40, 40), (9, 9, 9, 255)).save(folder / "b.png")
-    assert load_mask(folder / "b.png") is None
-    half = Image.new("RGBA", (40, 40), (9, 9, 9, 255))
-    half.paste((0, 0, 0, 0), (0, 0, 20, 40))
-    half.save(folder / "c.png")
-    alpha = load_mask(folder / "c.png")
-    assert alpha is not None
-    assert (alpha.getpixel((3, 3)), alpha.getpixel((30, 3))) == (0, 255)
-    (tmp_path / "masks").mkdir()
-    Image.new("L", (40, 40), 200).save(tmp_path / "masks" / "a.png")
-    found = load_mask(folder / "a.jpg")
-    assert found is not None
-    assert found.getpixel((0, 0)) == 200
-    Image.new("L", (41, 40), 200).save(folder / "a.mask.png")
-    with pytest.raises(SboraError, match=r"has \(41, 40\) pixels, its picture \(40, 40\)"):
-        load_mask(folder / "a.jpg")
-    Image.new("L", (40, 40), 0).save(folder / "a.mask.png")
-    with pytest.raises(SboraError, match="all black"):
-        load_mask(folder / "a.jpg")
-    painted = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
-    painted.paste((255, 255, 255, 255), (0, 0, 20, 40))
-    deep = np.full((40, 40), 6000, np.uint16)
-    deep[:, 20:] = 65535
-    for mask, expected in ((painted, (255, 0)), (Image.fromarray(deep), (23, 255))):
-        mask.save(folder / "a.mask.png")
-        found = load_mask(folder / "a.jpg")
-        assert found is not None
-        assert (found.getpixel((3, 3)), found.getpixel((30, 3))) == expected
-
-
-def test_masks_of_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 4), np.uint8)
-    Image.fromarray(noise, "RGBA").save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(SboraError, match=r"a\.png is too large"):
-        load_mask(tmp_path / "a.png")
-    monkeypatch.undo()
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:9000])
-    with pytest.raises(SboraError, match=r"cannot read .*a\.png"):
-        load_mask(tmp_path / "a.png")
-
-
-def test_without_any_mask_all_is_learned(base: Base, concept: Concept, caplog: pytest.LogCaptureFixture) -> None:
-    [shots] = encode(base, concept.pictures, short_config(masked_loss="1"))
-    assert shots.masks is None
-    assert "no picture has a mask" in caplog.text
-    caplog.clear()
-    assert encode(base, [], short_config(masked_loss="1")) == []  # nothing is held out
-    assert not caplog.text
-
-
 def test_pictures_keep_their_proportions(base: Base, tall: Concept) -> None:
     wide, square = (encode(base, tall.pictures, short_config(buckets=switch)) for switch in ("1", "0"))
     assert len(square) == 1
@@ -409,27 +200,6 @@ def test_tags_change_places_but_for_the_first() -> None:
     assert len(orders) == 6
     assert all(order.startswith("a <rex>, ") for order in orders)
     assert shuffle_tags("a <rex>", generator) == "a <rex>"
-
-
-def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
-    """The regularisation falls when it is trained on."""
-    values = []
-    for weight in ("0.0001", "300"):
-        config = short_config(attention_weight=weight, steps="25", learning_rate="3e-2", token_learning_rate="3e-2")
-        data = prepare_data(tall, base, config)
-        with live_concept(tall, base, INTERVAL, config) as live:
-            run = Run(live, data, config, base)
-            for step in range(25):
-                run.advance(step)
-            values.append(run._attention().item())  # type: ignore[misc]
-    assert values[1] < values[0]
-
-
-def test_attention_of_tokens_with_an_embedding_a_layer(base: Base, tall: Concept, tmp_path: Path) -> None:
-    config = short_config("mix-of-show", rank="4")
-    assert config.attention_weight > 0
-    logs = list(train(tall, base, None, config, tmp_path / "run"))
-    assert result(logs).spec.method == "mix-of-show"
 
 
 def test_text_encoder_at_rate_zero_is_left_alone(base: Base, concept: Concept, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from sbora_diffusion.diffusion.samples import Sample, Samples, prepare_data
 from sbora_diffusion.errors import SboraError
 from sbora_diffusion.library import Library
 
-from .conftest import short_config
-from .test_features import INTERVAL, tall  # noqa: F401
+from .conftest import INTERVAL, short_config
 
 WORKER = """
 import os, signal, sys
@@ -122,7 +121,7 @@ def test_the_first_alone_has_columns(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"buckets": "1", "masked_loss": "1", "noise_offset": "0.1"}])
-def test_the_shares_are_what_one_process_draws(base: Base, tall: Concept, settings: dict[str, str]) -> None:  # noqa: F811
+def test_the_shares_are_what_one_process_draws(base: Base, tall: Concept, settings: dict[str, str]) -> None:
     more = {"shuffle_tags": "1", "caption_dropout": "0.4", "min_snr_gamma": "5", "class_pictures": "2", "flip": "0.5"}
     config = short_config(batch_size="2", prior_batch="1", **more, **settings)
     whole = replace(config, batch_size=6, prior_batch=3)
@@ -171,7 +170,7 @@ def test_no_prior_samples_to_share() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"attention_weight": "0.1"}, {"erasure_weight": "1", "prior_batch": "1"}])
-def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setting: dict[str, str]) -> None:  # noqa: F811
+def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setting: dict[str, str]) -> None:
     config = short_config(**setting)
     data = prepare_data(tall, base, config)
     with (
