@@ -29,8 +29,8 @@ from bench_models import TARGETS, adapted, sd15_unet
 from bench_switch import RANK, random_factors
 from torch import Tensor
 
-from sbora_diffusion.adapter.written import WrittenWeights
-from sbora_diffusion.diffusion.base import load_base
+from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.models.base import load_base
 
 app = new_app()
 

@@ -11,10 +11,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.direct import direct_training
-from sbora_diffusion.adapter.layer import attach
-from sbora_diffusion.diffusion.adapted import only_passed, unet_blocks_before
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.layer import attach
+from sbora_diffusion.models.target_modules import only_passed, unet_blocks_before
 
 WAYS: tuple[str, ...] = ("base", "peft", "fa", "fa direct", "fb", "fb direct")
 UPWARD = "fa direct, up_blocks"  # of a U-Net, as `train --set blocks=up_blocks` does it

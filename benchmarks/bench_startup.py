@@ -29,28 +29,28 @@ from bench_common import (
 )
 from safetensors.torch import load_file, save_file
 
-from sbora_diffusion.adapter.basis import Interval, indices
-from sbora_diffusion.adapter.exchange.exporting import LORA_NAME, export
-from sbora_diffusion.adapter.file import Adapter, Factor
-from sbora_diffusion.adapter.spec import Spec
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.generate import applied
+from sbora_diffusion.adapters.basis import Interval, indices
+from sbora_diffusion.adapters.file import Adapter, Factor
+from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.inference.generate import applied
+from sbora_diffusion.interchange.exporting import LORA_NAME, export
+from sbora_diffusion.models.base import Base, load_base
 
 RANK = 8
 FOR_GOOD = """
-from sbora_diffusion.console import imported_for_good
+from sbora_diffusion.cli.console import imported_for_good
 with imported_for_good():
-    import sbora_diffusion.cli_train
+    import sbora_diffusion.cli.train
 """
 STARTS = {
     "python": ["-c", ""],
     "sbora-diffusion --help": ["-m", "sbora_diffusion", "--help"],
     "import torch": ["-c", "import torch"],
     "import peft": ["-c", "import peft"],
-    "import the adapter core": ["-c", "import sbora_diffusion.adapter.layer"],
-    "import the train command": ["-c", "import sbora_diffusion.cli_train"],
+    "import the adapter core": ["-c", "import sbora_diffusion.adapters.layer"],
+    "import the train command": ["-c", "import sbora_diffusion.cli.train"],
     "the same, for good": ["-c", FOR_GOOD],
-    "load emoji64": ["-c", "from sbora_diffusion.diffusion.base import load_base; load_base('emoji64')"],
+    "load emoji64": ["-c", "from sbora_diffusion.models.base import load_base; load_base('emoji64')"],
 }
 
 app = new_app()

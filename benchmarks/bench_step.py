@@ -26,13 +26,13 @@ from bench_common import (
 from bench_models import SD15_BLOCKS, TARGETS, UPWARD, WAYS, AttentionStack, adapted, sd15_unet, trained, unet_inputs
 from torch import Tensor, nn
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.diffusion.base import load_base
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
-from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.live import live_concept
-from sbora_diffusion.diffusion.run import Run
-from sbora_diffusion.diffusion.samples import prepare_data
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.data.batches import prepare_data
+from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.models.base import load_base
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.trainer import Run
 
 RANKS = (8, 32)
 EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what differs from its recipe

@@ -26,9 +26,9 @@ import typer
 from bench_common import Out, Rounds, Row, Tiny, compared, new_app, save
 from bench_startup import RANK, random_adapter
 
-from sbora_diffusion.diffusion.base import load_base
-from sbora_diffusion.diffusion.run_folder import read_log
-from sbora_diffusion.studio.workshop import Folders, Workshop
+from sbora_diffusion.models.base import load_base
+from sbora_diffusion.studio.session import Folders, Workshop
+from sbora_diffusion.training.checkpoint import read_log
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

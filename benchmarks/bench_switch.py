@@ -20,9 +20,9 @@ from bench_models import SD15_BLOCKS, TARGETS, AttentionStack, adapted
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sbora_diffusion.adapter.basis import Interval, Side, indices
-from sbora_diffusion.adapter.file import Factor
-from sbora_diffusion.adapter.written import WrittenWeights
+from sbora_diffusion.adapters.basis import Interval, Side, indices
+from sbora_diffusion.adapters.file import Factor
+from sbora_diffusion.adapters.written import WrittenWeights
 
 RANK = 8
 CONCEPTS = ("concept_0", "concept_1")

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from bench_common import Out, Rounds, Row, Tiny, new_app, save
 
-from sbora_diffusion.console import SPIN_COUNT
+from sbora_diffusion.cli.console import SPIN_COUNT
 
 WORK = """
 import sys, time, torch

@@ -38,13 +38,13 @@ PARTS = (  # what, and the function's file and name
     ("save checkpoints", "run_folder.py", "save"),
     ("save the concept", "file.py", "save"),
 )
-RUN = "from sbora_diffusion.cli import main; main()"
+RUN = "from sbora_diffusion.cli.app import main; main()"
 PROFILED = """
 import cProfile, sys
 out, sys.argv = sys.argv[1], ["sbora-diffusion", *sys.argv[2:]]
 profile = cProfile.Profile()
 try:
-    profile.runctx("from sbora_diffusion.cli import main; main()", {}, {})
+    profile.runctx("from sbora_diffusion.cli.app import main; main()", {}, {})
 finally:
     profile.dump_stats(out)
 """

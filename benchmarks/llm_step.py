@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.direct import direct_training
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.inplace_training import direct_training
 from sbora_diffusion.llm.base import inject
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.methods import find_method
+from sbora_diffusion.methods.registry import find_method
 
 METHODS = ("lora", "sbora-fa", "sbora-fb")
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.merge import merge
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
-from sbora_diffusion.diffusion.dataset import load_picture
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.diffusion.sheet import sheet
-from sbora_diffusion.english import with_article
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.merge import merge
+from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.image_grid import sheet
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.utils.text import with_article
 
 PLACES = {  # in the prompt, and above the picture
     "on the beach": "on the beach",

@@ -20,21 +20,21 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.fuse import fuse
-from sbora_diffusion.adapter.merge import merge
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.diffusion.moments import DrawnInputs
-from sbora_diffusion.diffusion.regions import Region, generate_regions
-from sbora_diffusion.diffusion.run_folder import versions
-from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
-from sbora_diffusion.emoji64.measure import HALVES
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.fuse import fuse
+from sbora_diffusion.adapters.merge import merge
+from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
+from sbora_diffusion.inference.regions import Region, generate_regions
+from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.training.checkpoint import versions
+from sbora_diffusion.utils.files import write_atomically
+from tools.emoji.measure import HALVES
 
 log = logging.getLogger("bleed")
 

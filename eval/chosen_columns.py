@@ -20,20 +20,20 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from sbora_diffusion.adapter import file
-from sbora_diffusion.adapter import layer as attaching
-from sbora_diffusion.adapter.basis import canonical, permutation
-from sbora_diffusion.diffusion import injection
-from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.concept import Concept, default_roots, load_concept
-from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.families.noising import Noising
-from sbora_diffusion.diffusion.latents import Batch, Shots
-from sbora_diffusion.diffusion.prior import prior_latents
-from sbora_diffusion.diffusion.run import mean_error
-from sbora_diffusion.diffusion.samples import prepare_data
-from sbora_diffusion.english import say_plainly
-from sbora_diffusion.methods import lora_config, method_side
+from sbora_diffusion.adapters import file
+from sbora_diffusion.adapters import layer as attaching
+from sbora_diffusion.adapters.basis import canonical, permutation
+from sbora_diffusion.data.batches import prepare_data
+from sbora_diffusion.data.concept import Concept, default_roots, load_concept
+from sbora_diffusion.data.latents import Batch, Shots
+from sbora_diffusion.data.prior import prior_latents
+from sbora_diffusion.methods import inject as injection
+from sbora_diffusion.methods.registry import lora_config, method_side
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.noise import Noising
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.trainer import mean_error
+from sbora_diffusion.utils.text import say_plainly
 
 KINDS = ("energy", "gradient", "contrast", "width")
 BATCHES, BATCH = 16, 8

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.console import hide_loading_bars, set_up_logging, told_in_a_line
+from sbora_diffusion.cli.console import hide_loading_bars, set_up_logging, told_in_a_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

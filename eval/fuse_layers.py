@@ -16,7 +16,7 @@ from retention_bench import Bench
 from retention_study import Study
 from retention_summary import summarise, write_table
 
-from sbora_diffusion.adapter.file import Adapter
+from sbora_diffusion.adapters.file import Adapter
 
 log = logging.getLogger("fuse_layers")
 

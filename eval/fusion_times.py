@@ -14,8 +14,8 @@ import typer
 from retention_bench import Bench
 from retention_study import SIZES, Study
 
-from sbora_diffusion.diffusion.run_folder import versions
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.training.checkpoint import versions
+from sbora_diffusion.utils.files import write_atomically
 
 SOLVES = 4  # of the closed form before LBFGS, and after it
 

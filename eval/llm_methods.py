@@ -25,12 +25,12 @@ from filelock import FileLock, Timeout
 from llm_questions import chosen, scores
 
 from sbora_diffusion.evaluation.alignment import bootstrap_interval
-from sbora_diffusion.files import write_atomically
 from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig
 from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.train import train
+from sbora_diffusion.utils.files import write_atomically
 
 Cell = tuple[str, str]  # method, "base" for none; quantisation
 

@@ -68,8 +68,8 @@ def choose_columns(kind: str, folder: Path, path: Path) -> None:
     """The columns of all concepts of a comparison."""
     from chosen_columns import choose
 
-    from sbora_diffusion.diffusion.base import load_base
     from sbora_diffusion.evaluation.comparison import Comparison
+    from sbora_diffusion.models.base import load_base
 
     comparison = Comparison.load(folder)
     config = comparison.config(comparison.variants[0], comparison.seeds[0])

@@ -20,11 +20,11 @@ from retention_bench import judge_all
 from retention_study import HOWS, RANK, RECIPE, SCHEMES, Study, columns_of
 from retention_summary import summarise, write_summary
 
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
-from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.loading import recipe_base
-from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.compare_cells import base_of_process
+from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.train import train
 
 log = logging.getLogger("retention")
 

@@ -10,18 +10,18 @@ from PIL import Image
 from retention_study import Cell, Study
 from torch import Tensor
 
-from sbora_diffusion.adapter.file import Adapter, Factor
-from sbora_diffusion.adapter.fuse import RIDGE, full_support, fuse, objective
-from sbora_diffusion.adapter.lbfgs import STEPS, gradient_fusion
-from sbora_diffusion.adapter.merge import merge, put_together
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import Concept, default_roots, known_concepts, load_concept
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.diffusion.moments import DrawnInputs
-from sbora_diffusion.diffusion.sheet import sheet
+from sbora_diffusion.adapters.file import Adapter, Factor
+from sbora_diffusion.adapters.fuse import RIDGE, full_support, fuse, objective
+from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
+from sbora_diffusion.adapters.merge import merge, put_together
+from sbora_diffusion.data.concept import Concept, default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.image_grid import sheet
+from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.models.base import Base, load_base
 
 log = logging.getLogger("retention")
 

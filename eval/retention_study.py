@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.utils.files import write_atomically
 
 CONCEPTS = ("dog", "penguin", "octopus", "cat", "horse", "rooster")
 CONCEPTS += ("dragon", "monkey", "elephant", "tiger", "snail", "pumpkin")

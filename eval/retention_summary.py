@@ -11,9 +11,9 @@ from retention_bench import METRICS
 from retention_study import Study, planned
 from torch import Tensor
 
-from sbora_diffusion.diffusion.run_folder import versions
 from sbora_diffusion.evaluation.compare_table import estimate, grid
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.training.checkpoint import versions
+from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger("retention")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 from short_tables import LOUD, SLOW
 
-from sbora_diffusion.diffusion.concept import default_roots, load_concept
-from sbora_diffusion.diffusion.dataset import load_picture
-from sbora_diffusion.diffusion.sheet import GAP, LABEL, sheet
+from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.data.images import load_picture
 from sbora_diffusion.evaluation.comparison import Comparison, path_of
+from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 
 ROWS = {
     "LoRA, averaged": "lora",

@@ -1,5 +1,5 @@
 """`python -m sbora_diffusion` is `sbora-diffusion`."""
 
-from sbora_diffusion.cli import main
+from sbora_diffusion.cli.app import main
 
 main()

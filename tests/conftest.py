@@ -1,10 +1,20 @@
-"""What all tests share."""
+"""What all tests share: one thread, Ctrl-C, a tiny Stable Diffusion pipeline loaded by the real code, two concepts."""
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
+
+from sbora_diffusion.data.concept import Concept, Picture
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.training.config import TrainConfig
+
+from .helpers import short_config
+from .tiny_pipeline import save_tiny_pipeline
+from .tiny_sd2 import save_tiny_sd2
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +28,47 @@ def _one_thread() -> None:
 def _ctrl_c() -> None:
     """Ctrl-C works in tests and in the processes they start, even where a script started pytest in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sd2(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def base(tiny_folder: Path) -> Base:
+    return load_base(str(tiny_folder))
+
+
+@pytest.fixture
+def concept(tmp_path: Path) -> Concept:
+    pictures = []
+    for number, colour in enumerate(("red", "orange")):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (40, 60), colour).save(path)
+        pictures.append(Picture(path=path, caption=f"a <rex> in place {number}"))
+    return Concept(name="rex", token="<rex>", class_noun="dog", pictures=tuple(pictures))
+
+
+@pytest.fixture
+def config() -> TrainConfig:
+    return short_config()
+
+
+@pytest.fixture
+def tall(tmp_path: Path) -> Concept:
+    """Four pictures: three wide ones, of which two are transparent around their subject, and a high one."""
+    pictures = []
+    for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
+        image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
+        ImageDraw.Draw(image).ellipse(
+            (4, 6, size[0] // 2, size[1] - 9), fill=("red", "orange", "blue", "green")[number]
+        )
+        image.save(tmp_path / f"{number}.png")
+        pictures.append(Picture(path=tmp_path / f"{number}.png", caption=f"a <rex>, in place {number}, at night, wet"))
+    return Concept(name="rex", token="<rex>", class_noun="dog", pictures=tuple(pictures))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-TOKENIZER = Path(__file__).parents[1] / "sbora_diffusion/emoji64/weights/tokenizer"
+TOKENIZER = Path(__file__).parents[1] / "sbora_diffusion/emoji/weights/tokenizer"
 
 
 def save_tiny_clip(folder: Path, seed: int = 0) -> Path:

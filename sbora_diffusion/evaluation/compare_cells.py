@@ -12,22 +12,22 @@ from typing import Any
 import psutil
 import torch
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.diffusion.method_merge import merge_by_method
-from sbora_diffusion.diffusion.run_folder import CHECKPOINT
-from sbora_diffusion.diffusion.sheet import sheet
-from sbora_diffusion.diffusion.train import train
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.comparison import Comparison, parts_of, path_of, trained_as
 from sbora_diffusion.evaluation.encoders import load_encoder
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import merged_token
 from sbora_diffusion.evaluation.suite import load_suite
-from sbora_diffusion.files import write_atomically
-from sbora_diffusion.methods import find_method
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.image_grid import sheet
+from sbora_diffusion.methods.merging import merge_by_method
+from sbora_diffusion.methods.registry import find_method
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.training.checkpoint import CHECKPOINT
+from sbora_diffusion.training.train import train
+from sbora_diffusion.utils.files import write_atomically
 
 BATCH = 20  # pictures at once
 

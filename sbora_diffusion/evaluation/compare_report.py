@@ -7,7 +7,7 @@ from sbora_diffusion.evaluation.compare_paired import changes, differences, diff
 from sbora_diffusion.evaluation.compare_plots import retention, scatter
 from sbora_diffusion.evaluation.compare_table import summarise, table
 from sbora_diffusion.evaluation.comparison import Comparison
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.utils.files import write_atomically
 
 
 def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:

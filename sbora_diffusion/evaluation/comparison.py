@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.diffusion.concept import default_roots, known_concepts, load_concept
-from sbora_diffusion.diffusion.config import TrainConfig
-from sbora_diffusion.diffusion.loading import recipe_base
-from sbora_diffusion.diffusion.run_folder import picture_digest
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.suite import load_suite
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.training.checkpoint import picture_digest
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

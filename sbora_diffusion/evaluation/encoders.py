@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.hub import cache_if_offline, why
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.hub import cache_if_offline, why
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def load_encoder(name: str) -> Encoder:
     """
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name)
-    folder = files("sbora_diffusion") / "emoji64" / "clip" if name == "emoji-clip" else Path(name)
+    folder = files("sbora_diffusion") / "emoji" / "clip" if name == "emoji-clip" else Path(name)
     if name == "emoji-clip" and not folder.is_dir():
         raise SboraError("the emoji-clip weights are not in this installation", "reinstall the package")
     with _explained(name, "give emoji-clip, a folder or hub id of a CLIPModel, or open_clip:NAME/PRETRAINED"):

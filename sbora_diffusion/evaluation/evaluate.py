@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.diffusion.families.family import Sampling
-from sbora_diffusion.diffusion.generate import check_base, generate
-from sbora_diffusion.diffusion.run_folder import picture_digest, versions
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.evaluation.gallery import claimed, read_picture
 from sbora_diffusion.evaluation.results import Report, Result
 from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import Series, draw, plan
 from sbora_diffusion.evaluation.suite import Suite
+from sbora_diffusion.inference.generate import check_base, generate
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.base import Sampling
+from sbora_diffusion.training.checkpoint import picture_digest, versions
+from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.diffusion.concept import EXTENSIONS
-from sbora_diffusion.diffusion.dataset import load_picture
-from sbora_diffusion.diffusion.masks import is_mask
-from sbora_diffusion.diffusion.run_folder import versions
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.data.concept import EXTENSIONS
+from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.masks import is_mask
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.evaluation.results import Report, Result
 from sbora_diffusion.evaluation.scores import Judge, instruct, score
 from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.training.checkpoint import versions
+from sbora_diffusion.utils.errors import SboraError
 
 _NUMBERED = re.compile(r"(\d+)-(\d+)")
 

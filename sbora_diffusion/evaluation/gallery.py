@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from sbora_diffusion.claims import folder_held
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.locks import folder_held
 
 PICTURES, MANIFEST = "pictures", "evaluation.json"
 

@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.diffusion.sheet import sheet
 from sbora_diffusion.evaluation.gallery import read_picture, write_picture, write_text
 from sbora_diffusion.evaluation.results import Estimate, Report, Result
 from sbora_diffusion.evaluation.tables import to_markdown
+from sbora_diffusion.inference.image_grid import sheet
 
 _GRID_SEEDS = 4  # pictures of each model and prompt in a grid
 _DIGITS = 6

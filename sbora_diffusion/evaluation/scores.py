@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.diffusion.dataset import load_picture
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.data.images import load_picture
 from sbora_diffusion.evaluation import alignment
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
+from sbora_diffusion.utils.errors import SboraError
 
 METRICS = {  # in the order of reports -> what tables call them
     "text_mos": "text (mos)",

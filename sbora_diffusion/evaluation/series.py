@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.families.family import Sampling
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.evaluation.gallery import write_picture
 from sbora_diffusion.evaluation.suite import Suite
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.base import Sampling
+from sbora_diffusion.utils.errors import SboraError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.suite_readers import Kind, read_prompts
+from sbora_diffusion.utils.errors import SboraError
 
 _ANGLE = re.compile(r"<[^<>\s]+>")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.utils.errors import SboraError
 
 Kind = Literal["character", "object", "joint"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -9,16 +9,16 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from sbora_diffusion.adapter.exchange.lora import to_loras
-from sbora_diffusion.adapter.exchange.peft_folder import CONFIG, WEIGHTS, peft_component
-from sbora_diffusion.adapter.exchange.provenance import SPEC
-from sbora_diffusion.adapter.exchange.safefile import to_bytes
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.layer import detect
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.layer import detect
+from sbora_diffusion.interchange.lora import to_loras
+from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.interchange.provenance import SPEC
+from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, RUN
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sbora_diffusion.adapter.basis import Interval, Side, canonical
-from sbora_diffusion.adapter.layer import attach, keep_linear4bit_unpacked
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.hub import cache_if_offline, why
+from sbora_diffusion.adapters.basis import Interval, Side, canonical
+from sbora_diffusion.adapters.layer import attach, keep_linear4bit_unpacked
 from sbora_diffusion.llm.config import METHODS, LlmConfig
-from sbora_diffusion.methods import find_method, method_side
+from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.hub import cache_if_offline, why
 
 COMPONENT = "model"  # what the concept file calls a language model
 QUANTISATIONS = ("none", "nf4")

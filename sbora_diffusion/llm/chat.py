@@ -10,9 +10,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.data import common_prefix
 from sbora_diffusion.llm.template import training_prompt
+from sbora_diffusion.utils.errors import SboraError
 
 NONE = "none"  # the base model alone
 HELP = """/adapter NAME  switch to an adapter ("none": the base model alone)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from typing import Any, Literal, get_args
 
-from sbora_diffusion.english import in_words
-from sbora_diffusion.errors import SboraError, guess
 from sbora_diffusion.llm.template import TEMPLATES
+from sbora_diffusion.utils.errors import SboraError, guess
+from sbora_diffusion.utils.text import in_words
 
 Method = Literal["lora", "dora", "sbora-fa", "sbora-fb"]
 METHODS: tuple[Method, ...] = get_args(Method)

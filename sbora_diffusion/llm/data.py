@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import TemplateError  # of torch's own dependencies
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.template import check_record, training_prompt
+from sbora_diffusion.utils.errors import SboraError
 
 IGNORED = -100  # the label of a token that does not count in the loss
 

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.hub import why
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.hub import why
 
 TASKS = Path(str(files("sbora_diffusion.llm") / "tasks"))
 _METRICS = ("acc", "exact_match", "em", "f1")  # the first that a task has is its score

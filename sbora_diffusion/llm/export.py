@@ -4,10 +4,10 @@ import logging
 import shutil
 from pathlib import Path
 
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.files import whole_folder
 from sbora_diffusion.llm.adapters import find_folder, layer_shapes, load_adapter, read_about, read_concept, write_peft
 from sbora_diffusion.llm.base import load_base, meta_base
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import whole_folder
 
 log = logging.getLogger(__name__)
 

@@ -16,16 +16,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sbora_diffusion import __version__
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.layer import collect
-from sbora_diffusion.adapter.spec import Spec
-from sbora_diffusion.claims import folder_held
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.files import write_atomically
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.layer import collect
+from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.methods import method_side
+from sbora_diffusion.methods.registry import method_side
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.locks import folder_held
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.utils.errors import SboraError
 
 Template = Literal["adapters", "alpaca", "chat", "plain"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)

@@ -21,11 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.direct import direct_training
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.files import write_atomically
-from sbora_diffusion.ledger import Space
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import Example, check_lengths, load_records, tokenise
@@ -42,7 +40,9 @@ from sbora_diffusion.llm.run_folder import (
     start,
 )
 from sbora_diffusion.llm.sampling import EpochTeller, OrderedTrainer
-from sbora_diffusion.methods import find_method, method_side
+from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 

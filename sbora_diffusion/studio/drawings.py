@@ -3,8 +3,8 @@
 import html
 from collections.abc import Sequence
 
-from sbora_diffusion.adapter.certificate import Certificate
-from sbora_diffusion.ledger import Ledger
+from sbora_diffusion.adapters.certificate import Certificate
+from sbora_diffusion.library.ledger import Ledger
 
 COLOURS = ("#4f46e5", "#0e7490", "#b45309", "#be185d", "#15803d", "#7c3aed", "#b91c1c", "#475569")
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import gradio as gr
 
-from sbora_diffusion.diffusion.loading import usual_sampling
+from sbora_diffusion.models.loading import usual_sampling
 from sbora_diffusion.studio.messages import told
-from sbora_diffusion.studio.workshop import DEFAULT_BASE
+from sbora_diffusion.studio.session import DEFAULT_BASE
 
 MAX_SEED = 2**31 - 1
 

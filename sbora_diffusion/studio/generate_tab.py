@@ -10,10 +10,10 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.diffusion.picture_file import Settings, read_settings
+from sbora_diffusion.inference.image_file import Settings, read_settings
 from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
 from sbora_diffusion.studio.messages import told, warn_of_missing
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
 
 PLAIN_PROMPT = "a 3d penguin on the beach"
 

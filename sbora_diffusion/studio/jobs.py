@@ -16,7 +16,7 @@ from typing import Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 

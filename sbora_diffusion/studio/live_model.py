@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from sbora_diffusion.adapter.columns import needs_original
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.generate import WrittenConcepts
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.library import Library
+from sbora_diffusion.adapters.delta import needs_original
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.inference.generate import WrittenConcepts
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.utils.errors import SboraError
 
 T = TypeVar("T")
 

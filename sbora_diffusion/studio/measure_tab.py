@@ -10,12 +10,12 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.scores import METRICS
 from sbora_diffusion.evaluation.tables import MAIN
 from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import in_words, sentence, told
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.utils.errors import SboraError
 
 NONE = "none"
 LONGEST = 60  # letters of a result's name: it is a folder, and the log beside the queue is called so, too

@@ -7,18 +7,18 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from sbora_diffusion.adapter.certificate import certify
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.fuse import fuse
-from sbora_diffusion.adapter.merge import merge, merged_name
-from sbora_diffusion.diffusion.generate import generate
-from sbora_diffusion.diffusion.moments import DrawnInputs
-from sbora_diffusion.diffusion.sheet import sheet
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.certificate import certify
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.fuse import fuse
+from sbora_diffusion.adapters.merge import merge, merged_name
+from sbora_diffusion.inference.generate import generate
+from sbora_diffusion.inference.image_grid import sheet
+from sbora_diffusion.methods.calibration import DrawnInputs
 from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
-from sbora_diffusion.studio.lessons import check_name
 from sbora_diffusion.studio.messages import sentence, told
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.studio.uploads import check_name
+from sbora_diffusion.utils.errors import SboraError
 
 SCENES = ("a {} on the beach", "a {} in the snow", "a {} at night")
 HOW = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.diffusion.generate import TOKEN
-from sbora_diffusion.diffusion.picture_file import Settings, read_settings
-from sbora_diffusion.diffusion.regions import Region, parse_region
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.studio.board import MAX_BOXES, box, fractions
+from sbora_diffusion.inference.generate import TOKEN
+from sbora_diffusion.inference.image_file import Settings, read_settings
+from sbora_diffusion.inference.regions import Region, parse_region
+from sbora_diffusion.studio.box_canvas import MAX_BOXES, box, fractions
 from sbora_diffusion.studio.messages import warn_of_missing
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.utils.errors import SboraError
 
 Boxes = Sequence[dict[str, Any]]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.studio.board import MAX_BOXES, board, box
+from sbora_diffusion.studio.box_canvas import MAX_BOXES, board, box
 from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
 from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.regions_fields import draw, named, read, renewed_regions, visible, written
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
 
 NOTE = "Each concept acts in its own box only. One that is picked for a box, but not named there, acts on all of it."
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.diffusion.concept import EXTENSIONS, default_roots, known_concepts, load_concept
-from sbora_diffusion.diffusion.config import other_recipes
-from sbora_diffusion.diffusion.dataset import load_picture
-from sbora_diffusion.diffusion.loading import recipe_base
-from sbora_diffusion.diffusion.run_folder import CHECKPOINT
-from sbora_diffusion.errors import SboraError
-from sbora_diffusion.methods import METHODS
+from sbora_diffusion.data.concept import EXTENSIONS, default_roots, known_concepts, load_concept
+from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.methods.registry import METHODS
+from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.studio.jobs import Jobs
-from sbora_diffusion.studio.lessons import caption_lines, write_concept
 from sbora_diffusion.studio.messages import told
+from sbora_diffusion.studio.session import DEFAULT_BASE, Workshop
 from sbora_diffusion.studio.train_view import NOTHING, watcher
-from sbora_diffusion.studio.workshop import DEFAULT_BASE, Workshop
+from sbora_diffusion.studio.uploads import caption_lines, write_concept
+from sbora_diffusion.training.checkpoint import CHECKPOINT
+from sbora_diffusion.training.config import other_recipes
+from sbora_diffusion.utils.errors import SboraError
 
 OWN = "my own pictures"
 NAMELESS = "<name>"  # in captions, while there is no name

@@ -8,8 +8,8 @@ import gradio as gr
 import pandas as pd
 
 from sbora_diffusion.studio.jobs import Job, Jobs
-from sbora_diffusion.studio.lessons import Progress, progress, smoothed
-from sbora_diffusion.studio.workshop import Workshop
+from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.studio.uploads import Progress, progress, smoothed
 
 NOTHING = "<p class='note'>Trainings appear here. They go on when this page is closed.</p>"
 POINTS = 200  # of the plot

@@ -5,7 +5,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from sbora_diffusion.cli import main
+from sbora_diffusion.cli.app import main
 
 NICENESS = 5
 

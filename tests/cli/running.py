@@ -6,11 +6,11 @@ from pathlib import Path
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from sbora_diffusion.cli import app
+from sbora_diffusion.cli.app import app
 
 SETTINGS = ("steps=6", "save_every=2", "sampling_steps=2", "crops=1", "preview_every=3")
 QUICK = [word for setting in SETTINGS for word in ("--set", setting)]
-CLI = [sys.executable, "-c", "from sbora_diffusion.cli import main; main()"]
+CLI = [sys.executable, "-c", "from sbora_diffusion.cli.app import main; main()"]
 
 
 def run(*words: str | Path) -> Result:

@@ -13,11 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from sbora_diffusion import __version__
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.cli import app
-from sbora_diffusion.diffusion.picture_file import read_settings
-from sbora_diffusion.diffusion.preview import Preview
-from sbora_diffusion.library import Library
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.cli.app import app
+from sbora_diffusion.inference.image_file import read_settings
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.training.preview import Preview
 
 from .running import CLI, pixels, run, train
 
@@ -279,7 +279,7 @@ def test_ledger_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]])
 def test_help_is_quick(words: list[str]) -> None:
     code = "import sys; sys.argv[0] = 'x'\ntry: main()\nfinally: print({'torch', 'numpy', 'rich'} & {*sys.modules})"
-    command = [sys.executable, "-c", f"from sbora_diffusion.cli import main\n{code}", *words]
+    command = [sys.executable, "-c", f"from sbora_diffusion.cli.app import main\n{code}", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert __version__ in done.stdout or "Usage:" in done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sbora_diffusion.library import Library
+from sbora_diffusion.library.library import Library
 
 from ..tiny_pipeline import save_tiny_pipeline
 from .running import run, train

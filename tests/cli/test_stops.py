@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.library import Library
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.library.library import Library
 
 from .running import CLI, QUICK, train
 
 KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
-from sbora_diffusion.cli import main
+from sbora_diffusion.cli.app import main
 
 replace, (when, name), sys.argv = Path.replace, sys.argv[1:3], sys.argv[:1] + sys.argv[3:]
 
@@ -34,7 +34,7 @@ main()
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT in the middle of a step."""
-    from sbora_diffusion.diffusion import train as module
+    from sbora_diffusion.training import train as module
 
     steps = iter(range(1, step + 1))
 

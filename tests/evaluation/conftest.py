@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.diffusion.base import Base, load_base
-from sbora_diffusion.diffusion.concept import Concept, Picture
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.data.concept import Concept, Picture
 from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.suite import Prompt, Suite
+from sbora_diffusion.models.base import Base, load_base
 
-from ..adapter.random_adapters import adapter
+from ..adapters.random_adapters import adapter
 from ..tiny_pipeline import WIDTH, save_tiny_pipeline
 
 COLOURS = {"red": (220, 30, 20), "blue": (20, 40, 210), "green": (30, 200, 60), "dog": (200, 90, 40)}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.cli_compare import compare_methods
-from sbora_diffusion.diffusion.concept import default_roots
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.cli.compare import compare_methods
+from sbora_diffusion.data.concept import default_roots
 from sbora_diffusion.evaluation.compare_paired import changes, differences, differences_table
 from sbora_diffusion.evaluation.compare_report import write_comparison
 from sbora_diffusion.evaluation.compare_table import summarise
 from sbora_diffusion.evaluation.comparison import Comparison, path_of
+from sbora_diffusion.utils.errors import SboraError
 
 
 def comparison(**changes: object) -> Comparison:

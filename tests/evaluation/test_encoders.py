@@ -26,9 +26,9 @@ from transformers import (
     ViTModel,
 )
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation import encoders
 from sbora_diffusion.evaluation.encoders import load_encoder, load_vision, preprocess
+from sbora_diffusion.utils.errors import SboraError
 
 SIZE, LENGTH = 16, 12
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

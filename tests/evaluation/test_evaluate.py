@@ -13,13 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.merge import merge
-from sbora_diffusion.diffusion.base import Base
-from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.diffusion.families.family import Sampling
-from sbora_diffusion.diffusion.generate import applied, generate
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.merge import merge
+from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation import series as series_module
 from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.evaluate import evaluate, quick_score
@@ -27,6 +23,10 @@ from sbora_diffusion.evaluation.results import Report
 from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_pictures, score
 from sbora_diffusion.evaluation.series import merged_token, plan
 from sbora_diffusion.evaluation.suite import Suite
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.base import Sampling
+from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import make_adapter
 

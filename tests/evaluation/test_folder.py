@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.folder import score_folder
 from sbora_diffusion.evaluation.results import Result
+from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import COLOURS
 

@@ -9,8 +9,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.evaluation.gallery import claimed, read_picture, write_picture
+from sbora_diffusion.utils.errors import SboraError
 
 IDENTITY = {"suite": "emoji64 f00d", "adapter dog": "abc"}
 RED = Image.new("RGB", (5, 7), (200, 10, 20))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sbora_diffusion.diffusion.concept import Concept
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.evaluation.scores import METRICS, Judge, instruct, reference_pictures, score
+from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import COLOURS
 

@@ -10,16 +10,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.adapter.merge import merge
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_concept
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig
 from sbora_diffusion.llm.export import export
 from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.train import train
+from sbora_diffusion.utils.errors import SboraError
 
 INPUTS = torch.arange(3, 20)[None]
 SMALL = {"rank": "4", "alpha": "8", "steps": "3", "learning_rate": "0.05"}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.chat import HELP, Chat
@@ -16,6 +15,7 @@ from sbora_diffusion.llm.data import IGNORED, tokenise
 from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.template import training_prompt
 from sbora_diffusion.llm.train import train
+from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import merging_tokenizer
 

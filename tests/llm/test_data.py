@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.data import IGNORED, check_lengths, load_records, tokenise
 from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
+from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import CHAT, merging_tokenizer, tokenizer
 

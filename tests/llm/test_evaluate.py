@@ -8,10 +8,10 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.evaluate import TASKS, Harness, TaskScores, _scores
 from sbora_diffusion.llm.tasks.protocol import count, count_mmlu, load, load_mmlu, mmlu_prompt
+from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import ANSWERS, save_tasks
 

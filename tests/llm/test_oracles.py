@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from sbora_diffusion.cli import app
+from sbora_diffusion.cli.app import app
 from sbora_diffusion.llm.config import METHODS
 
 FIVE, SEVEN = "q_proj;k_proj;v_proj;up_proj;down_proj", "q_proj;k_proj;v_proj;o_proj;gate_proj;up_proj;down_proj"

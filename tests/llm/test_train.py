@@ -15,14 +15,14 @@ from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from sbora_diffusion.adapter.basis import Interval
-from sbora_diffusion.adapter.file import Adapter
-from sbora_diffusion.errors import SboraError
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
 from sbora_diffusion.llm.run_folder import Run, Trained, full_disk_told
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
+from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import save_data
 
@@ -225,7 +225,7 @@ def test_gated_model(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
     monkeypatch.setattr("sbora_diffusion.llm.base.AutoModelForCausalLM.from_pretrained", refuse)
-    monkeypatch.setattr("sbora_diffusion.hub.can_be_reached", lambda: True)
+    monkeypatch.setattr("sbora_diffusion.utils.hub.can_be_reached", lambda: True)
     with pytest.raises(SboraError, match="gated repo") as told:
         load_base(base)
     assert "Accept its licence" in str(told.value.hint)

@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from sbora_diffusion.errors import SboraError
 from sbora_diffusion.llm.extraction import NUMBERS, OPTIONS, is_answer, judge
 from sbora_diffusion.llm.template import evaluation_prompt
+from sbora_diffusion.utils.errors import SboraError
 
 LETTERS = "ABCD"
 SHOTS = 5

@@ -1,0 +1,118 @@
+"""Merges of methods that change whole weights, from their papers' formulas."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sbora_diffusion.adapters.dense import Dense
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
+from sbora_diffusion.adapters.merge import in_order, put_together
+
+_RIDGE = 1e-6  # of the mean diagonal entry: prompts of which some directions never occur
+
+
+def weighted_sum(
+    adapters: Sequence[Adapter], weights: Sequence[float], layers: Mapping[str, nn.Linear], how: str
+) -> Adapter:
+    """ΔW = Σ weight · ΔW_i: low-rank factors are put side by side; DoRA's changes become whole matrices.
+
+    With weights 1/n this is federated averaging of the weights (McMahan et al. 2017).
+
+    Args:
+        layers: the untouched base model's, for DoRA.
+    """
+    adapters, weights = in_order(adapters, weights)
+    dense = {key: _sum_layer(key, adapters, weights, layers) for key in _keys(adapters)}
+    return _with_dense(put_together(adapters, weights, {}, {"how": how}), dense)
+
+
+def fuse_by_gradient(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    moments: Sequence[Mapping[str, Tensor]],
+    device: torch.device | str = "cpu",
+) -> Adapter:
+    """Mix-of-Show's gradient fusion (Gu et al. 2023, eq. 6), layer by layer, by LBFGS over whole weights.
+
+    Args:
+        moments: for each adapter E[x xᵀ] (in, in) of each layer's inputs under the adapter's own model.
+        device: where it is computed.
+    """
+    pairs = {id(adapter): seen for adapter, seen in zip(adapters, moments, strict=True)}
+    adapters, weights = in_order(adapters, weights)
+    dense = {}
+    for key in _keys(adapters):
+        seen = [pairs[id(adapter)][key].to(device) for adapter in adapters]
+        deltas = [_delta(adapter, key).to(device).double() * weight
+                  for adapter, weight in zip(adapters, weights, strict=True)]  # fmt: skip
+        steps = STEPS[key.partition(".")[0]]
+        fused = gradient_fusion(deltas, seen, torch.zeros_like(seen[0]), prior_weight=0.0, steps=steps)
+        dense[key] = Dense(fused.float().cpu())
+    return _with_dense(put_together(adapters, weights, {}, {"how": "gradient"}), dense)
+
+
+def merge_constrained(
+    adapters: Sequence[Adapter], weights: Sequence[float], texts: Sequence[Tensor], prior: Tensor
+) -> Adapter:
+    """Custom Diffusion's closed form (Kumari et al. 2023, eq. 4): each concept's words keep their answers.
+
+    Args:
+        texts: for each adapter (n, d), the text encoder's states at the concept's words.
+        prior: (d, d) E[c cᵀ] of the states c of prompts without any concept.
+    """
+    pairs = {id(adapter): text for adapter, text in zip(adapters, texts, strict=True)}
+    adapters, weights = in_order(adapters, weights)
+    words = torch.cat([pairs[id(adapter)] for adapter in adapters])
+    dense = {}
+    for key in _keys(adapters):
+        wanted = [
+            weight * _delta(adapter, key).double() @ pairs[id(adapter)].double().T
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ]
+        dense[key] = Dense(constrained_least_squares(torch.cat(wanted, dim=1), words, prior).float())
+    return _with_dense(put_together(adapters, weights, {}, {"how": "constrained"}), dense)
+
+
+def constrained_least_squares(wanted: Tensor, words: Tensor, prior: Tensor) -> Tensor:
+    """The ΔW (out, d) float64 with ΔW cᵀ = wanted for all words c that moves the prior prompts least.
+
+    ΔW = V (C P⁻¹ Cᵀ)⁻¹ C P⁻¹, by Lagrange multipliers: minimise tr(ΔW P ΔWᵀ) under ΔW Cᵀ = V.
+
+    Args:
+        wanted: V (out, n).
+        words: C (n, d).
+        prior: P (d, d).
+    """
+    prior, words = prior.double(), words.double()
+    prior = prior + _RIDGE * prior.diagonal().mean() * torch.eye(len(prior), dtype=torch.float64)
+    solved = torch.linalg.solve(prior, words.T).T  # C P⁻¹
+    return wanted.double() @ torch.linalg.pinv(words @ solved.T, rtol=1e-9, hermitian=True) @ solved
+
+
+def _keys(adapters: Sequence[Adapter]) -> list[str]:
+    return sorted({key for adapter in adapters for key in adapter.dense})
+
+
+def _sum_layer(
+    key: str, adapters: Sequence[Adapter], weights: Sequence[float], layers: Mapping[str, nn.Linear]
+) -> Dense:
+    owners = [(a.dense[key], weight) for a, weight in zip(adapters, weights, strict=True) if key in a.dense]
+    downs = [dense.down for dense, _ in owners if dense.down is not None and dense.magnitude is None]
+    if len(downs) == len(owners):
+        return Dense(torch.cat([dense.up * weight for dense, weight in owners], dim=1), torch.cat(downs))
+    deltas = [dense.delta(layers[key].weight).double() * weight for dense, weight in owners]
+    return Dense(torch.stack(deltas).sum(0).float())
+
+
+def _delta(adapter: Adapter, key: str) -> Tensor:
+    dense = adapter.dense[key]
+    assert dense.magnitude is None
+    return dense.delta(dense.up)
+
+
+def _with_dense(adapter: Adapter, dense: Mapping[str, Dense]) -> Adapter:
+    ranks = [each.up.shape[1] for each in dense.values() if each.down is not None]
+    return replace(adapter, dense=dict(dense), spec=replace(adapter.spec, rank=max(ranks, default=1)))

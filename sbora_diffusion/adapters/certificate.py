@@ -1,0 +1,128 @@
+"""What a sum of adapters guarantees, what it does not, and how large it is: known before anybody looks at a picture."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.adapters.file import Adapter, Factor
+from sbora_diffusion.adapters.merge import check_mergeable
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """One layer of a certificate, or a group of layers: then the sum of overlaps, the least free, joint norms."""
+
+    overlap: int  # columns or rows that more than one adapter writes
+    free: int | None  # columns or rows that nobody writes, if the layer's width is known
+    norms: tuple[float, ...]  # Frobenius norm of each adapter's ΔW, at strength one
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about a sum of adapters."""
+
+    names: tuple[str, ...]
+    side: Side
+    layers: dict[str, LayerCertificate]  # by "<component>.<layer>"
+    collisions: dict[tuple[str, str], int]  # pairs that share columns or rows -> how many, over all layers
+
+    @property
+    def disjoint(self) -> bool:
+        return not any(layer.overlap for layer in self.layers.values())
+
+    @property
+    def groups(self) -> dict[str, tuple[int, LayerCertificate]]:
+        """By group, such as "unet.down_blocks.attn1": how many layers it has, and what holds for them together."""
+        members: dict[str, list[LayerCertificate]] = {}
+        for key, layer in self.layers.items():
+            members.setdefault(layer_group(key), []).append(layer)
+        return {group: (len(layers), _together(layers)) for group, layers in members.items()}
+
+    def describe(self) -> str:
+        """What is guaranteed for these files, what is not, and the sizes, a line each."""
+        what, total = ("column" if self.side == "fa" else "row"), _together(self.layers.values())
+        lines = _guarantees(what, len(self.layers)) if self.disjoint else self._overlaps(what)
+        lines.append("not guaranteed: that concepts do not disturb each other; each acts on every activation")
+        if total.free is not None:
+            lines.append(f"free: at least {total.free} {what}s in every layer")
+        lines += [f"‖ΔW‖ of {name}: {norm:.4g}" for name, norm in zip(self.names, total.norms, strict=True)]
+        return "\n".join(lines)
+
+    def _overlaps(self, what: str) -> list[str]:
+        shared = [layer.overlap for layer in self.layers.values() if layer.overlap]
+        return [
+            f"not disjoint: {sum(shared)} {what}s in {len(shared)} of {len(self.layers)} layers are written by several",
+            *(f"  {one} and {other} share {number}" for (one, other), number in self.collisions.items()),
+            "not guaranteed: that a merged file can be taken apart again, or that other tools add to the same bits",
+            "guaranteed: here they add up in a fixed order, and what is written live comes out to the bit",
+        ]
+
+
+def certify(adapters: Sequence[Adapter], widths: Mapping[str, int] | None = None) -> Certificate:
+    """Measure what a sum of these adapters shares and how large each is, by the indices that the files hold.
+
+    Args:
+        widths: how many columns (FA) or rows (FB) each layer has, by "<component>.<layer>": files do not know it.
+
+    Raises:
+        SboraError: adapters of different sides or base models, or none.
+    """
+    check_mergeable([adapter.spec for adapter in adapters], ("side", "base_fingerprint"))
+    layers, collisions = {}, Counter()
+    for key in sorted({key for adapter in adapters for key in adapter.factors}):
+        factors = {position: a.factors[key] for position, a in enumerate(adapters) if key in a.factors}
+        width = None if widths is None else widths.get(key)
+        layers[key] = _certify_layer(factors, len(adapters), width)
+        if layers[key].overlap:
+            collisions.update(_shared(factors))
+    names = tuple(adapter.spec.name for adapter in adapters)
+    pairs = {(names[i], names[j]): number for (i, j), number in sorted(collisions.items())}
+    return Certificate(names, adapters[0].spec.side, layers, pairs)
+
+
+def layer_group(key: str) -> str:
+    """ "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" belongs to "unet.down_blocks.attn1"."""
+    component, *path = [part for part in key.split(".") if not part.isdigit()]
+    attention = [part for part in path if re.fullmatch(r"attn\d*|.*_attn", part)]
+    return ".".join([component, *path[:1], *attention[-1:]])
+
+
+def _certify_layer(factors: Mapping[int, Factor], number: int, width: int | None) -> LayerCertificate:
+    owners = Counter(torch.cat([factor.index for factor in factors.values()]).tolist())
+    return LayerCertificate(
+        overlap=sum(count > 1 for count in owners.values()),
+        free=None if width is None else width - len(owners),
+        norms=tuple(float(factors[i].weight.norm()) if i in factors else 0.0 for i in range(number)),
+    )
+
+
+def _shared(factors: Mapping[int, Factor]) -> dict[tuple[int, int], int]:
+    """How many columns or rows each pair of adapters shares in one layer."""
+    owned = {position: set(factor.index.tolist()) for position, factor in factors.items()}
+    pairs = {(i, j): len(owned[i] & owned[j]) for i, j in combinations(sorted(owned), 2)}
+    return {pair: number for pair, number in pairs.items() if number}
+
+
+def _together(layers: Iterable[LayerCertificate]) -> LayerCertificate:
+    layers = list(layers)
+    free = [layer.free for layer in layers if layer.free is not None]
+    return LayerCertificate(
+        overlap=sum(layer.overlap for layer in layers),
+        free=min(free, default=None),
+        norms=tuple(math.hypot(*norms) for norms in zip(*(layer.norms for layer in layers), strict=True)),
+    )
+
+
+def _guarantees(what: str, num_layers: int) -> list[str]:
+    return [
+        f"disjoint: no {what} of {num_layers} layers is written by two adapters",
+        "guaranteed: each weight is written by at most one concept",
+        "guaranteed: the sum is the same in any order, to the bit",
+        "guaranteed: any of them can be taken out again, to the bit",
+    ]

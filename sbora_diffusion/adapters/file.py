@@ -1,0 +1,207 @@
+"""The concept file: an SBoRA adapter with everything needed to use it, read with suspicion and written atomically."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.adapters.dense import PARTS, Dense, dense_of
+from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What an adapter adds to one layer: columns (FA) or rows (FB) of its weight. The scale is folded in."""
+
+    index: Tensor  # (r,) int64
+    weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An SBoRA adapter in memory: one trained concept, or a merge of several.
+
+    Attributes:
+        factors: by "<component>.<canonical layer>", such as "unet.mid_block.attentions.0.proj_in".
+        tokens: learned embeddings by "<component>.<token>", such as "text_encoder.<dog>", (n, hidden) float32; of
+            spec.embedding_layers L > 0: (L · n, hidden), layer by layer.
+        dense: what methods other than SBoRA add, by the same names as `factors`.
+    """
+
+    spec: Spec
+    factors: dict[str, Factor]
+    tokens: dict[str, Tensor]
+    dense: dict[str, Dense] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Read a concept file. Any defect whatsoever is a SboraError that names the file."""
+        try:
+            return _parse(*_read(Path(path)))
+        except SboraError as defect:
+            raise SboraError(f"{path}: {defect}", defect.hint) from None
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write a concept file, or nothing at all: whoever looks sees the old file or the whole new one.
+
+        Raises:
+            SboraError: the file exists and `force` is false, the adapter would not load again, the disk is full.
+        """
+        path = Path(path)
+        if path.exists() and not force:
+            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.")
+        _check(self)
+        write_atomically(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the concept file, the same bytes for the same adapter."""
+        tensors = {f"tokens.{key}": embedding for key, embedding in self.tokens.items()}
+        for key, factor in self.factors.items():
+            tensors[f"{key}.index"] = factor.index.to(torch.int32)
+            tensors[f"{key}.weight"] = factor.weight
+        for key, dense in self.dense.items():
+            tensors |= {f"{key}.{part}": tensor for part, tensor in dense.parts().items()}
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        return safetensors.torch.save(contiguous, metadata={"sbora": self.spec.to_json()})
+
+    def component(self, name: str) -> dict[str, Factor]:
+        """The factors of one component, by canonical layer."""
+        return {key.removeprefix(f"{name}."): f for key, f in self.factors.items() if key.split(".")[0] == name}
+
+    def num_weights(self) -> int:
+        """How many numbers of weights the file holds, tokens apart."""
+        held = [factor.weight for factor in self.factors.values()]
+        held += [tensor for dense in self.dense.values() for tensor in dense.parts().values()]
+        return sum(tensor.numel() for tensor in held)
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        spec, count = self.spec, self.num_weights()
+        tokens = ", ".join(f"{token} ({noun})" for token, noun in spec.tokens.items()) or "none"
+        lines = [
+            f"{spec.name}: {spec.method or f'SBoRA-{spec.side.upper()}'} of rank {spec.rank}, {count:,} parameters",
+            f"base: {spec.base_id} [{spec.base_fingerprint}]",
+            f"tokens: {tokens}",
+            f"intervals: {', '.join(map(str, spec.intervals)) or 'none'} (seed {spec.seed})",
+        ]
+        written = [key.split(".")[0] for key in (*self.factors, *self.dense)]
+        lines += [f"{component}: {written.count(component)} layers" for component in sorted(set(written))]
+        if spec.parents:
+            lines.append(f"merged from: {', '.join(spec.parents)}")
+        lines += [f"{name}: {value}" for name, value in spec.metrics.items()]
+        return "\n".join(line if line.isprintable() else ascii(line) for line in lines)
+
+
+def read_spec(path: str | Path) -> Spec:
+    """The specification of a concept file, from its header: the tensors are neither read nor checked."""
+    try:
+        return Spec.from_json(_read(Path(path), header_only=True)[0])
+    except SboraError as defect:
+        raise SboraError(f"{path}: {defect}", defect.hint) from None
+
+
+def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """SboraError unless every layer of the adapter is in `layer_shapes` ("<component>.<layer>" -> (out, in))."""
+    for key in (*adapter.factors, *adapter.dense):
+        if key not in layer_shapes:
+            raise SboraError(
+                f"adapter {adapter.spec.name!r} has the layer {key}, which the model has not",
+                hint=f"It was trained for {adapter.spec.base_id}.",
+            )
+        if key in adapter.dense:
+            adapter.dense[key].check_fits(key, layer_shapes[key])
+        else:
+            check_factor(key, adapter.factors[key], adapter.spec.side, layer_shapes[key])
+
+
+def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int]) -> None:
+    """SboraError unless a factor fits a weight of shape (out, in)."""
+    out_dim, in_dim = shape
+    rank = len(factor.index)
+    fits = tuple(factor.weight.shape) == ((out_dim, rank) if side == "fa" else (rank, in_dim))
+    if not fits or int(factor.index.max()) >= (in_dim if side == "fa" else out_dim):
+        raise SboraError(f"the adapter's factor of layer {layer} does not fit its weight of shape {out_dim}×{in_dim}")
+
+
+def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """Metadata and tensors; copies, so that nothing depends on the file any more."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("sbora")
+            if metadata is None:
+                raise SboraError("is not a concept file: it has no sbora metadata", hint="Import other LoRA files.")
+            keys = [] if header_only else file.keys()
+            return metadata, {key: file.get_tensor(key).clone() for key in keys}
+    except FileNotFoundError:
+        raise SboraError("no such file") from None
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        # RuntimeError: torch opens it once more, and it may be gone by then
+        raise SboraError(f"cannot be read as safetensors ({error})") from None
+
+
+def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
+    spec = Spec.from_json(metadata)
+    tokens, halves, parts = {}, {}, {}
+    for key, tensor in tensors.items():
+        prefix, _, rest = key.partition(".")
+        layer, _, kind = key.rpartition(".")
+        if prefix == "tokens":
+            tokens[rest] = tensor
+        elif kind in ("index", "weight"):
+            halves.setdefault(layer, {})[kind] = tensor
+        elif kind in PARTS and spec.method:
+            parts.setdefault(layer, {})[kind] = tensor
+        else:
+            raise SboraError(f"unknown key {key!r}")
+    factors = {}
+    for layer, half in halves.items():
+        if half.keys() != {"index", "weight"}:
+            raise SboraError(f"layer {layer} lacks its {'index' if 'weight' in half else 'weight'}")
+        if half["index"].dtype != torch.int32:
+            raise SboraError(f"index of layer {layer} has dtype {half['index'].dtype}, expected int32")
+        factors[layer] = Factor(half["index"].to(torch.int64), half["weight"])
+    adapter = Adapter(spec, factors, tokens, {layer: dense_of(layer, found) for layer, found in parts.items()})
+    _check(adapter)
+    return adapter
+
+
+def _check(adapter: Adapter) -> None:
+    """Everything that holds for a sound adapter, whatever base it belongs to."""
+    for key in (*adapter.factors, *adapter.dense):
+        component, _, layer = key.partition(".")
+        if component not in COMPONENTS or not layer:
+            raise SboraError(f"layer {key!r} belongs to no known component, expected one of {', '.join(COMPONENTS)}")
+    for key, dense in adapter.dense.items():
+        for part, tensor in dense.parts().items():
+            _check_numbers(f"{key}.{part}", tensor)
+    for key, factor in adapter.factors.items():
+        _check_numbers(key, factor.weight)
+        index, dim = factor.index, 1 if adapter.spec.side == "fa" else 0
+        if index.ndim != 1 or factor.weight.shape[dim] != len(index) or len(index) > adapter.spec.rank:
+            shapes = f"{tuple(index.shape)} and {tuple(factor.weight.shape)}"
+            raise SboraError(f"layer {key}: index and weight of shapes {shapes} do not match rank {adapter.spec.rank}")
+        if int(index.min()) < 0 or len(index.unique()) != len(index):
+            raise SboraError(f"layer {key}: the index has negative or repeated entries")
+    for key, embedding in adapter.tokens.items():
+        component, _, token = key.partition(".")
+        if component not in COMPONENTS or token not in adapter.spec.tokens:
+            raise SboraError(f"embedding {key!r} belongs to no known component and token")
+        _check_numbers(key, embedding)
+        if len(embedding) % max(1, adapter.spec.embedding_layers):
+            raise SboraError(f"{key}: {len(embedding)} embeddings do not share {adapter.spec.embedding_layers} layers")
+
+
+def _check_numbers(key: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32 or tensor.ndim != 2 or tensor.numel() == 0:
+        raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
+    if not tensor.isfinite().all():
+        raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")

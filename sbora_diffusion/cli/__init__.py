@@ -1,0 +1,1 @@
+"""The command line: a function a command; torch and everything on it is imported inside them."""

@@ -1,0 +1,199 @@
+"""What a concept is taught from: a folder of pictures, the token that will name it, and a caption for each picture."""
+
+import logging
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sbora_diffusion.data.masks import is_mask
+from sbora_diffusion.utils.errors import SboraError, guess
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+UNREAD = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # pictures all the same
+TEMPLATE = "a photo of a {token}"
+TOKEN = re.compile(r"<[\w-]+>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture and what it shows, in words that contain the concept's token."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """Something to be taught; its token is a new word for one particular `class_noun`."""
+
+    name: str
+    token: str
+    class_noun: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The contents of a concept.toml; None: not given. `source` says where the pictures are from and is not read."""
+
+    name: str | None = None
+    token: str | None = None
+    class_noun: str | None = None
+    template: str = TEMPLATE
+    captions: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def default_roots() -> tuple[Path, ...]:
+    """Where concepts are looked up by name: ./concepts, then those that came with the package or the checkout."""
+    package = Path(__file__).parents[1]
+    packaged = package / "concepts"
+    return Path("concepts"), packaged if packaged.is_dir() else package.parent / "concepts"
+
+
+def known_concepts(roots: Sequence[Path]) -> list[str]:
+    """Names of the folders with a concept.toml in the roots, sorted."""
+    return sorted({path.parent.name for root in roots for path in root.glob("*/concept.toml")})
+
+
+def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | None = None) -> Concept:
+    """Find a concept by name in `roots`, else by the path of its folder, and check all but the pictures' contents.
+
+    A folder without concept.toml needs only pictures: the folder's name becomes the concept's. A picture's caption is
+    its line under [captions] in concept.toml, else a .txt file of the same name beside it, else the template; `{token}`
+    in them stands for the token.
+
+    Args:
+        name_or_folder: such as "dog", or "./photos/my dog"; a bare name means a concept of the roots first.
+        roots: folders of concept folders, see default_roots.
+        class_noun: what kind of thing it is; overrides the folder's own.
+
+    Raises:
+        SboraError: nothing of that name, no picture, or anything in concept.toml or the captions that is not right.
+    """
+    folder = _find(name_or_folder, roots)
+    described = _describe(folder / "concept.toml")
+    name = concept_name(described.name or folder.resolve().name)
+    token = described.token or f"<{name}>"
+    noun = class_noun or described.class_noun or _noun(folder)
+    if not name or not noun:
+        missing = "class noun" if name else "name"
+        raise SboraError(f"the folder {folder} suggests no {missing}", "give it in the folder's concept.toml")
+    if not TOKEN.fullmatch(token):
+        raise SboraError(
+            f"the token of {folder} is {token!r}; allowed is one word of letters, digits, - and _ in angle brackets",
+            f'write token = "<{name}>" in its concept.toml',
+        )
+    pictures = _picture_files(folder)
+    _check_captions(folder, pictures, described.captions)
+    captions = (_caption(path, described).replace("{token}", token) for path in pictures)
+    concept = Concept(
+        name=name,
+        token=token,
+        class_noun=noun,
+        pictures=tuple(Picture(path=path, caption=words) for path, words in zip(pictures, captions, strict=True)),
+    )
+    _check_token(concept)
+    return concept
+
+
+def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
+    given = Path(name_or_folder)
+    is_name = given.name == name_or_folder and bool(name_or_folder.strip("."))
+    candidates = [root / given for root in roots] if is_name else []
+    found = next((path for path in [*candidates, given] if path.is_dir()), None)
+    if found and name_or_folder:
+        return found
+    if given.is_file():
+        raise SboraError(f"{name_or_folder} is no folder", "give the folder that holds the pictures")
+    known = known_concepts(roots)
+    known_names = f"known concepts: {', '.join(known)}" if known else "no concepts are installed"
+    raise SboraError(
+        f"no concept and no folder {name_or_folder!r}; {known_names}",
+        f"{guess(name_or_folder, known)}or give the path of a picture folder",
+    )
+
+
+def _describe(path: Path) -> _Description:
+    """Read a concept.toml; an empty description where there is none."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return _Description()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SboraError(f"cannot read {path}: {error}") from error
+    allowed = [entry.name for entry in fields(_Description)]
+    for key, value in table.items():
+        if key not in allowed:
+            raise SboraError(f"unknown key {key!r} in {path}; allowed: {', '.join(allowed)}")
+        if key in ("captions", "source"):
+            if not isinstance(value, dict):
+                raise SboraError(f"{key} in {path} must be a table, got {value!r}")
+        elif not isinstance(value, str) or not value.strip():
+            raise SboraError(f"{key} in {path} must be a string that is not empty, got {value!r}")
+    return _Description(**table)
+
+
+def concept_name(text: str) -> str:
+    """`My dog (2)` -> `my-dog-2`: usable in a token and as a file's name."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def _noun(folder: Path) -> str:
+    """The words of a folder's name without digits: `red_teapot2` -> `red teapot`."""
+    return " ".join(re.findall(r"[^\W\d_]+", folder.resolve().name.lower()))
+
+
+def _picture_files(folder: Path) -> list[Path]:
+    """The pictures in `images/`, or in the folder itself, sorted by name."""
+    images = folder / "images"
+    images = images if images.is_dir() else folder
+    try:
+        visible = [path for path in sorted(images.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    except OSError as error:
+        raise SboraError(f"cannot read the folder {images}: {error.strerror}") from error
+    pictures = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
+    if pictures:
+        if unread := [path.name for path in visible if path.suffix.lower() in UNREAD]:
+            log.warning("left out, for they are not JPEG, PNG or WebP: %s", ", ".join(unread))
+        return pictures
+    got = ", ".join(path.name for path in visible[:4]) or "nothing"
+    raise SboraError(f"no picture in {images}: got {got}", f"put pictures there; allowed are {', '.join(EXTENSIONS)}")
+
+
+def _check_captions(folder: Path, pictures: Sequence[Path], captions: dict[str, Any]) -> None:
+    """Every caption belongs to one picture: no line without a picture, no .txt file for two."""
+    for file, words in captions.items():
+        if not isinstance(words, str):
+            raise SboraError(f"the caption of {file} in {folder / 'concept.toml'} must be a string, got {words!r}")
+        if file not in [path.name for path in pictures]:
+            raise SboraError(f"{folder / 'concept.toml'} has a caption for {file}, but there is no such picture")
+    sharing = Counter(path.with_suffix(".txt") for path in pictures if path.name not in captions)
+    for file, count in sharing.items():
+        if count > 1 and file.exists():
+            raise SboraError(f"{count} pictures share the caption file {file}", "rename one of the pictures")
+
+
+def _caption(picture: Path, described: _Description) -> str:
+    file = picture.with_suffix(".txt")
+    if picture.name in described.captions or not file.exists():
+        return described.captions.get(picture.name, described.template)
+    try:
+        return " ".join(file.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SboraError(f"cannot read the caption file {file}: {error}", "save it as UTF-8 text") from error
+
+
+def _check_token(concept: Concept) -> None:
+    for picture in concept.pictures:
+        if concept.token not in picture.caption:
+            raise SboraError(
+                f"the caption of {picture.path} lacks the token {concept.token}: {picture.caption!r}",
+                f"write {concept.token} where the caption names the {concept.class_noun}",
+            )

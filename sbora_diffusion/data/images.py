@@ -1,0 +1,102 @@
+"""Pictures from disk, whatever a camera or a drawing program made of them, to tensors a model can learn from."""
+
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+from sbora_diffusion.utils.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MIN_SIDE = 32  # pixels; less shows nothing that could be learned
+PROFILED = {"L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}  # mode -> what a profile speaks of
+
+
+def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Read a JPEG, PNG or WebP file as upright sRGB, 8 bits a channel; the first frame if it is animated.
+
+    Colours are what the embedded ICC profile says; 16-bit grey and palettes are taken for sRGB.
+
+    Args:
+        path: the file; what counts is its content, not its extension.
+        background: sRGB colour that shows through transparent parts.
+
+    Raises:
+        SboraError: the file is missing, no picture of these formats, damaged, or unreasonably small or large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                picture = _to_srgb(ImageOps.exif_transpose(file), path)
+                picture = _flatten(_eight_bits(picture), background)
+    except FileNotFoundError as error:
+        raise SboraError(f"no such picture: {path}") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise SboraError(f"{path} is too large: at most 89 megapixels are read", "scale it down") from error
+    except Exception as error:  # decoders of damaged files raise all kinds: OSError, SyntaxError, struct.error, …
+        raise SboraError(f"cannot read {path}: {_reason(error)}", "export it anew as JPEG, PNG or WebP") from error
+    if min(picture.size) < MIN_SIDE:
+        width, height = picture.size
+        raise SboraError(f"{path} is too small: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
+    return picture
+
+
+def to_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Cut the largest central part of these proportions out of an RGB picture and resize it (Lanczos).
+
+    Args:
+        size: width and height.
+
+    Returns:
+        (3, height, width) float32 in [-1, 1].
+    """
+    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """What the picture's ICC profile makes of its numbers; the picture itself if there is none, or none that works."""
+    profile, mode = picture.info.get("icc_profile"), PROFILED.get(picture.mode)
+    if not profile or mode is None:
+        return picture
+    try:
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImageCms.PyCMSError as error:
+        log.warning("%s: its colour profile does not work (%s), its colours are taken for sRGB", path, error)
+        return picture
+    converted = transform.apply(picture.convert(mode))
+    if picture.has_transparency_data:
+        converted.putalpha(picture.convert("RGBA").getchannel("A"))
+    return converted
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits; Pillow's own conversion clips instead of scaling. Other modes pass."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+
+
+def _flatten(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any 8-bit mode to RGB, transparent parts filled with the background colour."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    backdrop = Image.new("RGBA", picture.size, background)
+    return Image.alpha_composite(backdrop, picture.convert("RGBA")).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "neither JPEG, PNG nor WebP"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,144 @@
+"""What a training looks at, computed once: encoded pictures with their captions, and the base model's own answers."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbora_diffusion.data.buckets import bucket_of
+from sbora_diffusion.data.captions import names_a_side
+from sbora_diffusion.data.concept import Picture
+from sbora_diffusion.data.images import load_picture, to_tensor
+from sbora_diffusion.data.masks import load_mask, to_mask
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.noise import Noising
+from sbora_diffusion.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 65_536  # numbers of latents that the base model is asked about together: 32 pictures of 8 × 16 × 16
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """n noisy latents, their timesteps (n,) and token ids (n, length), and what the model should answer."""
+
+    noisy: Tensor
+    t: Tensor
+    ids: Tensor
+    target: Tensor
+
+    def __add__(self, other: "Batch") -> "Batch":
+        return Batch(*(torch.cat([getattr(self, key), getattr(other, key)]) for key in vars(self)))
+
+
+B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Shots:
+    """Encoded pictures of one shape."""
+
+    latents: Tensor  # (n, channels, height, width)
+    captions: list[str]
+    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: all of every picture counts
+
+
+@torch.no_grad()
+def encode(base: Base, pictures: Sequence[Picture], config: TrainConfig) -> list[Shots]:
+    """Latents of `config.crops` random crops of every picture, those of one shape together, with captions and masks."""
+    generator = torch.Generator().manual_seed(config.seed)
+    wanted = config.masked_loss or config.attention_weight
+    masks = {picture: load_mask(picture.path) if wanted else None for picture in pictures}
+    if wanted and pictures and not any(masks.values()):
+        log.warning("no picture has a mask: all of every picture is learned (see docs/training.md)")
+    found: dict[tuple[int, int], list[Shots]] = {}
+    for picture in pictures:
+        image, mask, resolution = load_picture(picture.path), masks[picture], base.resolution
+        size = bucket_of(*image.size, resolution) if config.buckets else (resolution, resolution)
+        boxes = [_crop(image.size, generator, config.smallest_crop) for _ in range(config.crops)]
+        flips = _flips(picture.caption, generator, config)
+        pixels = torch.stack([to_tensor(_cut(image, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
+        latents, shape = base.to_latents(pixels.to(base.device)), None
+        if any(masks.values()):
+            shape = latents.new_ones(len(latents), 1, *latents.shape[-2:])
+            if mask is not None:
+                cut = [
+                    to_mask(_cut(mask, *where), size, (shape.shape[-2], shape.shape[-1]))
+                    for where in zip(boxes, flips, strict=True)
+                ]
+                shape = torch.stack(cut).to(latents)
+        found.setdefault(size, []).append(Shots(latents, [picture.caption] * config.crops, shape))
+    return [_joined(shots) for _, shots in sorted(found.items())]
+
+
+def _joined(shots: Sequence[Shots]) -> Shots:
+    masks = [each.masks for each in shots if each.masks is not None]
+    return Shots(
+        torch.cat([each.latents for each in shots]),
+        [caption for each in shots for caption in each.captions],
+        torch.cat(masks) if masks else None,
+    )
+
+
+def _flips(caption: str, generator: torch.Generator, config: TrainConfig) -> list[bool]:
+    """Which variants of a picture are mirrored."""
+    if not config.flip or names_a_side(caption):
+        return [False] * config.crops
+    return (torch.rand(config.crops, generator=generator) < config.flip).tolist()
+
+
+def _cut(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> Image.Image:
+    part = image.crop(box)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
+
+
+def _crop(size: tuple[int, int], generator: torch.Generator, smallest: float) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random crop of at least `smallest` of the picture's sides."""
+    part, left, top = torch.rand(3, generator=generator).tolist()
+    part = smallest + (1 - smallest) * part
+    width, height = round(size[0] * part), round(size[1] * part)
+    x, y = round((size[0] - width) * left), round((size[1] - height) * top)
+    return x, y, x + width, y + height
+
+
+@torch.no_grad()
+def answers(
+    base: Base, latents: Tensor, ids: Tensor, noising: Noising, count: int, generator: torch.Generator
+) -> Batch:
+    """What the base model answers to `count` noisy versions of latents, each under its caption."""
+    rows = torch.randint(len(latents), (count,), generator=generator)
+    t = noising.timesteps(count, generator).to(base.device)
+    noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
+    noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
+    size = _at_once(noisy[0].numel())
+    predicted = [base.predict(*parts) for parts in zip(noisy.split(size), t.split(size), ids.split(size), strict=True)]
+    return Batch(noisy, t, ids, torch.cat(predicted))
+
+
+def in_parts(batch: B) -> list[B]:
+    """A batch in such parts as the base model is asked about together."""
+    size, fields = _at_once(batch.noisy[0].numel()), vars(batch)
+    return [
+        replace(batch, **{key: None if rows is None else rows[at : at + size] for key, rows in fields.items()})
+        for at in range(0, len(batch.t), size)
+    ]
+
+
+def _at_once(numel: int) -> int:
+    """How many pictures, by the numbers of one's latents."""
+    return max(8, AT_ONCE // numel)
+
+
+@torch.no_grad()
+def draw_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
+    """The base model's own pictures of the prompts, as latents (len(prompts), channels, height, width)."""
+    denoiser: Any = base.denoiser
+    size = _at_once(denoiser.config.in_channels * base.family.latent_size(base.pipeline) ** 2)
+    how = {"steps": config.sampling_steps, "guidance": config.guidance, "as_latents": True}
+    parts = range(0, len(prompts), size)
+    return torch.cat([base.draw(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])

@@ -1,1 +1,0 @@
-"""Concept customization of Stable Diffusion: concepts, training, generation."""

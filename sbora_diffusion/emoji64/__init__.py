@@ -1,1 +1,0 @@
-"""The embedded base model: the world it pictures, how it was made, and its weights."""

@@ -1,0 +1,1 @@
+"""Generation: prompts, regions, gating, baked pipelines, image files."""

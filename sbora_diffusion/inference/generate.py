@@ -1,0 +1,241 @@
+"""Pictures from a prompt, with any set of concepts written into the base model while they are made."""
+
+import logging
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from PIL import Image
+
+from sbora_diffusion.adapters.delta import needs_original, written_factors, written_side
+from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
+from sbora_diffusion.adapters.weight_patcher import PlacedWeights
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
+from sbora_diffusion.models.tokens import added_tokens
+from sbora_diffusion.utils.errors import SboraError, guess
+
+log = logging.getLogger(__name__)
+
+TOKEN = re.compile(r"<[^<>\s]+>")
+
+
+class WrittenConcepts:
+    """The concepts that are written into a base model, weights and tokens; any of them can be taken out again.
+
+    The weights depend only on which concepts are written and how strongly, not on what happened before; without any,
+    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token. To
+    layers whose weights are quantised, concepts add what they would add to the weights to the output instead.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._weights = {component: PlacedWeights(base.component(component)) for component in base.adapted}
+        self._concepts: dict[str, tuple[Adapter, float]] = {}
+        self._factors: dict[str, dict[str, Factor]] = {}
+        self._tokens = ExitStack()
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """What is written, by name."""
+        return {name: self._concepts[name][1] for name in sorted(self._concepts)}
+
+    def write(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> None:
+        """Write concepts into the base model, or none of them.
+
+        Args:
+            strengths: one factor an adapter, 1 for all if None.
+
+        Raises:
+            SboraError: an adapter for another base model, a name or token that is there already.
+        """
+        strengths = strengths or [1.0] * len(adapters)
+        if len(strengths) != len(adapters):
+            raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+        for adapter in adapters:
+            check_base(adapter, self._base)
+        check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
+        if self._concepts and any(map(needs_original, adapters)):
+            raise SboraError(
+                "a DoRA adapter reads the base weights", "write it together with the others, not after them"
+            )
+        if not adapters:
+            return
+        before = dict(self._concepts)
+        try:
+            for adapter in adapters:
+                self._factors[adapter.spec.name] = written_factors(adapter, self._base.layers)
+            for adapter, strength in zip(adapters, strengths, strict=True):
+                self._concepts[adapter.spec.name] = adapter, strength
+            self._renew_tokens()
+            for name in self._concepts.keys() - before.keys():
+                self._write_weights(name)
+        except BaseException:
+            self._take_out(self._concepts.keys() - before.keys())
+            raise
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Make a written concept stronger or weaker; the others stay as they are."""
+        self._check_written([name])
+        adapter, before = self._concepts[name]
+        try:
+            self._concepts[name] = adapter, strength
+            self._write_weights(name)
+        except BaseException:
+            self._concepts[name] = adapter, before
+            raise
+
+    def restore(self, names: Sequence[str]) -> None:
+        """Take concepts out: the base model is as if they had never been written."""
+        self._check_written(names)
+        if names:
+            self._take_out(set(names))
+
+    def restore_all(self) -> None:
+        """Take all concepts out: the base model is the original one, bit for bit."""
+        self._take_out(set(self._concepts))
+
+    def _check_written(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._concepts:
+                known = ", ".join(sorted(self._concepts)) or "nothing"
+                raise SboraError(f"{name!r} is not written into the base model, only {known} is")
+
+    def _write_weights(self, name: str) -> None:
+        adapter, strength = self._concepts[name]
+        for component, written in self._weights.items():
+            own = {
+                k.removeprefix(f"{component}."): f
+                for k, f in self._factors[name].items()
+                if k.split(".")[0] == component
+            }
+            written.write(name, own, written_side(adapter), strength)
+
+    def _take_out(self, names: set[str]) -> None:
+        self._concepts = {name: concept for name, concept in self._concepts.items() if name not in names}
+        for written in self._weights.values():
+            for name in names.intersection(written.names):
+                written.restore(name)
+        self._renew_tokens()
+
+    def _renew_tokens(self) -> None:
+        """The tokens of what is written now, in the order of the names."""
+        self._tokens.close()
+        adapters = [adapter for _, (adapter, _) in sorted(self._concepts.items())]
+        embeddings = {key: value for adapter in adapters for key, value in adapter.tokens.items()}
+        if any(adapter.spec.embedding_layers for adapter in adapters):
+            counts = {key: adapter.spec.embedding_layers for adapter in adapters for key in adapter.tokens}
+            self._tokens.enter_context(layerwise_tokens(self._base, embeddings, counts))
+        elif embeddings:
+            self._tokens.enter_context(added_tokens(self._base, embeddings))
+
+
+@contextmanager
+def applied(
+    base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
+) -> Iterator[WrittenConcepts]:
+    """Write concepts into the base model; at the end its weights and tokens are what they were, bit for bit.
+
+    Meanwhile concepts can be added, taken out, made stronger and weaker through what the block gets.
+
+    Args:
+        strengths: one factor an adapter, 1 for all if None.
+
+    Raises:
+        SboraError: an adapter for another base model, or two that bring the same token.
+    """
+    concepts = WrittenConcepts(base)
+    try:
+        concepts.write(adapters, strengths)
+        yield concepts
+    finally:
+        concepts.restore_all()
+
+
+def check_base(adapter: Adapter, base: Base) -> None:
+    """SboraError unless the adapter was trained for this base model, and has embeddings as its text encoders do."""
+    check_fits(adapter, base.layer_shapes)
+    if adapter.spec.base_fingerprint != base.fingerprint:
+        raise SboraError(
+            f"adapter {adapter.spec.name!r} was trained for {adapter.spec.base_id} "
+            f"[{adapter.spec.base_fingerprint}], the base model is {base.id} [{base.fingerprint}]",
+            f"use --base {adapter.spec.base_id}, in the version that it was trained for",
+        )
+    for key, rows in adapter.tokens.items():
+        encoder: Any = getattr(base.pipeline, key.partition(".")[0], None)
+        if encoder is not None and rows.shape[1] != (width := encoder.config.hidden_size):
+            raise SboraError(
+                f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} numbers, not {width}",
+                f"it belongs to other text encoders than {base.id} has: train it anew, or import it with its own",
+            )
+
+
+def check_distinct(adapters: Sequence[Adapter]) -> None:
+    """SboraError if two adapters have a name or a token in common; tokenizers do not tell capitals apart."""
+    for what, lists in (
+        ("name", [[adapter.spec.name] for adapter in adapters]),
+        ("token", [[token.casefold() for token in adapter.spec.tokens] for adapter in adapters]),
+    ):
+        seen: set[str] = set()
+        for word in (word for words in lists for word in words):
+            if word in seen:
+                raise SboraError(f"two adapters bring the {what} {word!r}", "merge or bake them: that renames tokens")
+            seen.add(word)
+
+
+def generate(
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str = "",
+) -> list[Image.Image]:
+    """One picture for each prompt and seed, at the base model's own resolution.
+
+    A picture depends on its own prompt and seed only, not on what else is in the call.
+
+    Args:
+        steps, guidance: None for what is usual for this base model.
+
+    Raises:
+        SboraError: a `<token>` that no applied concept brings.
+    """
+    if len(prompts) != len(seeds) or not prompts:
+        raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
+    check_tokens(base, [*prompts, negative_prompt])
+    return base.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+
+
+def check_tokens(base: Base, prompts: Sequence[str]) -> None:
+    """SboraError for a `<token>` that no loaded concept brings, or that is cut off with the end of a long prompt."""
+    known = {word for reader in base.learners for word in base.tokenizer(reader).get_added_vocab()}
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are not UTF-8
+            raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
+        named = set(TOKEN.findall(prompt))
+        if missing := sorted(named - known):
+            have = sorted(set(filter(TOKEN.fullmatch, known)) - _own_marks(base))
+            raise SboraError(
+                f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
+                f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
+            )
+        if named:
+            _check_read(base, prompt, named)
+
+
+def _check_read(base: Base, prompt: str, tokens: Iterable[str]) -> None:
+    """SboraError if the first text encoder does not get as far as one of a prompt's tokens."""
+    ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
+    tokenizer = base.tokenizer(base.learners[0])
+    if lost := sorted(token for token in tokens if tokenizer.convert_tokens_to_ids(token) not in ids):
+        said = textwrap.shorten(prompt, 60, placeholder=" …")
+        raise SboraError(f"{said!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier")
+
+
+def _own_marks(base: Base) -> set[str]:
+    """What tokenizers have for themselves: <|endoftext|> and the like."""
+    return {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}

@@ -1,0 +1,107 @@
+"""Pictures on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sbora_diffusion import __version__
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_new
+
+KEY = "sbora"  # of the PNG's text chunk
+MAX_PIXELS = 4096 * 4096  # of a file that is asked for its settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that one picture depends on, besides the weights."""
+
+    base: str
+    prompt: str
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+    seed: int = 0
+    precision: str = "fp32"  # of the base model's weights and arithmetic
+    concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
+    regions: tuple[str, ...] = ()  # as `parse_region` reads them
+    whole_scene: bool = True  # each region was told of all of the picture
+    gated: bool = False  # without regions: each concept acted only where it was named
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How it was drawn, as `generate` and `generate_regions` take it."""
+        return {"steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
+
+    def to_json(self) -> str:
+        """With the version of this package."""
+        return json.dumps(asdict(self) | {"concepts": dict(self.concepts), "version": __version__}, ensure_ascii=False)
+
+
+def save_numbered(picture: Image.Image, folder: Path, settings: Settings) -> Path:
+    """Write a PNG with its settings, under the next number that is free in the folder; nothing is overwritten.
+
+    Whoever looks sees the whole file or none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "picture"
+    info = PngInfo()
+    info.add_itxt(KEY, settings.to_json())
+    content = io.BytesIO()
+    picture.save(content, format="png", pnginfo=info)
+    first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
+    for number in count(first):
+        path = folder / f"{number:04d}-{slug}.png"
+        try:
+            write_new(path, content.getvalue())
+            return path
+        except FileExistsError:  # another process took the number
+            continue
+    raise AssertionError("count never ends")
+
+
+def read_settings(path: Path) -> Settings:
+    """What a picture was made with.
+
+    Raises:
+        SboraError: no PNG, or one without settings that we wrote.
+    """
+    hint = "Give a picture that this program made, as it was downloaded: messengers and editors drop what is inside."
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise SboraError(f"{path.name} is too large: {file.width} × {file.height} pixels", hint)
+            file.load()  # text may follow the pixels
+            text = getattr(file, "text", {}).get(KEY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise SboraError(f"{path.name} is no PNG that can be read", hint) from None
+    if text is None:
+        raise SboraError(f"{path.name} has no settings in it", hint)
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        raise SboraError(f"the settings in {path.name} are damaged", hint) from None
+
+
+def _parse(content: Mapping[str, Any]) -> Settings:
+    return Settings(
+        base=str(content["base"]),
+        prompt=str(content["prompt"]),
+        negative_prompt=str(content["negative_prompt"]),
+        seed=int(content["seed"]),
+        steps=int(content["steps"]),
+        guidance=float(content["guidance"]),
+        precision=str(content.get("precision", "fp32")),
+        concepts={str(name): float(strength) for name, strength in content["concepts"].items()},
+        regions=tuple(str(region) for region in content.get("regions", ())),
+        whole_scene=bool(content.get("whole_scene", True)),
+        gated=bool(content.get("gated", False)),
+    )

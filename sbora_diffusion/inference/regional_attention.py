@@ -1,0 +1,158 @@
+"""Several prompts in one picture: every place listens to its own, and concepts act where their prompt is heard."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+
+from sbora_diffusion.inference.attention_maps import AttentionMaps, grid
+from sbora_diffusion.inference.gating import Masks
+
+CROSS = ".attn2."
+TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One prompt of a picture and where it is heard."""
+
+    embeddings: Tensor  # (pictures, tokens, hidden)
+    text_masks: Masks  # concept -> (tokens,)
+    weights: Tensor  # (height, width) of any grid, from 0 to 1; those of all branches sum to 1
+
+
+class Scene:
+    """What acts where while the U-Net draws pictures of the same prompts.
+
+    A batch of the U-Net is what guidance compares with (`num_silent` rows, which no concept ever reaches), then one row
+    a picture. Inside cross-attention the latter are repeated, once a branch, and blended by the branches' weights: as
+    masked cross-attention with soft masks. The first branch is the global prompt.
+
+    Args:
+        size: height and width of the latents.
+        maps: where the global prompt's concepts are; everywhere if None.
+    """
+
+    def __init__(
+        self, branches: Sequence[Branch], num_silent: int, size: tuple[int, int], maps: AttentionMaps | None
+    ) -> None:
+        self._branches, self._num_silent, self._size, self._maps = branches, num_silent, size, maps
+        self._num_pictures = len(branches[0].embeddings)
+        self._names = sorted({name for branch in branches for name in branch.text_masks})
+        self._text_masks = {name: self._below_silence(self._text_rows(name)) for name in self._names}
+        self._known: dict[tuple[bool, int], dict[str, Tensor]] = {}
+
+    def masks(self, layer: str, shape: torch.Size) -> Masks:
+        """What a layer of the U-Net asks: concept -> (rows, positions)."""
+        if layer.endswith(TEXT_SIDE):
+            return self._text_masks
+        key = (CROSS in layer, shape[1])
+        if key not in self._known:
+            rows = self._cross_rows if CROSS in layer else self._image_rows
+            self._known[key] = {name: self._below_silence(rows(name, shape[1])) for name in self._names}
+        return self._known[key]
+
+    def next_step(self) -> None:
+        """Take over what the maps have learned."""
+        if self._maps:
+            self._maps.renew()
+            self._known.clear()
+
+    def spread(self, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the U-Net (rows, positions, channels) and their texts, repeated for every branch."""
+        if len(self._branches) == 1:
+            return hidden, text
+        silent, drawn = hidden.split([self._num_silent, self._num_pictures])
+        texts = [branch.embeddings.to(text) for branch in self._branches]
+        return torch.cat([silent, *[drawn] * len(texts)]), torch.cat([text[: self._num_silent], *texts])
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """The inverse of `spread`: the branches of each picture, blended."""
+        if len(self._branches) == 1:
+            return hidden
+        silent, drawn = hidden[: self._num_silent], hidden[self._num_silent :].chunk(len(self._branches))
+        weights = torch.stack([self._weights(branch, hidden.shape[1]) for branch in self._branches]).to(hidden)
+        return torch.cat([silent, torch.einsum("bp,bnpc->npc", weights, torch.stack(drawn))])
+
+    def observe(self, attention: Attention, hidden: Tensor, text: Tensor) -> None:
+        """Let the maps see the global prompt's rows of a cross-attention layer."""
+        if self._maps:
+            rows = slice(self._num_silent, self._num_silent + self._num_pictures)
+            self._maps.observe(attention, hidden, text, rows)
+
+    def _text_rows(self, name: str) -> Tensor:
+        """(branches · pictures, tokens)."""
+        rows = []
+        for branch in self._branches:
+            none = torch.zeros(branch.embeddings.shape[1], device=branch.embeddings.device)
+            rows.append(branch.text_masks.get(name, none).expand(self._num_pictures, -1))
+        return torch.cat(rows)
+
+    def _cross_rows(self, name: str, positions: int) -> Tensor:
+        """(branches · pictures, positions) for the image side of cross-attention, before the branches are blended."""
+        return torch.cat([self._presence(number, name, positions) for number in range(len(self._branches))])
+
+    def _image_rows(self, name: str, positions: int) -> Tensor:
+        """(pictures, positions) for self-attention: where the branches are heard in which the concept acts."""
+        shares = [
+            self._weights(branch, positions) * self._presence(number, name, positions)
+            for number, branch in enumerate(self._branches)
+        ]
+        return torch.stack(shares).sum(0)
+
+    def _presence(self, number: int, name: str, positions: int) -> Tensor:
+        """(pictures, positions): in a region everywhere, in the global prompt where the maps have found the concept."""
+        branch = self._branches[number]
+        shape = (self._num_pictures, positions)
+        if name not in branch.text_masks:
+            return torch.zeros(shape, device=branch.embeddings.device)
+        found = self._maps.mask(name, positions) if self._maps and number == 0 else None
+        return torch.ones(shape, device=branch.embeddings.device) if found is None else found
+
+    def _weights(self, branch: Branch, positions: int) -> Tensor:
+        """(positions,)."""
+        return F.adaptive_avg_pool2d(branch.weights[None], grid(positions, self._size)).flatten()
+
+    def _below_silence(self, rows: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(self._num_silent, rows.shape[1], device=rows.device), rows])
+
+
+class BranchedAttention:
+    """A processor of cross-attention around the one that was there."""
+
+    def __init__(self, inner: Any, scene: Scene) -> None:
+        self._inner, self._scene = inner, scene
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        hidden, text = self._scene.spread(hidden_states, encoder_hidden_states)
+        self._scene.observe(attn, hidden, text)
+        return self._scene.gather(self._inner(attn, hidden, text, attention_mask, temb))
+
+
+@contextmanager
+def staged(unet: UNet2DConditionModel, scene: Scene) -> Iterator[None]:
+    """Let a U-Net draw a scene; at the end its processors are what they were."""
+    before: dict[str, Any] = dict(unet.attn_processors)
+    handle = unet.register_forward_pre_hook(lambda _module, _inputs: scene.next_step())
+    try:
+        branched: dict[str, Any] = {
+            key: BranchedAttention(inner, scene) if CROSS in key else inner for key, inner in before.items()
+        }
+        unet.set_attn_processor(branched)
+        yield
+    finally:
+        unet.set_attn_processor(before)
+        handle.remove()

@@ -1,0 +1,84 @@
+"""Files of learned tokens: one a token, in the layout of diffusers, of kohya, or of SDXL's pair of encoders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sbora_diffusion.interchange.safefile import read_tensors
+from sbora_diffusion.utils.errors import SboraError
+
+BUNDLED = "bundle_emb."  # A1111 puts embeddings into LoRA files, under this prefix
+_TOKEN, _NOUN = "sbora.token", "sbora.noun"  # metadata
+_PARTS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+_BUNDLED_ENDS = (".string_to_param.*", *(f".{part}" for part in _PARTS))
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A learned token."""
+
+    token: str
+    noun: str | None  # of the token's class, if the file says it
+    vectors: dict[str, Tensor]  # component -> (n, hidden) float32
+
+
+def embedding_file(embedding: Embedding, *, kohya: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a token's file.
+
+    Args:
+        kohya: one encoder's embedding as `emb_params`, for ComfyUI and A1111, instead of under the token's own name,
+            for diffusers. Two encoders' are `clip_l` and `clip_g` for all of them.
+    """
+    vectors = embedding.vectors
+    if "text_encoder_2" in vectors:
+        tensors = {part: vectors[place] for part, place in _PARTS.items() if part != "emb_params" and place in vectors}
+    else:
+        tensors = {"emb_params" if kohya else embedding.token: vectors["text_encoder"]}
+    metadata = {"format": "pt", _TOKEN: embedding.token, _NOUN: embedding.noun or ""}
+    return tensors, {key: value for key, value in metadata.items() if value}
+
+
+def read_embedding(path: Path) -> Embedding:
+    """Read a token's file of any layout; one that has not the token's name in it is named after the file."""
+    metadata, tensors = read_tensors(path)
+    try:
+        return _embedding(metadata.get(_TOKEN) or f"<{path.stem}>", metadata.get(_NOUN), tensors)
+    except SboraError as defect:
+        raise SboraError(f"{path}: {defect}", defect.hint) from None
+
+
+def bundled_embeddings(tensors: Mapping[str, Tensor]) -> list[Embedding]:
+    """The tokens in a LoRA file, under keys that begin with `BUNDLED`."""
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(BUNDLED):
+            end = next((end for end in _BUNDLED_ENDS if key.endswith(end)), None)
+            if end is None:
+                raise SboraError(f"has the embedding {key!r}, expected one that ends in {', '.join(_BUNDLED_ENDS)}")
+            part = "emb_params" if end == _BUNDLED_ENDS[0] else end[1:]
+            tokens.setdefault(key.removeprefix(BUNDLED).removesuffix(end), {})[part] = tensor
+    return [_embedding(f"<{name.strip('<>')}>", None, parts) for name, parts in tokens.items()]
+
+
+def _embedding(token: str, noun: str | None, tensors: Mapping[str, Tensor]) -> Embedding:
+    if tensors.keys() and tensors.keys() <= _PARTS.keys():
+        vectors = {_PARTS[part]: tensor for part, tensor in tensors.items()}
+        if len(vectors) < len(tensors):
+            raise SboraError("has two embeddings for one text encoder, emb_params and clip_l")
+    elif len(tensors) == 1:
+        token, vectors = next(iter(tensors)), {"text_encoder": next(iter(tensors.values()))}
+    else:
+        raise SboraError(f"has {len(tensors)} keys, expected one token, or {', '.join(_PARTS)}")
+    return Embedding(token, noun, {place: _matrix(token, tensor) for place, tensor in vectors.items()})
+
+
+def _matrix(token: str, tensor: Tensor) -> Tensor:
+    matrix = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
+    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
+        raise SboraError(f"token {token!r}: got {tensor.dtype} {tuple(tensor.shape)}, expected (n, hidden) numbers")
+    if not torch.isfinite(matrix).all():
+        raise SboraError(f"token {token!r}: some numbers are not finite")
+    return matrix.float()

@@ -1,0 +1,102 @@
+"""Export: an adapter as a folder of files that other programs load."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.interchange.embeddings import Embedding, embedding_file
+from sbora_diffusion.interchange.lora import Lora, common_rank, to_loras
+from sbora_diffusion.interchange.lora_file import diffusers_file, kohya_file
+from sbora_diffusion.interchange.names import is_sdxl
+from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_component
+from sbora_diffusion.interchange.provenance import provenance
+from sbora_diffusion.interchange.safefile import to_bytes
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
+
+Format = Literal["diffusers", "kohya", "peft"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+EMBEDDINGS = "embeddings"  # the folder of learned tokens, beside the LoRA
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own default
+
+
+def export(
+    adapter: Adapter,
+    layer_shapes: Mapping[str, tuple[int, int]],
+    to: str,
+    folder: Path,
+    *,
+    resolution: int,
+    date: str,
+    force: bool = False,
+) -> list[Path]:
+    """Write an adapter in the format of other programs.
+
+    The scale is folded in, one LoRA with alpha = rank. An adapter that was merged from several becomes one LoRA.
+
+    Args:
+        layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
+        to: one of `FORMATS`.
+        resolution, date: for the metadata: pixels of a picture's side; today, ISO 8601.
+
+    Returns:
+        What was written: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory's
+        files for each component (peft), and `embeddings/<token>.safetensors` for each learned token.
+
+    Raises:
+        SboraError: the adapter does not fit the layers, a file exists and `force` is false, components that the format
+            has no names for, embeddings for each layer, a change that is no LoRA. Nothing is written then.
+    """
+    if to not in FORMATS:
+        raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
+    if adapter.spec.embedding_layers:
+        raise SboraError(
+            f"the token of {adapter.spec.name!r} has embeddings for each layer, which other programs do not know",
+            "train with --set layerwise_tokens=0",
+        )
+    loras = to_loras(adapter, layer_shapes)
+    about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
+    if to == "peft":
+        files = dict(_peft(adapter.spec.base_id, loras, layer_shapes, about))
+    elif to == "kohya":
+        tensors = kohya_file(loras, sdxl=is_sdxl(layer_shapes))
+        files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(tensors, about)}
+    else:
+        files = {LORA_NAME: to_bytes(*diffusers_file(loras, about))}
+    files |= _embeddings(adapter, kohya=to == "kohya")
+    existing = [folder / name for name in files if (folder / name).exists()]
+    if existing and not force:
+        raise SboraError(f"{existing[0]} exists", hint="Choose another folder, or overwrite it with --force.")
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _peft(
+    base_id: str, loras: Mapping[str, Lora], layers: Collection[str], about: Mapping[str, str]
+) -> Iterator[tuple[str, bytes]]:
+    for component in sorted({key.partition(".")[0] for key in loras}):
+        own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
+        config, tensors = peft_component(own, base_id, layers)
+        yield f"{component}/{CONFIG}", config.encode()
+        yield f"{component}/{WEIGHTS}", to_bytes(tensors, {**about, "format": "pt"})
+
+
+def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
+    files = {}
+    for token, noun in adapter.spec.tokens.items():
+        split = {key: key.partition(".") for key in adapter.tokens}
+        vectors = {split[key][0]: value for key, value in adapter.tokens.items() if split[key][2] == token}
+        if vectors:
+            name = f"{EMBEDDINGS}/{_slug(token)}.safetensors"
+            if name in files:
+                raise SboraError(f"two tokens would be written to {name}", hint="Export the concepts one by one.")
+            files[name] = to_bytes(*embedding_file(Embedding(token, noun, vectors), kohya=kohya))
+    return files
+
+
+def _slug(text: str) -> str:
+    """A file's name: ComfyUI knows tokens by it, so no brackets and spaces."""
+    return re.sub(r"[^\w+-]+", "-", text).strip("-") or "token"

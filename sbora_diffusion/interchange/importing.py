@@ -1,0 +1,159 @@
+"""Import: an adapter from the files of other programs, if it is SBoRA at heart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.interchange.embeddings import BUNDLED, Embedding, bundled_embeddings, read_embedding
+from sbora_diffusion.interchange.exporting import EMBEDDINGS, LORA_NAME
+from sbora_diffusion.interchange.lora import Lora, from_loras, owned_intervals
+from sbora_diffusion.interchange.lora_file import read_loras
+from sbora_diffusion.interchange.names import resolve
+from sbora_diffusion.interchange.peft_folder import is_peft_folder, read_peft
+from sbora_diffusion.interchange.provenance import SPEC
+from sbora_diffusion.interchange.safefile import read_tensors
+from sbora_diffusion.utils.errors import SboraError
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """What files of another program hold."""
+
+    path: Path
+    loras: dict[str, Lora]  # by the file's own names of layers
+    embeddings: tuple[Embedding, ...]
+    spec: Spec | None  # what we wrote when we exported it
+
+
+def read_foreign(path: Path, embeddings: Sequence[Path] = ()) -> Foreign:
+    """Read a LoRA file of diffusers or kohya, a PEFT directory, or a folder that `export` wrote.
+
+    Args:
+        embeddings: files of learned tokens. Those in `embeddings/` beside the LoRA are read without being named, if we
+            wrote it.
+
+    Raises:
+        SboraError: whatever is wrong with a file; it names the file.
+    """
+    metadata, loras, bundled = _read(path)
+    try:
+        spec = Spec.from_json(metadata[SPEC]) if SPEC in metadata else None
+    except SboraError as defect:
+        raise SboraError(f"{path}: {defect}", defect.hint) from None
+    named = [*bundled, *map(read_embedding, embeddings)]
+    names = {embedding.token for embedding in named}
+    tokens = set(spec.tokens) if spec else set()
+    folder = (path if path.is_dir() else path.parent) / EMBEDDINGS
+    beside = [read_embedding(file) for file in sorted(folder.glob("*.safetensors"))] if tokens - names else []
+    return Foreign(path, loras, (*named, *(one for one in beside if one.token in tokens - names)), spec)
+
+
+def to_adapter(
+    foreign: Foreign, layer_shapes: Mapping[str, tuple[int, int]], base: tuple[str, str], name: str, noun: str = ""
+) -> Adapter:
+    """The SBoRA adapter that a LoRA is.
+
+    What we wrote into the file about it is kept, if the numbers agree; the columns are always read off the numbers.
+
+    Args:
+        layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
+        base: id and fingerprint of the base model, for a file that does not say which it was trained for.
+        name: of the concept.
+        noun: class of tokens whose files do not say it; the token's own name if empty.
+
+    Raises:
+        SboraError: a dense LoRA, layers or tokens that do not fit the base model, a token that is missing.
+    """
+    try:
+        side, factors = from_loras(foreign.loras, foreign.spec.side if foreign.spec else "fa")
+        keys = resolve(foreign.loras, layer_shapes)
+        loras = {keys[layer]: lora for layer, lora in foreign.loras.items()}
+        _check_shapes(loras, layer_shapes)
+        known = {keys[layer]: factor for layer, factor in factors.items()}
+        spec = foreign.spec or Spec(
+            side=side, rank=1, intervals=(), seed=0, base_id=base[0], base_fingerprint=base[1],
+            tokens={}, name=name, recipe={"imported from": foreign.path.name},
+        )  # fmt: skip
+        spec = replace(
+            spec,
+            side=side,
+            rank=max(len(factor.index) for factor in known.values()),
+            intervals=owned_intervals(known, loras, side, spec.seed, spec.intervals),
+            tokens=_nouns(foreign, noun),
+            name=name,
+        )
+        return Adapter(spec, known, _tokens(foreign, layer_shapes))
+    except SboraError as defect:
+        raise SboraError(f"{foreign.path}: {defect}", defect.hint) from None
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Lora], list[Embedding]]:
+    """Metadata, LoRAs, and the tokens that A1111 would have put among them."""
+    if path.is_dir() and is_peft_folder(path):
+        return *read_peft(path), []
+    file = _lora_in(path) if path.is_dir() else path
+    metadata, tensors = read_tensors(file)
+    plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
+    try:
+        return metadata, read_loras(plain, metadata), bundled_embeddings(tensors)
+    except SboraError as defect:
+        raise SboraError(f"{file}: {defect}", defect.hint) from None
+
+
+def _lora_in(folder: Path) -> Path:
+    """The one LoRA file of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if folder / LORA_NAME in files:
+        return folder / LORA_NAME
+    if len(files) != 1:
+        raise SboraError(f"{folder}: has {len(files)} safetensors files, expected one", hint="Name the file itself.")
+    return files[0]
+
+
+def _check_shapes(loras: Mapping[str, Lora], layer_shapes: Mapping[str, tuple[int, int]]) -> None:
+    for key, lora in loras.items():
+        shape = (lora.up.shape[0], lora.down.shape[1])
+        if shape != tuple(layer_shapes[key]):
+            expected = "×".join(map(str, layer_shapes[key]))
+            raise SboraError(
+                f"layer {key} is for a weight of {shape[0]}×{shape[1]}, the base model has {expected}",
+                hint="Name the base model that it was trained for, with --base.",
+            )
+
+
+def _nouns(foreign: Foreign, noun: str) -> dict[str, str]:
+    """token -> class noun."""
+    claimed = foreign.spec.tokens if foreign.spec else {}
+    tokens = [embedding.token for embedding in foreign.embeddings]
+    twice = next((token for token in tokens if tokens.count(token) > 1), None)
+    if twice:
+        raise SboraError(f"the token {twice!r} comes from two files", hint="Name only one of them with --embedding.")
+    missing = [token for token in claimed if token not in tokens]
+    if missing:
+        raise SboraError(
+            f"the token {missing[0]!r} belongs to it and is in none of the files",
+            hint="Name its file with --embedding FILE.",
+        )
+    return {
+        one.token: one.noun or claimed.get(one.token) or noun or one.token.strip("<>") for one in foreign.embeddings
+    }
+
+
+def _tokens(foreign: Foreign, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The embeddings by "<component>.<token>"."""
+    found = {}
+    for embedding in foreign.embeddings:
+        for component, vectors in embedding.vectors.items():
+            widths = [in_dim for key, (_, in_dim) in layers.items() if key.startswith(f"{component}.")]
+            if not widths or vectors.shape[1] not in widths:
+                raise SboraError(
+                    f"the token {embedding.token!r} has {vectors.shape[1]} numbers a vector, which do not fit the base "
+                    f"model's {component} ({', '.join(map(str, sorted(set(widths)))) or 'it has none'})",
+                    hint="Name the base model that it was trained for, with --base.",
+                )
+            found[f"{component}.{embedding.token}"] = vectors
+    return found

@@ -1,0 +1,1 @@
+"""A folder of concept files and the ledger of their columns."""

@@ -1,0 +1,151 @@
+"""Who owns which columns or rows of a base model: concept files, trainings under way, and reservations."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from sbora_diffusion.adapters.basis import Interval, Side
+from sbora_diffusion.adapters.file import Spec
+from sbora_diffusion.library.reservations import Reservation, State
+from sbora_diffusion.utils.errors import SboraError
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds an interval: a concept file, a training that will write one, or a name it was reserved for."""
+
+    name: str
+    interval: Interval
+    state: Literal["trained", "in training", "reserved"] = "trained"
+    seed: int = 0  # of the permutations that give the positions their meaning
+    parents: tuple[str, ...] = ()  # what it was merged from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What concepts share: the adapted layers of one base model and side, in the order of one seed's permutations."""
+
+    base_id: str
+    base_fingerprint: str
+    side: Side
+    seed: int
+    widths: Mapping[str, int]  # "<component>.<layer>" -> columns (FA) or rows (FB)
+
+    @property
+    def key(self) -> str:
+        return f"{self.base_fingerprint}/{self.side}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The positions of one base model and side. Every layer has at least `width` of them, where that is known."""
+
+    base_id: str
+    base_fingerprint: str
+    side: Side
+    width: int | None
+    owners: tuple[Owner, ...]  # by position
+    unplaced: tuple[str, ...] = ()  # concepts without an interval: imported, they write columns of their own choice
+
+    @property
+    def first_owners(self) -> tuple[Owner, ...]:
+        """The owners without merges where these have only what a concept brought that is here itself."""
+        own = {(owner.name, owner.interval) for owner in self.owners}
+        return tuple(o for o in self.owners if not any((parent, o.interval) in own for parent in o.parents))
+
+    @property
+    def only_merged(self) -> tuple[str, ...]:
+        """Names of the merges that `first_owners` leaves out."""
+        first = {owner.name for owner in self.first_owners}
+        return tuple(dict.fromkeys(owner.name for owner in self.owners if owner.name not in first))
+
+    @property
+    def gaps(self) -> tuple[Interval, ...]:
+        """What nobody owns; empty if the width is not known."""
+        if self.width is None:
+            return ()
+        gaps, start = [], 0
+        inside = [owner.interval for owner in self.owners if owner.interval.start < self.width]
+        for taken in sorted([*inside, Interval(self.width, 1)]):
+            if start < taken.start:
+                gaps.append(Interval(start, taken.start - start))
+            start = max(start, taken.stop)
+        return tuple(gaps)
+
+    def room(self, rank: int) -> int:
+        """How many more concepts of one rank fit."""
+        return sum(gap.rank // rank for gap in self.gaps)
+
+
+def owners_of(state: State, specs: Mapping[str, Spec], base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
+    """By position. Merges own what they were merged from, so that nothing new is put there while they exist."""
+    here = [r for r in state.reservations if (r.base_fingerprint, r.side) == (base_fingerprint, side)]
+    owners = [
+        Owner(name, interval, "trained", spec.seed, spec.parents)
+        for name, spec in specs.items()
+        if (spec.base_fingerprint, spec.side) == (base_fingerprint, side)
+        for interval in spec.intervals
+    ]
+    owners += [Owner(r.name, r.interval, "in training", r.seed) for r in here if r.pid is not None]
+    taken = {(owner.name, owner.interval) for owner in owners}
+    owners += [
+        Owner(r.name, r.interval, "reserved", r.seed)
+        for r in here
+        if r.pid is None and not is_fulfilled(r, specs) and (r.name, r.interval) not in taken
+    ]
+    return tuple(sorted(owners, key=lambda owner: (owner.interval, owner.name)))
+
+
+def is_fulfilled(reservation: Reservation, specs: Mapping[str, Spec]) -> bool:
+    """Whether the concept's file is there."""
+    spec = specs.get(reservation.name)
+    place = (reservation.base_fingerprint, reservation.side)
+    return spec is not None and (spec.base_fingerprint, spec.side) == place
+
+
+def partition(owners: Sequence[Owner], name: str) -> tuple[list[Owner], list[Owner]]:
+    """What a name owns, and what others do."""
+    own = [owner for owner in owners if owner.name == name]
+    return own, [owner for owner in owners if owner.name != name]
+
+
+def reservation_of(space: Space, name: str, interval: Interval, lasting: bool) -> Reservation:
+    """A promise to this process, or a lasting one to the name."""
+    return Reservation(
+        name=name,
+        base_id=space.base_id,
+        base_fingerprint=space.base_fingerprint,
+        side=space.side,
+        seed=space.seed,
+        interval=interval,
+        host=socket.gethostname(),
+        pid=None if lasting else os.getpid(),
+        started=psutil.Process().create_time(),
+    )
+
+
+def check_seed(space: Space, others: Sequence[Owner]) -> None:
+    """Raise SboraError if others count their positions in another order."""
+    for owner in others:
+        if owner.seed != space.seed:
+            raise SboraError(
+                f"{owner.name} has its columns in the order of basis_seed {owner.seed}, got {space.seed}: "
+                "intervals of different orders may share columns",
+                hint=f"Set basis_seed={owner.seed}, or use another folder.",
+            )
+
+
+def check_pinned(pinned: Interval, others: Sequence[Owner], rank: int, width: int) -> Interval:
+    """The pinned interval; SboraError if it has another size, does not fit or is taken."""
+    if pinned.rank != rank:
+        raise SboraError(f"the interval {pinned} has {pinned.rank} positions, rank {rank} needs {rank}")
+    if pinned.stop > width:
+        raise SboraError(f"the interval {pinned} does not fit: the narrowest adapted layer has the positions 0:{width}")
+    taken = [f"{owner.interval} by {owner.name}" for owner in others if owner.interval.overlaps(pinned)]
+    if taken:
+        raise SboraError(f"the interval {pinned} is taken ({', '.join(taken)})", hint="See: sbora-diffusion ledger")
+    return pinned

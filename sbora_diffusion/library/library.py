@@ -1,0 +1,207 @@
+"""A folder of concept files, out of which columns are handed to new concepts."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sbora_diffusion.adapters.basis import Interval, Side, first_free
+from sbora_diffusion.adapters.file import Adapter, Spec, read_spec
+from sbora_diffusion.adapters.spec import check_file_name
+from sbora_diffusion.library.ledger import (
+    Ledger,
+    Owner,
+    Space,
+    check_pinned,
+    check_seed,
+    is_fulfilled,
+    owners_of,
+    partition,
+    reservation_of,
+)
+from sbora_diffusion.library.reservations import State, check_not_in_training
+from sbora_diffusion.utils.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+LOCK_TIMEOUT = 60  # seconds; the lock is held for milliseconds
+
+
+class Library:
+    """A folder of concept files, "<name>.safetensors" each. They are the truth; what lies beside them is:
+
+    `.ledger.json`: reservations, of running trainings and by hand, and the layers' widths of the base models met here;
+    `.ledger.lock`: held while intervals are handed out.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        """Where the concept of this name lies, or would."""
+        check_file_name(name)
+        return self.folder / f"{name}{SUFFIX}"
+
+    def names(self) -> list[str]:
+        """What lies in the folder, sound or not, in alphabetical order."""
+        return sorted(path.stem for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+
+    def locate(self, name_or_path: str) -> Path:
+        """The file that a user means: a path that exists, or a name in this folder."""
+        if Path(name_or_path).is_file():
+            return Path(name_or_path)
+        if name_or_path in self.names():
+            return self.path(name_or_path)
+        known = ", ".join(self.names()) or "none"
+        raise SboraError(f"no adapter {name_or_path!r}, neither a file nor in {self.folder} (there: {known})")
+
+    def load(self, name: str) -> Adapter:
+        """Read the concept of this name."""
+        return Adapter.load(self.locate(name))
+
+    def reserve(
+        self, space: Space, rank: int, name: str, pinned: Interval | None = None, *, lasting: bool = False
+    ) -> Interval:
+        """Promise an interval to this process, until it writes the concept's file, releases the name, or ends.
+
+        What the name itself owned counts as free: the new file takes its place. An interval that was reserved for the
+        name by hand is the one it gets.
+
+        Args:
+            pinned: this interval or none, instead of the first that is free.
+            lasting: promise it to the name instead: until its file is there, whoever writes it, or it is removed.
+
+        Raises:
+            SboraError: another process is training this name, nothing is free, the pinned interval is taken or does
+                not fit, others' positions mean other columns, `lasting` for a name that has an interval.
+        """
+        with self._changing_state() as state:
+            known = state.widths.get(space.key, {})  # others may adapt other layers of the same base
+            state.widths[space.key] = known | dict(space.widths)
+            check_not_in_training(state, name)
+            state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
+            owners = owners_of(state, self._specs(), space.base_fingerprint, space.side)
+            own, others = partition(owners, name)
+            check_seed(space, others)
+            if lasting and own:
+                raise SboraError(f"{name} has the interval {own[0].interval} already ({own[0].state})")
+            reserved = next((owner.interval for owner in own if owner.state == "reserved"), None)
+            pinned, width = pinned or reserved, min(space.widths.values())
+            if pinned is None:
+                interval = first_free([owner.interval for owner in others], rank, width)
+            else:
+                interval = check_pinned(pinned, others, rank, width)
+            state.reservations.append(reservation_of(space, name, interval, lasting))
+        return interval
+
+    def release(self, name: str) -> None:
+        """End this process's reservation of this name, if there is one, and one by hand if its file is there now."""
+        with self._changing_state() as state:
+            specs = self._specs()
+            ended = [r for r in state.reservations if (is_fulfilled(r, specs) if r.pid is None else r.is_own())]
+            state.reservations = [r for r in state.reservations if r.name != name or r not in ended]
+
+    def check_not_in_training(self, name: str) -> None:
+        """SboraError if another process is training this name into columns or rows of its own."""
+        check_not_in_training(self._state(), name)
+
+    def what_is(self, name: str) -> str:
+        """In words: a concept's file, or a reservation; SboraError if there is neither."""
+        path = self.path(name)
+        if path.exists():
+            return str(path)
+        if any(reservation.name == name for reservation in self._state().reservations):
+            return f"the reservation of {name}"
+        raise SboraError(f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})")
+
+    def remove(self, name: str) -> tuple[str, ...]:
+        """Delete a concept's file and end all reservations of its name.
+
+        Returns:
+            Who else has columns of its, such as a merge of it: these are not free. Not told: what it was merged from.
+        """
+        self.what_is(name)
+        also = self._also_own(name)
+        self.path(name).unlink(missing_ok=True)
+        with self._changing_state() as state:
+            state.reservations = [r for r in state.reservations if r.name != name]
+        return also
+
+    def _also_own(self, name: str) -> tuple[str, ...]:
+        """Names of the others that have columns or rows of a file's."""
+        specs = self._specs()
+        if name not in specs:
+            return ()
+        _, others = partition(self.owners(specs[name].base_fingerprint, specs[name].side), name)
+        shared = {o.name for o in others for own in specs[name].intervals if o.interval.overlaps(own)}
+        return tuple(sorted(shared - set(specs[name].parents)))
+
+    def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
+        """Who owns what of one base model and side, by position."""
+        return owners_of(self._state(), self._specs(), base_fingerprint, side)
+
+    def ledgers(self) -> list[Ledger]:
+        """All bases and sides that have an owner."""
+        state, specs = self._state(), self._specs()
+        claims: set[tuple[str, str, Side]] = {
+            (s.base_id, s.base_fingerprint, s.side) for s in specs.values() if s.intervals or not s.method
+        }
+        claims |= {(r.base_id, r.base_fingerprint, r.side) for r in state.reservations}
+        return [
+            Ledger(
+                base_id=base_id,
+                base_fingerprint=fingerprint,
+                side=side,
+                width=state.width(fingerprint, side),
+                owners=owners_of(state, specs, fingerprint, side),
+                unplaced=tuple(
+                    name
+                    for name, spec in specs.items()
+                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ()) and not spec.method
+                ),
+            )
+            for base_id, fingerprint, side in sorted(claims)
+        ]
+
+    def widths(self, base_fingerprint: str, side: Side) -> dict[str, int] | None:
+        """Columns (FA) or rows (FB) of every adapted layer, if a training or reservation here has met the base."""
+        return self._state().widths.get(f"{base_fingerprint}/{side}")
+
+    def _specs(self) -> dict[str, Spec]:
+        """What every sound file says of itself, by file name."""
+        specs = {}
+        for name in self.names():
+            try:
+                specs[name] = read_spec(self.path(name))
+            except SboraError as defect:
+                log.warning("%s; left out, its columns count as free", defect)
+        return specs
+
+    def _state(self) -> State:
+        """Reservations that are alive. To be read before the files: a training writes its file, then it releases."""
+        state = State.read(self.folder / ".ledger.json")
+        state.reservations = [reservation for reservation in state.reservations if reservation.is_live()]
+        return state
+
+    @contextmanager
+    def _changing_state(self) -> Iterator[State]:
+        """The same under the lock; written back when the block succeeds."""
+        with self.locked():
+            state = self._state()
+            yield state
+            state.write(self.folder / ".ledger.json")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else is given columns meanwhile; for milliseconds only."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".ledger.lock", timeout=LOCK_TIMEOUT):
+                yield
+        except Timeout:
+            raise SboraError(f"somebody has held {self.folder}/.ledger.lock for {LOCK_TIMEOUT} s") from None
+        except OSError as error:
+            raise SboraError(f"cannot use the folder {self.folder} ({error.strerror or error})") from None

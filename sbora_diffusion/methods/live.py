@@ -1,0 +1,100 @@
+"""A concept inside the base model while it is trained: its method's weights, a token, and nothing left behind."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.dense import Dense
+from sbora_diffusion.adapters.file import Factor
+from sbora_diffusion.adapters.layer import SboraLayer, collect
+from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.methods.inject import ADAPTER, Injected, injected
+from sbora_diffusion.methods.registry import find_method
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.layerwise_tokens import LayerwiseEmbedding, cross_attentions, layerwise_tokens
+from sbora_diffusion.models.target_modules import blocks_before, only_passed
+from sbora_diffusion.models.tokens import TokenEmbedding, added_tokens, class_embedding
+from sbora_diffusion.training.config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """The concept while it is being trained."""
+
+    base: Base
+    injected: Injected
+    tokens: Mapping[str, TokenEmbedding | LayerwiseEmbedding]  # by the text encoder's component
+
+    @property
+    def layers(self) -> dict[str, dict[str, SboraLayer]]:
+        """SBoRA's: component -> canonical layer -> layer; empty for other methods."""
+        return self.injected.sbora
+
+    @property
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """The trained weights, by component."""
+        return self.injected.trained
+
+    @property
+    def embeddings(self) -> list[nn.Parameter]:
+        """The token's, one a text encoder."""
+        return [embedding.learned for embedding in self.tokens.values()]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*(parameter for part in self.trained.values() for parameter in part), *self.embeddings]
+
+    def learned(self) -> tuple[dict[str, Factor], dict[str, Dense], dict[str, Tensor]]:
+        """What a concept file holds: factors, dense changes, and by component the token's embeddings (n, hidden)."""
+        factors: dict[str, Factor] = {}
+        for component in self.layers:
+            factors |= collect(self.base.component(component), ADAPTER, component)
+        rows = {part: one.learned.detach().cpu().clone().flatten(0, -2) for part, one in self.tokens.items()}
+        return factors, self.injected.dense(), rows
+
+
+@contextmanager
+def live_concept(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> Iterator[Live]:
+    """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
+    start = class_embedding(base, concept.class_noun, config.token_vectors)
+    with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as tokens:
+        for embedding in tokens.values():
+            embedding.learned.data = embedding.learned.data.float()  # of a vocabulary in half precision
+        if find_method(config.method).fixed_noun and config.token_vectors > 1:
+            for embedding in tokens.values():
+                embedding.learned.register_hook(_without_last)
+        checkpointed = _checkpointed(base) if config.gradient_checkpointing else nullcontext()
+        with checkpointed, only_passed(base.denoiser, blocks_before(base, config)):
+            yield Live(base, weights, tokens)
+
+
+@contextmanager
+def _checkpointed(base: Base) -> Iterator[None]:
+    """Meanwhile the denoiser computes its activations anew for the backward pass, instead of keeping them."""
+    denoiser: Any = base.denoiser
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+
+
+def _tokens(
+    base: Base, concept: Concept, start: Mapping[str, Tensor], config: TrainConfig
+) -> AbstractContextManager[Mapping[str, TokenEmbedding | LayerwiseEmbedding]]:
+    named = {f"{component}.{concept.token}": rows for component, rows in start.items()}
+    if not config.layerwise_tokens:
+        return added_tokens(base, named)
+    count = len(cross_attentions(base))
+    return layerwise_tokens(
+        base, {key: rows.repeat(count, 1) for key, rows in named.items()}, dict.fromkeys(named, count)
+    )
+
+
+def _without_last(gradient: Tensor) -> Tensor:
+    """No gradient for the last embedding, the class noun's."""
+    return torch.cat([gradient[..., :-1, :], torch.zeros_like(gradient[..., -1:, :])], dim=-2)

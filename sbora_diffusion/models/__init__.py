@@ -1,0 +1,1 @@
+"""Base models: loading, families, tokens, precision, several processes."""

@@ -1,0 +1,1 @@
+"""The families of base models, one file each."""

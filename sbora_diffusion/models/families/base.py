@@ -1,0 +1,147 @@
+"""What the rest of the code asks of a family: what is adapted, how it reads and answers, how it draws."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+from torch import Tensor, nn
+
+from sbora_diffusion.models.families.noise import Noising
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A text encoder of a pipeline, by the names of its component and of its tokenizer there.
+
+    Attributes:
+        learns: whether its attention is adapted and its vocabulary gets the learned tokens.
+        length: tokens of a prompt; None for what the tokenizer says.
+    """
+
+    component: str
+    tokenizer: str
+    learns: bool = True
+    length: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What the text encoders have read: states (n, tokens, hidden), and for some families a summary (n, width)."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are drawn."""
+
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Sampling):
+    """What is to be drawn: a picture for each prompt and generator."""
+
+    prompts: Sequence[str]
+    generators: list[torch.Generator]
+    as_latents: bool = False  # instead of pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of base model. The functions take the pipeline, of the class `pipeline`, as their first argument.
+
+    Attributes:
+        name: as recipes have it, such as "sdxl".
+        pipeline: the name of its class in diffusers.
+        denoiser: the component that draws: "unet" or "transformer".
+        targets: the denoiser's adapted layers, by the ends of their names.
+        readers: its text encoders, in the order of their token ids.
+        read: token ids (n, length) to what the text encoders make of them.
+        answer: noisy latents (n, c, h, w) and timesteps (n,), under a text, to the answer (n, c, h, w).
+        noising: how pictures become noise, and what the answer is to be.
+        draw: pictures, or latents (n, c, h, w).
+        latent_size: height and width of the latents of a picture as the model was trained.
+        sampling: how pictures are drawn where nobody says.
+    """
+
+    name: str
+    pipeline: str
+    denoiser: str
+    targets: tuple[str, ...]
+    readers: tuple[Reader, ...]
+    read: Callable[[Any, Tensor], Text]
+    answer: Callable[[Any, Tensor, Tensor, Text], Tensor]
+    noising: Callable[[Any], Noising]
+    draw: Callable[[Any, Drawing], Any]
+    latent_size: Callable[[Any], int]
+    sampling: Sampling
+
+    def present(self, pipeline: Any) -> list[Reader]:
+        """The text encoders that a pipeline has: SD3 can do without T5."""
+        return [reader for reader in self.readers if getattr(pipeline, reader.component) is not None]
+
+    def modules(self, pipeline: Any) -> list[nn.Module]:
+        """Everything with weights."""
+        names = [self.denoiser, "vae", *(reader.component for reader in self.present(pipeline))]
+        return [getattr(pipeline, name) for name in names]
+
+    def frozen(self, pipeline: Any) -> list[nn.Module]:
+        """The large part: what learns nothing but an adapter, the denoiser and the text encoders without tokens."""
+        names = [reader.component for reader in self.present(pipeline) if not reader.learns]
+        return [getattr(pipeline, name) for name in (self.denoiser, *names)]
+
+    def tokenize(self, pipeline: Any, captions: Sequence[str]) -> Tensor:
+        """(len(captions), length) int64: the ids of all text encoders side by side.
+
+        Tokens of several vectors are expanded, too long captions cut.
+        """
+        return torch.cat([_ids(pipeline, reader, captions) for reader in self.present(pipeline)], dim=1)
+
+    def split(self, pipeline: Any, ids: Tensor) -> list[Tensor]:
+        """Each text encoder's part of such ids."""
+        return list(ids.split([_length(pipeline, reader) for reader in self.present(pipeline)], dim=1))
+
+
+def _length(pipeline: Any, reader: Reader) -> int:
+    return reader.length or getattr(pipeline, reader.tokenizer).model_max_length
+
+
+def _ids(pipeline: Any, reader: Reader, captions: Sequence[str]) -> Tensor:
+    tokenizer = getattr(pipeline, reader.tokenizer)
+    prompts = expanded(captions, tokenizer) if reader.learns else list(captions)
+    length = _length(pipeline, reader)
+    encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoded.input_ids.to(pipeline.device)
+
+
+def expanded(prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Prompts with a token of several vectors written out: `<dog> <dog>_1`."""
+    converted: Any = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+    return converted
+
+
+def call(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
+    """A pipeline's pictures or latents, with what all pipelines understand."""
+    result: Any = pipeline(
+        **{"prompt": list(drawing.prompts)} | options,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        generator=drawing.generators,
+        output_type="latent" if drawing.as_latents else "pil",
+    )
+    return result.images
+
+
+def draw_with_negative(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
+    """Guided away from the negative prompt; without one, from what the model was trained to answer to no prompt."""
+    negative = [drawing.negative_prompt] * len(drawing.prompts) if drawing.negative_prompt else None
+    return call(pipeline, drawing, negative_prompt=negative, **options)

@@ -1,0 +1,163 @@
+"""The families with a transformer, trained by flow matching: SD3 (and 3.5), and FLUX.1.
+
+Both have a T5 beside their CLIPs. It is far larger than they are and is left alone: a learned token is to it what its
+letters are, in training as in generation, so what it reads of a caption is computed once.
+"""
+
+import math
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbora_diffusion.models.families.base import (
+    ATTENTION,
+    Drawing,
+    Family,
+    Reader,
+    Sampling,
+    Text,
+    call,
+    draw_with_negative,
+    expanded,
+)
+from sbora_diffusion.models.families.noise import FlowMatching
+from sbora_diffusion.utils.errors import SboraError
+
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+REMEMBERED = 256  # captions that T5's reading is kept of
+TRAINING_GUIDANCE = 1.0  # that FLUX.1 [dev] is told while it is trained: its own, undistilled answer
+
+
+def _read_sd3(pipeline: Any, ids: Tensor) -> Text:
+    """Both CLIPs' last but one states side by side, padded to T5's width, then T5's; both pooled answers."""
+    first, second, *rest = SD3.split(pipeline, ids)
+    one = pipeline.text_encoder(first, output_hidden_states=True)
+    two = pipeline.text_encoder_2(second, output_hidden_states=True)
+    clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+    width, length = pipeline.transformer.config.joint_attention_dim, SD3.readers[2].length
+    t5 = _remembered(pipeline.text_encoder_3, rest[0]) if rest else clip.new_zeros(len(ids), length or 0, width)
+    return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), torch.cat([one[0], two[0]], dim=-1))
+
+
+def _answer_sd3(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+    states, pooled = text.states, text.pooled
+    return pipeline.transformer(noisy, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
+
+
+def _draw_sd3(pipeline: Any, drawing: Drawing) -> Any:
+    """The pipeline itself knows no tokens of several vectors, so it is given them one by one."""
+    prompts = list(drawing.prompts)
+    by_clip = {
+        key: expanded(prompts, getattr(pipeline, reader.tokenizer))
+        for key, reader in zip(("prompt", "prompt_2"), SD3.readers, strict=False)
+    }
+    return draw_with_negative(pipeline, drawing, **by_clip, prompt_3=prompts)
+
+
+def _read_flux(pipeline: Any, ids: Tensor) -> Text:
+    """T5's states and CLIP's pooled answer."""
+    clip, t5 = FLUX.split(pipeline, ids)
+    return Text(_remembered(pipeline.text_encoder_2, t5), pipeline.text_encoder(clip).pooler_output)
+
+
+def _answer_flux(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+    count, channels, height, width = noisy.shape
+    model, places = pipeline.transformer, pipeline._prepare_latent_image_ids(
+        count, height // 2, width // 2, noisy.device, noisy.dtype
+    )  # fmt: skip
+    answer = model(
+        hidden_states=pipeline._pack_latents(noisy, count, channels, height, width),
+        timestep=t / 1000,
+        guidance=torch.full_like(t, TRAINING_GUIDANCE) if model.config.guidance_embeds else None,
+        pooled_projections=text.pooled,
+        encoder_hidden_states=text.states,
+        txt_ids=torch.zeros(text.states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+        img_ids=places,
+    ).sample
+    return _unpacked(pipeline, answer, height, width)
+
+
+def _draw_flux(pipeline: Any, drawing: Drawing) -> Any:
+    if drawing.negative_prompt:
+        raise SboraError(
+            "FLUX has its guidance built in and takes no negative prompt", "leave out --set negative_prompt=…"
+        )
+    size = pipeline.default_sample_size
+    side = size * pipeline.vae_scale_factor
+    drawn = call(pipeline, drawing, height=side, width=side)
+    return _unpacked(pipeline, drawn, size, size) if drawing.as_latents else drawn
+
+
+def _unpacked(pipeline: Any, packed: Tensor, height: int, width: int) -> Tensor:
+    """(n, tokens, 4 · channels) to (n, channels, height, width) of the latents."""
+    scale = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(packed, height * scale, width * scale, scale)
+
+
+_KNOWN: "WeakKeyDictionary[nn.Module, dict[bytes, Tensor]]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _remembered(encoder: Any, ids: Tensor) -> Tensor:
+    """A frozen encoder's states (n, length, width) of ids (n, length), each row read once."""
+    known, rows = _KNOWN.setdefault(encoder, {}), []
+    for row in ids:
+        key = row.cpu().numpy().tobytes()
+        if key not in known:
+            if len(known) >= REMEMBERED:
+                known.pop(next(iter(known)))
+            known[key] = encoder(row[None])[0][0]
+        rows.append(known[key])
+    return torch.stack(rows)
+
+
+def _flow_sd3(pipeline: Any) -> FlowMatching:
+    return FlowMatching(pipeline.scheduler.config.shift)
+
+
+def _flux_flow(pipeline: Any) -> FlowMatching:
+    """Shifted as generation is: by the number of the picture's tokens, or, for [schnell], not at all."""
+    config = pipeline.scheduler.config
+    if not config.use_dynamic_shifting:
+        return FlowMatching(config.shift)
+    tokens = (pipeline.default_sample_size // 2) ** 2
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return FlowMatching(math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len)))
+
+
+SD3 = Family(
+    name="sd3",
+    pipeline="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    targets=JOINT_ATTENTION,
+    readers=(
+        Reader(component="text_encoder", tokenizer="tokenizer"),
+        Reader(component="text_encoder_2", tokenizer="tokenizer_2"),
+        Reader(component="text_encoder_3", tokenizer="tokenizer_3", learns=False, length=256),
+    ),
+    read=_read_sd3,
+    answer=_answer_sd3,
+    noising=_flow_sd3,
+    draw=_draw_sd3,
+    latent_size=lambda pipeline: pipeline.transformer.config.sample_size,
+    sampling=Sampling(steps=28, guidance=4.5),
+)
+FLUX = Family(
+    name="flux",
+    pipeline="FluxPipeline",
+    denoiser="transformer",
+    targets=JOINT_ATTENTION,
+    readers=(
+        Reader(component="text_encoder", tokenizer="tokenizer"),
+        Reader(component="text_encoder_2", tokenizer="tokenizer_2", learns=False, length=512),
+    ),
+    read=_read_flux,
+    answer=_answer_flux,
+    noising=_flux_flow,
+    draw=_draw_flux,
+    latent_size=lambda pipeline: pipeline.default_sample_size,
+    sampling=Sampling(steps=28, guidance=3.5),
+)

@@ -1,0 +1,48 @@
+"""Frozen weights in four bits: nf4 (Dettmers et al. 2023, QLoRA, section 3), as bitsandbytes has it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sbora_diffusion.models.blocks import repeated_blocks
+from sbora_diffusion.utils.errors import SboraError
+
+DTYPE = torch.bfloat16  # that layers compute in
+BYTES = 0.516  # an entry: four bits, and its share of the scales of 64, which are packed in turn
+
+
+def to_nf4(model: Any) -> None:
+    """Have the linear layers of a model's repeated blocks hold their weights in nf4 from when they are moved on.
+
+    What lies outside of these blocks (embeddings, the first and the last layer) stays what it is, and so does what the
+    model's own library keeps in fp32.
+
+    Args:
+        model: of diffusers or transformers, in `DTYPE`, on the CPU.
+
+    Raises:
+        SboraError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    except ImportError:
+        raise SboraError("precision=nf4 needs the package bitsandbytes", "pip install bitsandbytes") from None
+    weight: Any = Params4bit
+    for name, layer in packable(model).items():
+        shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+        packed: Any = Linear4bit(*shape, has_bias, DTYPE, quant_type="nf4", device="meta")
+        packed.weight, packed.bias = weight(layer.weight.data, quant_type="nf4", module=packed), layer.bias
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, packed.eval())
+    model.is_loaded_in_4bit = True  # PEFT asks it what to put around a layer
+
+
+def packable(model: Any) -> dict[str, nn.Linear]:
+    """The layers that `to_nf4` packs, or has packed, by name."""
+    kept, blocks = tuple(model._keep_in_fp32_modules or ()), tuple(f"{name}." for name in repeated_blocks(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(blocks) and name.rpartition(".")[2] not in kept
+    }

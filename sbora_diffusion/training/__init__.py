@@ -1,0 +1,1 @@
+"""The training loop, its config, losses, optimiser, checkpoints and previews."""

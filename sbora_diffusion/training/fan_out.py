@@ -1,0 +1,155 @@
+"""Training several concepts at once: an interval reserved for each, then a process for each."""
+
+import json
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sbora_diffusion.cli.train import space_of
+from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.models.base import load_unplaced
+from sbora_diffusion.models.distributed import num_launched
+from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.training.checkpoint import CHECKPOINT
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.utils.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-c", "from sbora_diffusion.cli.app import main; main()", "train")
+
+
+def fan_out(
+    concepts: Sequence[str],
+    base_name: str,
+    method: str,
+    overrides: dict[str, str],
+    *,
+    library: Library,
+    runs: Path,
+    force: bool,
+    jobs: int,
+    cluster: int,
+) -> list[Path]:
+    """Train the concepts that have no file yet, `jobs` at a time or on a Ray cluster; what there is then.
+
+    Every concept has its columns before the first training starts. Whatever ends in between, the same command goes on:
+    concepts that are done are left as they are, interrupted ones are resumed, and all keep their columns.
+
+    Raises:
+        SboraError: two concepts of one name, a bad setting or folder (nothing is started then), trainings that failed.
+    """
+    if num_launched() > 1:
+        raise SboraError(
+            "several processes were started for one training, but several concepts given", "give one --concept"
+        )
+    if jobs < 1:
+        raise SboraError(f"got jobs={jobs}, expected at least 1")
+    config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)
+    names = [load_concept(concept, default_roots()).name for concept in concepts]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SboraError(f"two concepts are called {repeated[0]}", "rename one in its concept.toml")
+    missing = {n: concept for n, concept in zip(names, concepts, strict=True) if force or not library.path(n).exists()}
+    _reserve(list(missing), base_name, config, library)
+    options = ["--base", base_name, "--method", method]
+    options += [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
+    tasks = {
+        name: (
+            [*COMMAND, "--concept", concept, *options, *_again(runs / name, config, force)],
+            runs / name / "process.log",
+        )
+        for name, concept in missing.items()
+    }
+    failed = _on_cluster(tasks) if cluster else _locally(tasks, jobs)
+    if failed:
+        raise SboraError(
+            f"{len(failed)} of {len(names)} trainings failed: {', '.join(failed)}",
+            f"see {tasks[failed[0]][1]}; the same command goes on with what is missing",
+        )
+    return [library.path(name) for name in names]
+
+
+def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library: Library) -> None:
+    """An interval for all who have none, or for nobody; it stays reserved until the concept's file is there."""
+    if not names or not find_method(config.method).owns_interval:
+        return
+    base = load_unplaced(base_name)
+    space = space_of(base, method_side(config.method), config.basis_seed)
+    owned = {owner.name for owner in library.owners(space.base_fingerprint, space.side)}
+    reserved: list[str] = []
+    try:
+        for name in names:
+            if name not in owned:
+                log.info("%s: %s", name, library.reserve(space, config.rank, name, lasting=True))
+                reserved.append(name)
+    except SboraError:
+        for name in reserved:
+            library.remove(name)
+        raise
+
+
+def _again(run: Path, config: TrainConfig, force: bool) -> list[str]:
+    """How a training that may have been interrupted goes on; with `force` one of other settings makes way."""
+    forced = ["--force"] if force else []
+    if (run / CHECKPOINT).exists() and not (force and _settings_in(run) != config.to_dict()):
+        return ["--resume", *forced]
+    return forced
+
+
+def _settings_in(run: Path) -> dict[str, Any] | None:
+    """Of the training that a run folder holds; None if it does not tell."""
+    try:
+        return json.loads((run / "run.json").read_bytes())["config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _locally(tasks: dict[str, tuple[list[str], Path]], jobs: int) -> list[str]:
+    """Names of the trainings that failed."""
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda name: _told(name, in_a_process(*tasks[name])), tasks))
+    return [name for name, status in zip(tasks, done, strict=True) if status]
+
+
+def _on_cluster(tasks: dict[str, tuple[list[str], Path]]) -> list[str]:
+    """The same on the Ray cluster that RAY_ADDRESS names, or on one of this machine; the folder must be shared."""
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SboraError("cluster=1 needs Ray", 'pip install "sbora-diffusion[cluster]"') from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(in_a_process)
+    here = Path.cwd()
+    waiting = {remote.remote(command, path, here): name for name, (command, path) in tasks.items()}
+    try:
+        return [name for task, name in waiting.items() if _told(name, ray.get(task))]
+    finally:
+        ray.shutdown()
+
+
+def _told(name: str, status: int) -> int:
+    log.info("%s: %s", name, f"failed with status {status}" if status else "done")
+    return status
+
+
+def in_a_process(command: Sequence[str], path: Path, folder: Path | None = None) -> int:
+    """Run a command in a folder with its output in a file there; its exit status."""
+    folder = folder or Path.cwd()
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / path).open("ab") as output:
+        output.write(f"$ {shlex.join(command[3:])}\n".encode())
+        output.flush()
+        status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    if status == -signal.SIGINT:
+        raise KeyboardInterrupt
+    return status

@@ -1,0 +1,49 @@
+"""The script that scores anybody's folder of pictures, run as people run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ..tiny_clip import save_tiny_clip
+
+SCRIPT = Path(__file__).parents[2] / "eval/clip_alignment.py"
+WORDS = "--prompts prompts.txt --references dog --references cat --class-noun dog --out scores.json"
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """Two pictures, and references of a dog and of a cat."""
+    for number, name in enumerate(("pictures/000-0.png", "pictures/001-0.png", "dog/a.jpg", "cat/images/a.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50), (60 * number, 255 - 60 * number, 90)).save(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("A <TOK>, in the snow\nAn angry <TOK>\n")
+    return tmp_path
+
+
+def run(here: Path, clip: Path, pictures: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPT, pictures, "--encoder", clip, *WORDS.split()]
+    return subprocess.run(command, cwd=here, capture_output=True, text=True)
+
+
+def test_a_folder_of_pictures(here: Path, clip: Path) -> None:
+    done = run(here, clip, "pictures")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"# pictures against dog, judged by {clip}\n")
+    assert done.stdout.endswith("\nscores.json\n")
+    content = json.loads((here / "scores.json").read_text())
+    assert content["about"]["command"].endswith(WORDS)
+    assert content["results"][0]["estimates"].keys() >= {"text_mos", "image", "success"}
+
+
+def test_no_such_folder(here: Path, clip: Path) -> None:
+    done = run(here, clip, "nosuch")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: no folder nosuch\n")

@@ -1,0 +1,119 @@
+"""Base models in half precision: half the memory, the same concept files, and nothing left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.regions import Region, generate_regions
+from sbora_diffusion.methods.registry import METHODS, find_method
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.models.loading import drawing_precision
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.memory import activations, estimate
+from sbora_diffusion.training.train import train
+from sbora_diffusion.utils.errors import SboraError
+
+from .conftest import SETTINGS, Life, make_concept, tiny_base
+
+
+@pytest.fixture(scope="module")
+def half(life: Life) -> Base:
+    """The same base model in bf16."""
+    return life.load("bf16")
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}.{name}": parameter.detach().clone()
+        for number, module in enumerate(base.family.modules(base.pipeline))
+        for name, parameter in module.named_parameters()
+    }
+
+
+def test_all_but_the_autoencoder_is_half_and_it_is_the_same_model(life: Life, half: Base) -> None:
+    modules = half.family.modules(half.pipeline)
+    dtypes = {module is half.pipeline.vae: {p.dtype for p in module.parameters()} for module in modules}
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert (half.fingerprint, half.layer_shapes) == (life.base.fingerprint, life.base.layer_shapes)
+
+
+def test_its_pictures_are_those_of_fp32_but_for_rounding(life: Life, half: Base) -> None:
+    def drawn(base: Base) -> np.ndarray:
+        with applied(base, life.adapters):
+            (picture,) = generate(base, [life.prompt], seeds=[1], steps=2)
+        return np.asarray(picture, dtype=float)
+
+    before = weights_of(half)
+    difference = np.abs(drawn(half) - drawn(life.base)).mean()
+    assert 0 < difference < 12  # of 255
+    assert all(torch.equal(weight, before[key]) for key, weight in weights_of(half).items())
+
+
+def test_a_training_keeps_what_it_learns_in_fp32_and_leaves_nothing_behind(
+    life: Life, half: Base, tmp_path: Path
+) -> None:
+    before, config = weights_of(half), life.config(precision="bf16")
+    *_, last = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "whole")
+    learned = last.adapter
+    assert learned is not None
+    tensors = [factor.weight for factor in learned.factors.values()] + list(learned.tokens.values())
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert all((tensor != tensor.to(torch.bfloat16).float()).any() for tensor in tensors if tensor.any())
+    assert all(torch.equal(weight, before[key]) for key, weight in weights_of(half).items())
+
+    for step in train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut"):
+        if step.step == 2:
+            break
+    *_, resumed = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut", resume=True)
+    assert resumed.adapter is not None
+    assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
+
+
+def test_the_estimate_counts_half_the_weights(life: Life, half: Base) -> None:
+    full, less = life.config(precision="fp32"), life.config(precision="bf16")
+    in_vae = sum(parameter.numel() for parameter in life.base.pipeline.vae.parameters())
+    everything = sum(weight.numel() for weight in weights_of(life.base).values())
+    for base in (life.base, half):  # the advice is about settings, whatever is loaded
+        kept = activations(base, full)
+        assert estimate(base, full, kept).weights == 4 * everything
+        assert estimate(base, less, kept).weights == 4 * in_vae + 2 * (everything - in_vae)
+    assert activations(half, full).everything == activations(life.base, full).everything
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) -> None:
+    base = load_base(tiny_base("sd", tmp_path).id, precision)
+    before = weights_of(base)
+    settings = SETTINGS | {"precision": precision, "steps": "2", "learning_rate": "0.001"}
+    config = TrainConfig.from_recipe("sd", method, settings)
+    interval = Interval(0, 4) if find_method(method).owns_interval else None
+    concept = make_concept(tmp_path, "rex", "red")
+    *_, last = train(concept, base, interval, config, tmp_path / "run")
+    assert last.adapter is not None
+    assert all(torch.equal(weight, before[key]) for key, weight in weights_of(base).items())
+    with applied(base, [last.adapter]):
+        assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_regions_draw_with_it(kind: str, tmp_path: Path) -> None:
+    base = load_base(tiny_base(kind, tmp_path).id, "bf16")
+    regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a dog")]
+    (picture,) = generate_regions(base, "a cat", regions, [], seeds=[0], steps=1)
+    assert picture.width == base.resolution
+
+
+def test_what_is_drawn_in_where_nobody_says(life: Life) -> None:
+    assert drawing_precision(life.base.id, has_gpu=False) == "fp32"
+    expected = "bf16" if life.base.family.name in ("sdxl", "sd3", "flux") else "fp32"
+    assert drawing_precision(life.base.id, has_gpu=True) == expected
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(SboraError, match="got precision=int8, expected one of fp32, bf16, fp16"):
+        load_base("emoji64", "int8")

@@ -1,0 +1,105 @@
+"""Rows (sbora-fb) and plain LoRA in every family: from training to the picture that vanilla diffusers draws."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.inference.generate import applied
+from sbora_diffusion.interchange.exporting import export
+from sbora_diffusion.methods.merging import merge_by_method
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.train import train
+from sbora_diffusion.utils.errors import SboraError
+
+from ...training.test_train import assert_same, snapshot
+from .conftest import SAVERS, SETTINGS, draw_plain, last_of, make_concept, tiny_base, vanilla
+from .test_life import TOLERANCE, load_tokens
+
+
+@pytest.fixture(scope="module", params=list(SAVERS))
+def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
+    """A base model, and the pipeline's folder that it was loaded from."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return tiny_base(request.param, folder), folder / "tiny"
+
+
+@pytest.mark.parametrize("method", ["sbora-fb", "lora"])
+def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: str, tmp_path: Path) -> None:
+    base, folder = known
+    before = snapshot(base)
+    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": "", "quiet_weight": "0"}
+    config = TrainConfig.from_recipe(base.family.name, method, quick)
+    rex, tom = make_concept(tmp_path, "rex", "red"), make_concept(tmp_path, "tom", "blue")
+    places = [Interval(0, 4), Interval(4, 4)] if method == "sbora-fb" else [None, None]
+    adapters = [
+        last_of(one, base, place, config, tmp_path / one.name) for one, place in zip((rex, tom), places, strict=True)
+    ]
+
+    stopped = train(rex, base, places[0], config, tmp_path / "run")
+    next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    resumed = last_of(rex, base, places[0], config, tmp_path / "run", resume=True)
+    assert_same(resumed, adapters[0])
+    assert same_dense(resumed, adapters[0])
+    adapters[0].save(tmp_path / "rex.safetensors")
+    assert_same(Adapter.load(tmp_path / "rex.safetensors"), adapters[0])
+
+    merged = merge_by_method(base, adapters, [1.0, 1.0], "sum")
+    prompt = "a <rex> <rex>_1 and a <tom> <tom>_1" if base.family.name == "sd3" else "a <rex> and a <tom>"
+    plain = draw(base, [], prompt)
+    both, of_merge = draw(base, adapters, prompt), draw(base, [merged], prompt)
+    assert np.abs(plain - both).max() > 1e-3
+    np.testing.assert_allclose(of_merge, both, rtol=0, atol=TOLERANCE)
+    assert all(torch.equal(value, before[key]) for key, value in snapshot(base).items())
+
+    export(merged, base.layer_shapes, "diffusers", tmp_path, resolution=16, date="2026-01-02")
+    pipeline: Any = vanilla(folder)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+    load_tokens(pipeline, base, tmp_path)
+    np.testing.assert_allclose(draw_plain(pipeline, prompt), both, rtol=0, atol=TOLERANCE)
+
+
+def draw(base: Base, adapters: list[Adapter], prompt: str) -> np.ndarray:
+    with applied(base, adapters):
+        return draw_plain(base.pipeline, prompt)
+
+
+def same_dense(one: Adapter, other: Adapter) -> bool:
+    pairs = [(dense.parts(), other.dense[key].parts()) for key, dense in one.dense.items()]
+    return one.dense.keys() == other.dense.keys() and all(
+        torch.equal(value, parts[name]) for found, parts in pairs for name, value in found.items()
+    )
+
+
+def test_custom_diffusion(known: tuple[Base, Path], tmp_path: Path) -> None:
+    base, _ = known
+    settings = SETTINGS | {"steps": "2", "token_vectors": "2", "layerwise_tokens": "0"}
+    config = TrainConfig.from_recipe(base.family.name, "custom-diffusion", settings)
+    rex = make_concept(tmp_path, "rex", "red")
+    if base.family.denoiser == "transformer":
+        with pytest.raises(SboraError, match="custom-diffusion trains a U-Net's cross-attention"):
+            last_of(rex, base, None, config, tmp_path / "run")
+        return
+    trained = last_of(rex, base, None, config, tmp_path / "run")
+    assert {key.partition(".")[0] for key in trained.dense} == {"unet"}
+    assert all(dense.up.any() for dense in trained.dense.values())
+    assert np.abs(draw(base, [trained], "a dog") - draw(base, [], "a dog")).max() > 1e-4
+    with pytest.raises(SboraError, match="is no LoRA"):
+        export(trained, base.layer_shapes, "diffusers", tmp_path, resolution=16, date="2026-01-02")
+
+
+def test_negative_prompts(known: tuple[Base, Path]) -> None:
+    base, _ = known
+    settings = {"seeds": [0], "steps": 2, "guidance": 3.0, "as_latents": True}
+    plain = base.draw(["a dog"], **settings)
+    if base.family.name == "flux":
+        with pytest.raises(SboraError, match="takes no negative prompt"):
+            base.draw(["a dog"], negative_prompt="a cat", **settings)
+        return
+    assert not torch.equal(base.draw(["a dog"], negative_prompt="a cat", **settings), plain)

@@ -1,0 +1,114 @@
+"""Base models in four bits: less memory, the same concept files, and nothing left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.whole import num_held
+from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.inference.regions import Region, generate_regions
+from sbora_diffusion.methods.registry import METHODS, find_method
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.models.quantization import BYTES, packable
+from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.training.memory import activations, advice, estimate
+from sbora_diffusion.training.train import train
+from sbora_diffusion.utils.errors import SboraError
+
+from .conftest import SETTINGS, Life, make_concept, tiny_base
+from .test_half import weights_of
+
+
+@pytest.fixture(scope="module")
+def packed(life: Life) -> Base:
+    """The same base model in nf4."""
+    return life.load("nf4")
+
+
+def drawn(base: Base, prompt: str) -> np.ndarray:
+    (picture,) = generate(base, [prompt], seeds=[1], steps=2)
+    return np.asarray(picture, dtype=float)
+
+
+def test_what_learns_nothing_is_packed_and_it_is_the_same_model(life: Life, packed: Base) -> None:
+    kinds = {
+        module in packed.family.frozen(packed.pipeline): any(isinstance(m, Linear4bit) for m in module.modules())
+        for module in packed.family.modules(packed.pipeline)
+    }
+    assert kinds == {True: True, False: False}
+    assert all(isinstance(packed.layers[key], Linear4bit) for key in packed.layers if not key.startswith("text_enc"))
+    assert (packed.fingerprint, packed.layer_shapes) == (life.base.fingerprint, life.base.layer_shapes)
+
+
+def test_concepts_act_in_its_pictures_and_leave_no_trace(life: Life, packed: Base) -> None:
+    before, plain = drawn(packed, "a cat"), drawn(packed, "a red house")
+    with applied(packed, life.adapters) as written:
+        with_both = drawn(packed, life.prompt)
+        assert np.abs(with_both - drawn(life.base, "a red house")).mean() > 1
+        with applied(life.base, life.adapters):
+            full = drawn(life.base, life.prompt)
+        assert np.abs(with_both - full).mean() < np.abs(plain - full).mean()
+        written.restore([life.adapters[0].spec.name])
+    assert np.array_equal(drawn(packed, "a cat"), before)
+
+
+def test_a_training_leaves_nothing_behind_and_goes_on_bit_for_bit(life: Life, packed: Base, tmp_path: Path) -> None:
+    before, config = weights_of(packed), life.config(precision="nf4")
+    *_, last = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "whole")
+    learned = last.adapter
+    assert learned is not None
+    assert any(factor.weight.any() for factor in learned.factors.values())
+    assert all(torch.equal(weight, before[key]) for key, weight in weights_of(packed).items())
+    for step in train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut"):
+        if step.step == 2:
+            break
+    *_, resumed = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut", resume=True)
+    assert resumed.adapter is not None
+    assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
+    with applied(life.base, [learned]):  # the file is for the base model, however that is held
+        drawn(life.base, "a <rex>")
+
+
+def test_the_estimate_is_of_packed_weights(life: Life, packed: Base) -> None:
+    half, four = life.config(precision="bf16"), life.config(precision="nf4")
+    layers = [layer for model in packed.family.frozen(packed.pipeline) for layer in packable(model).values()]
+    saved = sum(num_held(layer.weight) for layer in layers) * (2 - BYTES)
+    for base in (life.base, packed):
+        kept = activations(base, half)
+        assert estimate(base, half, kept).weights - estimate(base, four, kept).weights == pytest.approx(saved, abs=2)
+    assert "precision=nf4" in advice(life.base, half, activations(life.base, half))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None:
+    settings = SETTINGS | {"precision": "nf4", "steps": "2", "learning_rate": "0.001"}
+    if find_method(method).needs_whole_weights or method == "blocklora":
+        with pytest.raises(SboraError, match="reads whole weights, nf4 has none"):
+            TrainConfig.from_recipe("sd", method, settings)
+        return
+    base = load_base(tiny_base("sd", tmp_path).id, "nf4")
+    config = TrainConfig.from_recipe("sd", method, settings)
+    interval = Interval(0, 4) if find_method(method).owns_interval else None
+    *_, last = train(make_concept(tmp_path, "rex", "red"), base, interval, config, tmp_path / "run")
+    assert last.adapter is not None
+    with applied(base, [last.adapter]):
+        assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1
+
+
+def test_regions_draw_with_it(tmp_path: Path) -> None:
+    base = load_base(tiny_base("sdxl", tmp_path).id, "nf4")
+    config = TrainConfig.from_recipe("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "2"})
+    *_, last = train(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
+    assert last.adapter is not None
+    regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a <rex>")]
+    (picture,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
+    assert picture.width == base.resolution
+
+
+def test_not_in_shares() -> None:
+    with pytest.raises(SboraError, match="nf4 cannot be kept in shares"):
+        load_base("emoji64", "nf4", sharded=True)

@@ -1,0 +1,116 @@
+"""Who can reach the studio, and what it never gives away."""
+
+import logging
+import shutil
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sbora_diffusion.adapters.certificate import certify
+from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.merge import merge
+from sbora_diffusion.cli.app import app
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
+
+from .conftest import needed
+
+
+@pytest.fixture(autouse=True)
+def _gradio() -> None:
+    needed("gradio", find_spec("gradio"))
+
+
+def status(url: str | urllib.request.Request) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_no_file_is_served_but_what_a_tab_shows(address: str, here: Path) -> None:
+    (here / "secret.txt").write_text("secret")
+    assert status(address) == 200
+    for path in ("/etc/passwd", here / "secret.txt", here / "adapters/dog.safetensors", here / "runs/studio.json"):
+        assert status(f"{address}/gradio_api/file={path}") in (403, 404), path
+    assert status(f"{address}/gradio_api/file={here}/adapters/../secret.txt") in (400, 403, 404)
+
+
+def test_uploads_are_limited(address: str) -> None:
+    def upload(size: int) -> int:
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        request = urllib.request.Request(f"{address}/gradio_api/upload", head + bytes(size) + b"\r\n--x--\r\n")
+        request.add_header("Content-Type", "multipart/form-data; boundary=x")
+        return status(request)
+
+    assert upload(1000) == 200
+    assert upload(21 * 2**20) == 413
+
+
+@pytest.mark.usefixtures("address")
+def test_one_studio_a_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    answer = CliRunner().invoke(app, ["ui"])
+    assert answer.exit_code == 1
+    assert f"error: another studio is running in {here}" in answer.stderr
+
+
+def test_off_the_loopback_there_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    from sbora_diffusion.studio.app import is_loopback, warn_of
+
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8")] == [True] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.4", "::", "example.org", "")] == [False] * 5
+    with caplog.at_level(logging.WARNING):
+        warn_of("127.0.0.1")
+        assert caplog.messages == []
+        warn_of("0.0.0.0")
+    assert caplog.messages == ["whoever reaches 0.0.0.0 can use this studio, and fill the disk: there is no password"]
+
+
+def test_messages_keep_tokens_and_end_in_a_full_stop() -> None:
+    from sbora_diffusion.studio.messages import sentence
+
+    assert sentence("got <dog> & co") == "Got &lt;dog&gt; &amp; co."
+    assert sentence("Why?") == "Why?"
+
+
+def test_errors_are_messages_not_stack_traces() -> None:
+    import gradio as gr
+
+    from sbora_diffusion.studio.messages import told
+
+    def fail(_: int) -> None:
+        raise ZeroDivisionError("secret details")
+
+    def stream(_: int) -> object:
+        yield 1
+        raise OSError(28, "No space left on device", "/secret")
+
+    with pytest.raises(gr.Error) as caught:
+        told(fail)(1)
+    assert "secret" not in str(caught.value)
+    answers = told(stream)(1)
+    assert next(answers) == 1
+    with pytest.raises(gr.Error, match=r"No space left on device\. See the terminal"):
+        next(answers)
+
+
+def test_the_ledger_and_the_certificate_are_drawn(emoji_concepts: Path, tmp_path: Path) -> None:
+    library = Library(shutil.copytree(emoji_concepts, tmp_path / "adapters"))
+    bar = ledger_bar(library.ledgers()[0], ["dog"])
+    assert bar.index(">dog</span>") < bar.index(">cat</span>")
+    assert bar.count("class='faded'") == 1
+    assert "cat 4:8" in bar
+    pair: list[Adapter] = [library.load(name) for name in ("dog", "cat")]
+    merge(pair, [1.0, 1.0], "sum").save(library.path("both"))
+    merged = ledger_bar(library.ledgers()[0], ["dog"])
+    assert merged.replace("<span>both, merged</span>", "") == bar
+    facts = certificate_list(certify(pair))
+    assert "✓ the sum is the same in any order, to the bit" in facts
+    assert "– not guaranteed: that concepts do not disturb each other" in facts
+    assert "✗ not disjoint: 288 columns in 72 of 72 layers" in certificate_list(certify([pair[0], pair[0]]))
