@@ -5,7 +5,7 @@
 U-Nets of those shapes with random weights; a step is forward, backward and AdamW on a rank-8 adapter of all attention
 layers, whose weights are fp32. The base way is the frozen model: forward, and backward to the inputs only. Arithmetic
 in fp32, in bf16 by autocast with the frozen weights in fp32, and with these in bf16, too. The peak is what torch has
-allocated at most during the way's own steps, the frozen weights included. Where four pictures take no longer than one,
+allocated at most during the way's own steps, the frozen weights included. Where four images take no longer than one,
 the GPU waits for Python, and a ratio compares how much of that each way runs.
 """
 
@@ -56,7 +56,7 @@ def measure(
         peaks = {way: _peak(step, device) for way, step in steps.items()}
     rows = compared(times, model=name, batch=batch, arithmetic=arithmetic)
     for row in rows:
-        row |= {"pictures/s": round(1e3 * batch / row["ms"], 2), "peak MiB": peaks[row["way"]]}
+        row |= {"images/s": round(1e3 * batch / row["ms"], 2), "peak MiB": peaks[row["way"]]}
         row["over base MiB"] = peaks[row["way"]] - peaks["base"]
     return rows
 

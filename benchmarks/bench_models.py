@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.adapters.layer import attach
 from sbora_diffusion.models.target_modules import only_passed, unet_blocks_before
 
@@ -48,7 +48,7 @@ def adapted(base: nn.Module, way: str, rank: int, targets: Sequence[str], stack:
         for parameter in trained(model):
             parameter.normal_(std=0.01)
     if way.endswith("direct"):
-        assert stack.enter_context(direct_training(model, names[0]))
+        assert stack.enter_context(inplace_training(model, names[0]))
     if block:
         stack.enter_context(only_passed(model, unet_blocks_before(model, targets)))
     return model
@@ -138,7 +138,7 @@ def sdxl_unet() -> Any:
 
 
 def conditions(model: Any, batch: int, device: torch.device) -> dict[str, Any]:
-    """What SDXL wants besides: the pooled text, and the picture's size and crop."""
+    """What SDXL wants besides: the pooled text, and the image's size and crop."""
     if getattr(model.config, "addition_embed_type", None) != "text_time":
         return {}
     sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch, device=device)

@@ -29,19 +29,19 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import load_base
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.trainer import Run
 
 RANKS = (8, 32)
 EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what differs from its recipe
     "base": ("textual-inversion", {}),
     "peft": ("lora", {}),
-    "fa direct": ("sbora-fa", {"quiet_weight": "0"}),
-    "fb direct": ("sbora-fb", {"quiet_weight": "0"}),
+    "fa direct": ("sbora-fa", {"output_penalty": "0"}),
+    "fb direct": ("sbora-fb", {"output_penalty": "0"}),
     "fa direct, quiet": ("sbora-fa", {}),
-    "fa direct, all blocks": ("sbora-fa", {"quiet_weight": "0", "blocks": ""}),
+    "fa direct, all blocks": ("sbora-fa", {"output_penalty": "0", "blocks": ""}),
     "peft, up_blocks": ("lora", {"blocks": "up_blocks"}),
 }
 BATCHES = {"batch_size": "8", "prior_batch": "2"}  # the same for all
@@ -87,12 +87,12 @@ def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
     concept, data, ways = load_concept("dog", default_roots()), None, {}
     with ExitStack() as stack:
         for way, (method, settings) in list(EMOJI64.items())[: 3 if tiny else None]:
-            config = TrainConfig.from_recipe("emoji64", method, settings | (TINY if tiny else BATCHES))
+            config = configure("emoji64", method, settings | (TINY if tiny else BATCHES))
             base = load_base("emoji64")
             assert base.layers  # looked up before PEFT wraps them
             data = data or prepare_data(concept, base, config)
-            interval = Interval(0, config.rank) if way.startswith("f") else None
-            live = stack.enter_context(live_concept(concept, base, interval, config))
+            interval = Interval(0, config.method.rank) if way.startswith("f") else None
+            live = stack.enter_context(injected_concept(concept, base, interval, config))
             ways[way] = _advance(Run(live, data, config, base))
         return compared(take_turns(ways, rounds, device), model="emoji64, `train`", rank=8)
 

@@ -1,9 +1,9 @@
-"""(h) The studio: from a click in a browser to the first picture, alone and beside a training, and switching concepts.
+"""(h) The studio: from a click in a browser to the first image, alone and beside a training, and switching concepts.
 
     python benchmarks/bench_studio.py [--rounds 5] [--tiny] [--out FILE]
 
 emoji64 with a concept of rank 8, at the page's own settings, in a headless Chromium (Playwright, of the extra `test`).
-A picture counts when the browser has it; in the second half a training of emoji64 runs beside it, on the same cores.
+An image counts when the browser has it; in the second half a training of emoji64 runs beside it, on the same cores.
 Switching is what a click adds to the drawing when the concepts have changed since the last one: timed in this process,
 where nothing is drawn, on a model with four concepts in it.
 """
@@ -42,7 +42,7 @@ CONCEPTS = ("dog", "cat", "fox", "owl")
 PATIENCE = 300  # seconds
 CLICK = """() => new Promise(done => {
   const gallery = document.querySelector("#gallery"), start = performance.now();
-  const sources = () => [...gallery.querySelectorAll("img")].map(picture => picture.src), before = new Set(sources());
+  const sources = () => [...gallery.querySelectorAll("img")].map(image => image.src), before = new Set(sources());
   gallery.addEventListener("load", event => {  // load does not bubble: caught on its way down
     if (event.target.tagName === "IMG" && !before.has(event.target.src)) done(performance.now() - start);
   }, true);

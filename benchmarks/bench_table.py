@@ -21,7 +21,7 @@ INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/bench_table.py` from the files in [benchmarks/results](../benchmarks/results), which the
 commands below have made. PEFT is its plain LoRA of the same rank; base is the frozen model, in trainings with the
-backward pass to its inputs: the floor. "direct" is `direct_training`, which `train` uses, without it the fused kernel.
+backward pass to its inputs: the floor. "direct" is `inplace_training`, which `train` uses, without it the fused kernel.
 
 Ways take turns, round by round, and each number is the median of its rounds; a ratio is one median over another of the
 same run. On a CPU the clock is the process's own CPU time, on one thread: the machine had other work, which still

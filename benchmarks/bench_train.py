@@ -27,15 +27,15 @@ from bench_common import Out, Rounds, Row, Tiny, new_app, prepare, save
 PARTS = (  # what, and the function's file and name
     ("import packages", "<frozen importlib._bootstrap>", "_find_and_load"),
     ("load the base model", "loading.py", "load_pipeline"),
-    ("encode the pictures", "latents.py", "encode"),
-    ("take, or draw, the prior prompts' pictures", "prior.py", "prior_latents"),
+    ("encode the images", "latents.py", "encode"),
+    ("take, or draw, the prior prompts' images", "prior.py", "prior_latents"),
     ("ask for the answers to hold", "latents.py", "answers"),
-    ("draw previews, and before and after", "preview.py", "_pictures"),
-    ("steps", "run.py", "advance"),
-    ("→ forward", "run.py", "_predict"),
+    ("draw previews, and before and after", "preview.py", "_images"),
+    ("steps", "trainer.py", "advance"),
+    ("→ forward", "trainer.py", "_predict"),
     ("→ backward", "precision.py", "backward"),
     ("→ optimiser", "precision.py", "step"),
-    ("save checkpoints", "run_folder.py", "save"),
+    ("save checkpoints", "checkpoint.py", "save"),
     ("save the concept", "file.py", "save"),
 )
 RUN = "from sbora_diffusion.cli.app import main; main()"

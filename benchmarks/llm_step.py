@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.llm.base import inject
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.methods.registry import find_method
@@ -69,7 +69,7 @@ def main() -> None:
     saved = {method: saved_bytes(model, ids) for method, model in models.items()}
     steps = {method: step_of(models[method], ids) for method in METHODS}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    with direct_training(models["sbora-fa"], "default"), direct_training(models["sbora-fb"], "default"):
+    with inplace_training(models["sbora-fa"], "default"), inplace_training(models["sbora-fb"], "default"):
         for number in range(options.rounds + 1):  # the first is to warm up
             for method, step in steps.items():
                 start = time.process_time()

@@ -9,13 +9,13 @@ from PIL import Image
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import sheet
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.utils.text import with_article
 
-PLACES = {  # in the prompt, and above the picture
+PLACES = {  # in the prompt, and above the image
     "on the beach": "on the beach",
     "in the snow": "in the snow",
     "at night": "at night",
@@ -23,16 +23,16 @@ PLACES = {  # in the prompt, and above the picture
 }
 
 
-def pictures(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
-    """A labelled picture of a subject in each of PLACES, for each seed."""
+def images(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
+    """A labelled image of a subject in each of PLACES, for each seed."""
     prompts = [f"{with_article(subject)} {place}" for place in PLACES for _ in seeds]
     labels = [label for label in PLACES.values() for _ in seeds]
     return list(zip(labels, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
 
 
 def given(name: str) -> list[tuple[str, Image.Image]]:
-    """The first picture that the concept was taught from."""
-    return [("given", load_picture(load_concept(name, default_roots()).pictures[1].path))]
+    """The first image that the concept was taught from."""
+    return [("given", load_image(load_concept(name, default_roots()).images[1].path))]
 
 
 def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequence[int]) -> list:
@@ -40,7 +40,7 @@ def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequenc
     rows = []
     for adapter in adapters:
         (token,) = adapter.spec.tokens
-        rows.append((f"{token}, {loaded}", given(adapter.spec.name) + pictures(base, token, seeds)))
+        rows.append((f"{token}, {loaded}", given(adapter.spec.name) + images(base, token, seeds)))
     return rows
 
 
@@ -65,12 +65,12 @@ def main() -> None:
 
     chosen = adapters[: args.merged]
     nouns = [noun for adapter in chosen for noun in adapter.spec.tokens.values()]
-    before = {noun: pictures(base, noun, args.seeds) for noun in nouns}
+    before = {noun: images(base, noun, args.seeds) for noun in nouns}
     with applied(base, [merge(chosen, [1.0] * len(chosen), "sum")]):
         rows = rows_of(base, chosen, f"{len(chosen)} concepts merged", args.seeds)
         for noun in nouns:
             rows.append((f"{noun}, without token: the base model", given(noun) + before[noun]))
-            rows.append((f"{noun}, without token: after the merge", given(noun) + pictures(base, noun, args.seeds)))
+            rows.append((f"{noun}, without token: after the merge", given(noun) + images(base, noun, args.seeds)))
     sheet(rows, cell=96).save(args.out / "merged.png", optimize=True)
 
 

@@ -1,8 +1,8 @@
-"""How much two concepts bleed into each other in one picture: summed, fused, gated, with and without regions.
+"""How much two concepts bleed into each other in one image: summed, fused, gated, with and without regions.
 
 One command: `python eval/bleed.py FOLDER [--adapters DIR] [--concepts dog,…] [--seeds 0,1]`. Every pair is a file in
-FOLDER that is made once, with a sheet of its pictures; killed and run again, it goes on. --out gets the summary as
-JSON, with a Markdown table and a sheet of a picture of each pair beside it.
+FOLDER that is made once, with a sheet of its images; killed and run again, it goes on. --out gets the summary as
+JSON, with a Markdown table and a sheet of an image of each pair beside it.
 """
 
 import json
@@ -26,11 +26,11 @@ from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.alignment import bootstrap_interval, class_rank
 from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_images
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.files import write_atomically
@@ -39,7 +39,7 @@ from tools.emoji.measure import HALVES
 log = logging.getLogger("bleed")
 
 PLACES = ("on the grass", "in the snow")
-CELL = 96  # pixels of a picture's side in sheets
+CELL = 96  # pixels of an image's side in sheets
 BOXES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 CONDITIONS = (
     "base model, class nouns",
@@ -77,11 +77,11 @@ class Studio:
 
     def __init__(self, base: Base, judge: Judge, adapters: Mapping[str, Adapter], seeds: Sequence[int]) -> None:
         self._base, self.judge, self._adapters, self._seeds = base, judge, adapters, seeds
-        self._drawn = DrawnInputs(base, list(adapters.values()))
+        self._drawn = SampledInputs(base, list(adapters.values()))
         self._moments: dict[str | None, dict[str, Tensor]] = {}
 
-    def pictures(self, pair: tuple[str, str]) -> Iterator[tuple[str, list[tuple[Scene, list[Image.Image]]]]]:
-        """For each condition every scene of the pair and its pictures, one a seed."""
+    def images(self, pair: tuple[str, str]) -> Iterator[tuple[str, list[tuple[Scene, list[Image.Image]]]]]:
+        """For each condition every scene of the pair and its images, one a seed."""
         live = [self._adapters[name] for name in pair]
         written = {"sum": merge(live, [1.0, 1.0], "sum"), "fuse": fuse(live, [1.0, 1.0], self._inputs)}
         for condition in CONDITIONS:
@@ -126,20 +126,20 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
 def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
     """Draw and judge a pair: raw scores (scenes, seeds, halves, concepts) a condition, and who should be where."""
     told, rows = {}, []
-    for condition, drawn in studio.pictures(pair):
-        scores = [[_score(studio.judge, picture).tolist() for picture in pictures] for _, pictures in drawn]
+    for condition, drawn in studio.images(pair):
+        scores = [[_score(studio.judge, image).tolist() for image in images] for _, images in drawn]
         told[condition] = {"names": [scene.names for scene, _ in drawn], "scores": scores}
-        rows.append((condition, [(" | ".join(scene.names), picture) for scene, some in drawn for picture in some]))
+        rows.append((condition, [(" | ".join(scene.names), image) for scene, some in drawn for image in some]))
     folder.mkdir(parents=True, exist_ok=True)
     sheet(rows, cell=CELL).save(folder / f"{'+'.join(pair)}.png")
     write_atomically(folder / f"{'+'.join(pair)}.json", json.dumps(told).encode())
 
 
-def _score(judge: Judge, picture: Image.Image) -> Tensor:
+def _score(judge: Judge, image: Image.Image) -> Tensor:
     """(2 halves, concepts): the image alignment of each half with every concept, in the judge's order."""
-    scale = picture.width / 64  # HALVES are for emoji64's pictures
+    scale = image.width / 64  # HALVES are for emoji64's images
     boxes = [(left * scale, top * scale, right * scale, bottom * scale) for left, top, right, bottom in HALVES]
-    halves = [picture.resize(picture.size, Image.Resampling.BICUBIC, box) for box in boxes]
+    halves = [image.resize(image.size, Image.Resampling.BICUBIC, box) for box in boxes]
     return class_rank(judge.encoder.images(halves), list(judge.references.values()))
 
 
@@ -157,7 +157,7 @@ def summarise(folder: Path, names: Sequence[str], number: int) -> dict:
         "command": "python " + " ".join(sys.argv),
         "concepts": list(names),
         "pairs": len(cells),
-        "pictures a condition": number * len(cells) * 2 * len(PLACES),
+        "images a condition": number * len(cells) * 2 * len(PLACES),
         "versions": versions(),
         "rows": rows,
     }
@@ -170,7 +170,7 @@ def _over_all(cells: Sequence[Mapping], condition: str, names: Sequence[str]) ->
 
 
 def _figures(cell: Mapping, names: Sequence[str]) -> dict[str, Tensor]:
-    """(scenes, seeds) of each figure. Who stands where is left to the picture: the assignment that fits better counts.
+    """(scenes, seeds) of each figure. Who stands where is left to the image: the assignment that fits better counts.
 
     Only `as asked` looks at the places: whether that assignment is the one that the prompt or the regions ask for.
     """
@@ -225,13 +225,13 @@ def run(folder: Path, names: Sequence[str], number: int, open_studio: Callable[[
 
 
 def overview(folder: Path, names: Sequence[str]) -> Image.Image:
-    """The first picture of each pair's sheet, a row a condition."""
+    """The first image of each pair's sheet, a row a condition."""
     paths = [path for path in (folder / f"{'+'.join(pair)}.png" for pair in pairs_of(names)) if path.exists()]
-    columns = [(path.stem.replace("+", " | "), _first_pictures(path)) for path in paths]
+    columns = [(path.stem.replace("+", " | "), _first_images(path)) for path in paths]
     return sheet([(name, [(pair, some[row]) for pair, some in columns]) for row, name in enumerate(CONDITIONS)], CELL)
 
 
-def _first_pictures(path: Path) -> list[Image.Image]:
+def _first_images(path: Path) -> list[Image.Image]:
     """Each row's first, out of a pair's sheet."""
     with Image.open(path) as page:
         tops = [GAP + row * (2 * LABEL + CELL + GAP) + 2 * LABEL for row in range(len(CONDITIONS))]
@@ -257,7 +257,7 @@ def main(
     def open_studio() -> Studio:
         loaded = {name: Adapter.load(adapters / f"{name}.safetensors") for name in names}
         known = [load_concept(name, default_roots()) for name in names]
-        judge = instruct(load_encoder("emoji-clip"), reference_pictures(known), None)
+        judge = instruct(load_encoder("emoji-clip"), reference_images(known), None)
         return Studio(load_base("emoji64"), judge, loaded, numbers)
 
     run(folder, names, len(numbers), open_studio, out)

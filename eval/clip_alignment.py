@@ -1,9 +1,9 @@
-"""Score any folder of pictures against the prompts they were made from and the references they should resemble.
+"""Score any folder of images against the prompts they were made from and the references they should resemble.
 
-python eval/clip_alignment.py PICTURES --prompts FILE --references DIR --class-noun dog [--encoder ID] [--out FILE]
+python eval/clip_alignment.py IMAGES --prompts FILE --references DIR --class-noun dog [--encoder ID] [--out FILE]
 
-Which prompt a picture was made from is told by its name, "<prompt's number>-<seed>.png" with the first prompt as 0
-(what `sbora-diffusion eval` writes), or by a JSON file {"<picture's name>": "<prompt in plain words>"}.
+Which prompt an image was made from is told by its name, "<prompt's number>-<seed>.png" with the first prompt as 0
+(what `sbora-diffusion eval` writes), or by a JSON file {"<image's name>": "<prompt in plain words>"}.
 """
 
 import shlex
@@ -22,21 +22,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 @told_in_a_line()
 def main(
-    pictures: Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures.")],
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="A suite, or a JSON file of picture -> prompt.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="A suite, or a JSON file of image -> prompt.")],
     references: Annotated[
-        list[Path], typer.Option(metavar="DIR", help="The concept's pictures; further ones are of others.")
+        list[Path], typer.Option(metavar="DIR", help="The concept's images; further ones are of others.")
     ],
     class_noun: Annotated[
-        list[str], typer.Option(metavar="NOUN", help="What it is in plain words; one for each concept in a picture.")
+        list[str], typer.Option(metavar="NOUN", help="What it is in plain words; one for each concept in an image.")
     ] = [],  # noqa: B006
     encoder: Annotated[str, typer.Option(metavar="ID", help="The judge.")] = "openai/clip-vit-base-patch32",
-    vision: Annotated[str, typer.Option(metavar="ID", help="A second judge of pictures, such as a DINO.")] = "",
+    vision: Annotated[str, typer.Option(metavar="ID", help="A second judge of images, such as a DINO.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number as JSON.")] = None,
 ) -> None:
-    """Text and image alignment of a folder of pictures.
+    """Text and image alignment of a folder of images.
 
-    The first references are those of the concepts in the pictures, one folder for each class noun; all further folders
+    The first references are those of the concepts in the images, one folder for each class noun; all further folders
     are concepts that they may be mistaken for, which gives the success rate.
     """
     set_up_logging()
@@ -48,11 +48,11 @@ def main(
 
     hide_loading_bars()
     second = load_vision(vision) if vision else None
-    report = score_folder(pictures, prompts, references, class_noun, load_encoder(encoder), second)
+    report = score_folder(images, prompts, references, class_noun, load_encoder(encoder), second)
     report = replace(report, about=report.about | {"command": shlex.join(["python", *sys.argv])})
     typer.echo(to_markdown(report))
     if out:
-        write_text(to_json(report, pictures), out)
+        write_text(to_json(report, images), out)
         typer.echo(out)
 
 

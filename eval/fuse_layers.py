@@ -58,7 +58,7 @@ def score_groups(study: Study, seed: int) -> None:
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the trainings lie.")],
-    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "1",
+    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and images.")] = "1",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/fuse-layers.json"),
 ) -> None:
     """Measure which layers lose what a merge loses."""

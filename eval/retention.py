@@ -22,8 +22,8 @@ from retention_summary import summarise, write_summary
 
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.compare_cells import base_of_process
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.loading import recipe_base
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.train import train
 
 log = logging.getLogger("retention")
@@ -34,8 +34,8 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
     path, run = study.adapter_path(scheme, seed, name), study.folder / "runs" / f"{scheme}-{seed}" / name
     interval, basis_seed = columns_of(scheme, seed, study.concepts.index(name))
     settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"} | RECIPE
-    config = TrainConfig.from_recipe(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
-    concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.precision)
+    config = configure(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
+    concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.model.precision)
     for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
         if step.adapter:
             step.adapter.save(path, True)
@@ -59,7 +59,7 @@ def _in_a_process(study: Study, scheme: str, seed: int, name: str) -> None:
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where all cells lie.")],
-    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and images.")] = "0,1,2",
     schemes: Annotated[str, typer.Option(metavar="NAME,…", help="How columns are chosen.")] = ",".join(SCHEMES),
     hows: Annotated[str, typer.Option(metavar="NAME,…", help="How concepts are merged.")] = ",".join(HOWS),
     jobs: Annotated[int, typer.Option(help="Trainings at once.")] = 2,

@@ -1,4 +1,4 @@
-"""The cells of the retention study that are not trainings: merges, their objective, and judged pictures."""
+"""The cells of the retention study that are not trainings: merges, their objective, and judged images."""
 
 import logging
 import time
@@ -16,17 +16,17 @@ from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
 from sbora_diffusion.adapters.merge import merge, put_together
 from sbora_diffusion.data.concept import Concept, default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_images, score
 from sbora_diffusion.evaluation.suite import load_suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base, load_base
 
 log = logging.getLogger("retention")
 
 PRIOR_WEIGHT = 1.0  # of every way to merge alike; what is committed was measured with it
-BATCH = 20  # pictures at once
+BATCH = 20  # images at once
 METRICS = ("text_mos", "image", "success")
 
 
@@ -39,9 +39,9 @@ class Bench:
         self.adapters = {name: self._load(name) for name in study.concepts}
         known = {name: load_concept(name, default_roots()) for name in known_concepts(default_roots())}
         self.concepts: dict[str, Concept] = known
-        self.judge: Judge = instruct(load_encoder(study.judge), reference_pictures(known.values()), None)
+        self.judge: Judge = instruct(load_encoder(study.judge), reference_images(known.values()), None)
         self.suite = load_suite(study.suite)
-        self._inputs = DrawnInputs(self.base, list(self.adapters.values()))
+        self._inputs = SampledInputs(self.base, list(self.adapters.values()))
         self._moments: dict[str | None, dict[str, Tensor]] = {}
 
     def _load(self, name: str) -> Adapter:
@@ -116,20 +116,20 @@ class Bench:
             for name in names:
                 concept = self.concepts[name]
                 prompts = self.suite.bind([concept.token])
-                pictures = self._pictures(prompts)
-                found = score(pictures, prompts, self.judge, {concept.token: concept.class_noun}, [name])[name]
+                images = self._images(prompts)
+                found = score(images, prompts, self.judge, {concept.token: concept.class_noun}, [name])[name]
                 told[name] = {metric: [round(x, 4) for x in found[metric].tolist()] for metric in METRICS}
-                rows.append((f"<{name}>, {how} of {size}", [("", picture) for picture in pictures[:10]]))
+                rows.append((f"<{name}>, {how} of {size}", [("", image) for image in images[:10]]))
         page = self.study.folder / "sheets" / f"{self.scheme}-{self.seed}-{how}-{size}-{names[0]}.png"
         page.parent.mkdir(parents=True, exist_ok=True)
         sheet(rows, cell=64).save(page)
         return told
 
-    def _pictures(self, prompts: Sequence[str]) -> list[Image.Image]:
+    def _images(self, prompts: Sequence[str]) -> list[Image.Image]:
         batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
         steps = self.study.sampling_steps
         drawn = [generate(self.base, texts, seeds=[self.seed] * len(texts), steps=steps) for texts in batches]
-        return [picture for pictures in drawn for picture in pictures]
+        return [image for images in drawn for image in images]
 
 
 def judge_all(study: Study, scheme: str, seed: int) -> None:

@@ -15,7 +15,7 @@ HOWS = ("sum", "fuse", "full", "lbfgs")  # "fuse:0.3" is the optimum of that pri
 SIZES = (3, 6, 12)
 RANK = 8
 # emoji64's when the study began
-RECIPE = {"blocks": "", "quiet_weight": "100", "token_learning_rate": "3e-2", "batch_size": "8", "prior_batch": "2"}
+RECIPE = {"blocks": "", "output_penalty": "100", "token_learning_rate": "3e-2", "batch_size": "8", "prior_batch": "2"}
 
 
 Cell = tuple[str, int, tuple[str, ...]]  # how ("single" for size 1), size, names
@@ -74,7 +74,7 @@ class Found:
         self._told: dict = json.loads(path.read_bytes()) if path.exists() else {"scores": {}, "merges": {}}
 
     def scores(self, how: str, size: int, name: str) -> dict[str, list[float]]:
-        """Metric -> a number a prompt, of one concept's pictures; empty if not there."""
+        """Metric -> a number a prompt, of one concept's images; empty if not there."""
         return self._told["scores"].get(f"{how}-{size}-{name}", {})
 
     def merged(self, how: str, names: tuple[str, ...]) -> dict[str, float]:

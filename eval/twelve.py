@@ -10,7 +10,7 @@ from PIL import Image
 from short_tables import LOUD, SLOW
 
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.evaluation.comparison import Comparison, path_of
 from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 
@@ -21,16 +21,16 @@ ROWS = {
     "Mix-of-Show, gradient fusion": "mix-of-show",
     "SBoRA-FA, sum": "sbora-fa",
     "SBoRA-FA, fuse": "sbora-fa:merge=fuse",
-    "SBoRA-FA, loud, fuse": f"sbora-fa:quiet_weight=2,{LOUD},merge=fuse",
+    "SBoRA-FA, loud, fuse": f"sbora-fa:output_penalty=2,{LOUD},merge=fuse",
     "SBoRA-FB, token at 0.03, fuse": f"sbora-fb:{SLOW},merge=fuse",
 }
 PATH = Path(__file__).parents[1] / "docs" / "images" / "twelve.png"
-CELL = 160  # pixels of a picture in those sheets
+CELL = 160  # pixels of an image in those sheets
 PROMPT = 1  # "… on the beach"
 
 
 def drawn(path: Path, count: int) -> list[tuple[str, Image.Image]]:
-    """The pictures of one prompt out of a sheet, concept by concept."""
+    """The images of one prompt out of a sheet, concept by concept."""
     page, left = Image.open(path), GAP + PROMPT * (CELL + GAP)
     tops = [GAP + number * (2 * LABEL + CELL + GAP) + 2 * LABEL for number in range(count)]
     return [("", page.crop((left, top, left + CELL, top + CELL))) for top in tops]
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     """Write it."""
     names = Comparison.load(folder).concepts
     concepts = [load_concept(name, default_roots()) for name in names]
-    rows = [("given (one of five)", [("", load_picture(concept.pictures[1].path)) for concept in concepts])]
+    rows = [("given (one of five)", [("", load_image(concept.images[1].path)) for concept in concepts])]
     for title, variant in ROWS.items():
         path = path_of(folder, "scores", f"{variant}/0/{'+'.join(names)}").with_suffix(".png")
         rows.append((title, drawn(path, len(names))))

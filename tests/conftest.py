@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sbora_diffusion.data.concept import Concept, Picture
+from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 
 from .helpers import short_config
 from .tiny_pipeline import save_tiny_pipeline
@@ -47,12 +47,12 @@ def base(tiny_folder: Path) -> Base:
 
 @pytest.fixture
 def concept(tmp_path: Path) -> Concept:
-    pictures = []
+    images = []
     for number, colour in enumerate(("red", "orange")):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (40, 60), colour).save(path)
-        pictures.append(Picture(path=path, caption=f"a <rex> in place {number}"))
-    return Concept(name="rex", token="<rex>", class_noun="dog", pictures=tuple(pictures))
+        images.append(ConceptImage(path=path, caption=f"a <rex> in place {number}"))
+    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))
 
 
 @pytest.fixture
@@ -62,13 +62,15 @@ def config() -> TrainConfig:
 
 @pytest.fixture
 def tall(tmp_path: Path) -> Concept:
-    """Four pictures: three wide ones, of which two are transparent around their subject, and a high one."""
-    pictures = []
+    """Four images: three wide ones, of which two are transparent around their subject, and a high one."""
+    images = []
     for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
         image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
         ImageDraw.Draw(image).ellipse(
             (4, 6, size[0] // 2, size[1] - 9), fill=("red", "orange", "blue", "green")[number]
         )
         image.save(tmp_path / f"{number}.png")
-        pictures.append(Picture(path=tmp_path / f"{number}.png", caption=f"a <rex>, in place {number}, at night, wet"))
-    return Concept(name="rex", token="<rex>", class_noun="dog", pictures=tuple(pictures))
+        images.append(
+            ConceptImage(path=tmp_path / f"{number}.png", caption=f"a <rex>, in place {number}, at night, wet")
+        )
+    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))

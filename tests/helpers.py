@@ -5,9 +5,10 @@ from torch import Tensor
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.trainer import Run
 
 INTERVAL = Interval(4, 4)
@@ -23,13 +24,13 @@ SHORT = {
 
 
 def short_config(method: str = "sbora-fa", **settings: str) -> TrainConfig:
-    return TrainConfig.from_recipe("tiny", method, SHORT | settings)
+    return configure("tiny", method, SHORT | settings)
 
 
 def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Run, list[Tensor]]:
     """A training after some steps, and its gradients."""
     data = prepare_data(concept, base, config)
-    with live_concept(concept, base, INTERVAL, config) as live:
+    with injected_concept(concept, base, INTERVAL, config) as live:
         run = Run(live, data, config, base)
         for step in range(steps):
             run.advance(step)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # eval/gpu/run.sh KIT PLAN OUT [SECONDS]: the cells of a plan on a bare machine with one GPU; what is to be kept goes to OUT.
-# Pictures stay behind but for the merges of seed 0, and adapters but for the folders named in ADAPTERS
+# Images stay behind but for the merges of seed 0, and adapters but for the folders named in ADAPTERS
 # ("table/adapters/lora …"); both come in pieces of 15 MB.
 set -euo pipefail
 began=$SECONDS

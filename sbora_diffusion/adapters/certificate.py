@@ -1,4 +1,4 @@
-"""What a sum of adapters guarantees, what it does not, and how large it is: known before anybody looks at a picture."""
+"""What a sum of adapters guarantees, what it does not, and how large it is: known before anybody looks at an image."""
 
 import math
 import re

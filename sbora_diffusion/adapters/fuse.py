@@ -10,7 +10,7 @@ concept. It is a linear least-squares problem, so one symmetric positive definit
 
 The optimum is quieter than the concepts are: least squares leaves out whatever of their answers cannot be told apart.
 So each layer's ΔW is scaled until its answers to the concepts' inputs have the energy of their own ("as loud"),
-Σ_j E‖ΔW x_j‖² = Σ_j E‖ΔW_j x_j‖²: further away by the objective above, and closer in the pictures (docs/results.md).
+Σ_j E‖ΔW x_j‖² = Σ_j E‖ΔW_j x_j‖²: further away by the objective above, and closer in the images (docs/results.md).
 No paper has this; the factor is one number a layer, from the moments that the solve has seen anyway.
 """
 

@@ -28,7 +28,7 @@ from sbora_diffusion.adapters.peft_variant import SboraVariant
 
 
 @contextmanager
-def direct_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
+def inplace_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
     """Train an SBoRA adapter inside the base weights: same outputs and gradients, up to rounding, in less time.
 
     Meanwhile the base weights may hold the adapter: read or change them in no other way than by running the model.

@@ -16,7 +16,7 @@ from sbora_diffusion.adapters.peft_variant import SboraVariant, trained_factor
 class FastForward:
     """Mixed in before a PEFT layer class: all active SBoRA adapters in one autograd Function, else PEFT's forward."""
 
-    direct: Any = None  # a DirectWeight while `direct_training` goes on
+    direct: Any = None  # a DirectWeight while `inplace_training` goes on
     joiners: dict[Side, Joiner]
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sbora_diffusion.adapters.basis import Interval, Side
+from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 
 FORMAT = 1  # SBoRA adapters, as they always were
@@ -85,6 +86,7 @@ class Spec:
         _check_texts("tokens", fields["tokens"].values())
         fields["intervals"] = tuple(map(Interval.parse, fields["intervals"]))
         fields["parents"] = tuple(fields["parents"])
+        fields["recipe"] = with_current_names(fields["recipe"])
         return cls(**fields)
 
 

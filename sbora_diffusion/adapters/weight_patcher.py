@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.linear_function import gathered_inputs, is_quantis
 from sbora_diffusion.adapters.written import WrittenWeights
 
 
-class PlacedWeights:
+class AdapterPatcher:
     """Adapters in the weights of a model where these are plain, as `WrittenWeights` has them, else beside them.
 
     What stands beside a weight is added to the layer's output, adapter by adapter in the order of their names; taken

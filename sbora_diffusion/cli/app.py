@@ -33,7 +33,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def commands(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    """Teach a diffusion model concepts from a handful of pictures; put them together or take them out exactly."""
+    """Teach a diffusion model concepts from a handful of images; put them together or take them out exactly."""
     if version:
         typer.echo(f"sbora-diffusion {__version__}")
         raise typer.Exit

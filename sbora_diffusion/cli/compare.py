@@ -44,16 +44,19 @@ def compare_methods(comparison: Comparison, folder: Path, jobs: int) -> str:
 
 
 def _tell_budgets(comparison: Comparison) -> None:
-    """Warn where recipes do not learn from as many pictures, or prior samples."""
+    """Warn where recipes do not learn from as many images, or prior samples."""
     budgets: dict[str, str] = {}
     for variant in comparison.variants:
         config = comparison.config(variant, 0)
-        pictures, prior = config.batch_size * config.accumulation, config.prior_batch * config.accumulation
-        budgets.setdefault(f"{config.steps} × ({pictures} + {prior})", variant)
+        images, prior = (
+            config.data.batch_size * config.optim.accumulation,
+            config.loss.prior_batch * config.optim.accumulation,
+        )
+        budgets.setdefault(f"{config.optim.steps} × ({images} + {prior})", variant)
     if len(budgets) > 1:
         told = ", ".join(f"{variant} {budget}" for budget, variant in budgets.items())
         log.warning(
-            "steps × (pictures + prior samples) differ: %s; alike: --set steps=N, batch_size=N and prior_batch=N",
+            "steps × (images + prior samples) differ: %s; alike: --set steps=N, batch_size=N and prior_batch=N",
             told,
         )
 

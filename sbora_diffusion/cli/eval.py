@@ -1,4 +1,4 @@
-"""The eval command: concept files in, pictures and their scores out; progress on stderr."""
+"""The eval command: concept files in, images and their scores out; progress on stderr."""
 
 import logging
 import shlex
@@ -24,7 +24,7 @@ from sbora_diffusion.models.loading import is_emoji64
 
 log = logging.getLogger(__name__)
 
-SEEDS = 4  # pictures of each prompt
+SEEDS = 4  # images of each prompt
 
 
 def evaluate_concepts(
@@ -45,7 +45,7 @@ def evaluate_concepts(
 
     Args:
         suite_name, encoder_name: "" for what suits the base model.
-        concept_names: concepts besides the known ones, by name or by their pictures' folder.
+        concept_names: concepts besides the known ones, by name or by their images' folder.
         settings: seeds, batch_size, vision, and the fields of `Sampling`.
         evaluations: where folders of evaluations lie, for the one that `out` does not name.
     """
@@ -76,7 +76,7 @@ def evaluate_concepts(
                 sampling=replace(base.sampling, **sampled),
                 batch_size=batch_size,
                 force=force,
-                on_picture=progress.show,
+                on_image=progress.show,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what was made is kept in {folder}, go on with: {command}") from None
@@ -85,7 +85,7 @@ def evaluate_concepts(
 
 
 class EvaluationProgress:
-    """A bar on stderr while pictures are made; a line now and then where stderr is no terminal."""
+    """A bar on stderr while images are made; a line now and then where stderr is no terminal."""
 
     def __init__(self) -> None:
         self._is_terminal = Console(stderr=True).is_terminal
@@ -108,14 +108,14 @@ class EvaluationProgress:
         self._progress.stop()
 
     def show(self, done: int, total: int) -> None:
-        """How many pictures there are."""
-        state = "judging" if done == total else "making pictures"
+        """How many images there are."""
+        state = "judging" if done == total else "making images"
         if not self._progress.tasks[0].started:
             self._progress.reset(self._task, total=total, completed=done)  # a resumed one starts in the middle
         self._progress.update(self._task, completed=done, description=state)
         if not self._is_terminal and done * 10 // total > self._told:
             self._told = done * 10 // total
-            log.info("%d of %d pictures", done, total)
+            log.info("%d of %d images", done, total)
 
 
 def _defaults(base_name: str) -> tuple[str, str]:

@@ -14,10 +14,10 @@ from sbora_diffusion.inference.regions import generate_regions, parse_region
 from sbora_diffusion.inference.whole_scene import class_nouns, whole_scene
 from sbora_diffusion.models.base import load_base
 
-BATCH = 8  # pictures generated at once
+BATCH = 8  # images generated at once
 
 
-def pictures(
+def images(
     base_name: str,
     prompt: str,
     adapters: Sequence[Adapter],
@@ -26,7 +26,7 @@ def pictures(
     regions: Sequence[str],
     options: Mapping[str, Any],
 ) -> Iterator[tuple[Image.Image, Settings]]:
-    """One picture a seed, and what it was made with.
+    """One image a seed, and what it was made with.
 
     Args:
         regions: as `parse_region` reads them.
@@ -51,5 +51,5 @@ def pictures(
 
 
 def _told(drawn: Sequence[Image.Image], seeds: Sequence[int], made: Settings) -> Iterator[tuple[Image.Image, Settings]]:
-    for picture, seed in zip(drawn, seeds, strict=True):
-        yield picture, replace(made, seed=seed)
+    for image, seed in zip(drawn, seeds, strict=True):
+        yield image, replace(made, seed=seed)

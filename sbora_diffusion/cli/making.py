@@ -1,4 +1,4 @@
-"""Commands that make concepts and pictures: train, generate, merge."""
+"""Commands that make concepts and images: train, generate, merge."""
 
 import logging
 from pathlib import Path
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 MANY = 6  # concepts of which a plain sum keeps nearly all (docs/results.md)
 FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
-taken out as a whole, to the bit. Not guaranteed: pictures; measure them: sbora-diffusion eval"""
+taken out as a whole, to the bit. Not guaranteed: images; measure them: sbora-diffusion eval"""
 
 
 def train(
     concept: Annotated[
-        list[str], typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of pictures; repeatable.")
+        list[str], typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of images; repeatable.")
     ],
     base: Base = "emoji64",
     method: Annotated[
@@ -77,16 +77,16 @@ def generate(
     adapter: Annotated[list[str], typer.Option(metavar="NAME|FILE", help="A concept; repeatable.")] = [],  # noqa: B006
     strengths: Numbers = "",
     base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapters were trained for.")] = "",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("outputs"),
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the first picture; the next has the next.")] = 0,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many pictures.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.")] = Path("outputs"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the first image; the next has the next.")] = 0,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many images.")] = 1,
     region: Annotated[
         list[str],
         typer.Option(metavar="L,T,R,B[,NAME…]:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.'),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
 ) -> None:
-    """Make pictures, with any concepts. --set takes steps and guidance (default: what is usual for the base model),
+    """Make images, with any concepts. --set takes steps and guidance (default: what is usual for the base model),
     negative_prompt, gated (1: each concept acts only where it is named), whole_scene (0: a region hears its own prompt
     only, nothing of the other ones), precision (fp32, bf16, fp16 or nf4; on a GPU SDXL, SD3 and FLUX are drawn in
     bf16)."""
@@ -94,15 +94,15 @@ def generate(
     kinds |= {"precision": str}
     options = convert(parse_settings(settings), kinds)
     with imported_for_good():
-        from sbora_diffusion.cli.generate import pictures
+        from sbora_diffusion.cli.generate import images
         from sbora_diffusion.inference.image_file import save_numbered
         from sbora_diffusion.library.library import Library
 
         hide_loading_bars()
     adapters = [Library(ADAPTERS).load(name) for name in adapter]
     factors, seeds = parse_numbers(strengths, len(adapters)), range(seed, seed + count)
-    for picture, made in pictures(base, prompt, adapters, factors, seeds, region, options):
-        typer.echo(save_numbered(picture, out, made))
+    for image, made in images(base, prompt, adapters, factors, seeds, region, options):
+        typer.echo(save_numbered(image, out, made))
 
 
 def merge(
@@ -144,12 +144,12 @@ def merge(
     elif how == "sum":
         merged = merge_adapters(adapters, numbers, how)
     else:
-        from sbora_diffusion.cli.merge import fuse_drawn
+        from sbora_diffusion.cli.merge import fuse_on_samples
 
         if path.exists() and not force:  # before minutes of work
             raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
         hide_loading_bars()
-        merged = fuse_drawn(adapters, numbers, base, prior_weight)
+        merged = fuse_on_samples(adapters, numbers, base, prior_weight)
     merged.save(path, force)
     spec = merged.spec
     widths = library.widths(spec.base_fingerprint, spec.side)

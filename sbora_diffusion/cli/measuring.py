@@ -19,17 +19,17 @@ def evaluate(
         str,
         typer.Option(metavar="ID", help="The judge: emoji-clip, a CLIP's folder or hub id, open_clip:NAME/WEIGHTS."),
     ] = "",
-    concept: Annotated[list[str], typer.Option(metavar="DIR", help="Pictures of a concept of yours.")] = [],  # noqa: B006
+    concept: Annotated[list[str], typer.Option(metavar="DIR", help="Images of a concept of yours.")] = [],  # noqa: B006
     base: Annotated[str, typer.Option(metavar="ID", help="Default: what the adapters were trained for.")] = "",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: a folder in evaluations, by the names.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Throw away another evaluation's pictures in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Throw away another evaluation's images in --out.")] = False,
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Score how well concepts do what prompts say, alone and merged; run again, it goes on where it was.
 
-    Settings: seeds (pictures a prompt), steps and guidance (default: what is usual for the base), negative_prompt,
+    Settings: seeds (images a prompt), steps and guidance (default: what is usual for the base), negative_prompt,
     batch_size, vision (a second judge).
     """
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
@@ -61,7 +61,7 @@ def compare(
     methods: Annotated[str, typer.Option(metavar="NAME …", help="Such as: sbora-fa lora lora:rank=4,steps=200")],
     concepts: Annotated[str, typer.Option(metavar="NAME …", help="Concepts that ship, or of ./concepts.")],
     merge: Annotated[str, typer.Option(metavar="K,…", help="How many are merged at once; 1 is each alone.")] = "1",
-    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and pictures.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and images.")] = "0,1,2",
     base: Base = "emoji64",
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Cells at once.")] = 1,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where all cells lie; what is there is kept.")] = Path(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.methods.merging import merge_by_method
 from sbora_diffusion.models.base import load_base
 from sbora_diffusion.utils.errors import SboraError
@@ -17,7 +17,9 @@ from sbora_diffusion.utils.errors import SboraError
 log = logging.getLogger(__name__)
 
 
-def fuse_drawn(adapters: Sequence[Adapter], weights: Sequence[float], base_name: str, prior_weight: float) -> Adapter:
+def fuse_on_samples(
+    adapters: Sequence[Adapter], weights: Sequence[float], base_name: str, prior_weight: float
+) -> Adapter:
     """The closed-form merge of concepts, on inputs that the base model sees while it draws each of them.
 
     Args:
@@ -25,7 +27,7 @@ def fuse_drawn(adapters: Sequence[Adapter], weights: Sequence[float], base_name:
     """
     if not 0 <= prior_weight < float("inf"):
         raise SboraError(f"got --prior-weight {prior_weight}, expected a number from 0 on")
-    inputs = DrawnInputs(load_base(base_name or adapters[0].spec.base_id, ""), adapters)
+    inputs = SampledInputs(load_base(base_name or adapters[0].spec.base_id, ""), adapters)
     drawn = iter(
         track(range(len(adapters) + bool(prior_weight)), "drawing what to fuse for", console=Console(stderr=True))
     )

@@ -49,7 +49,7 @@ class TrainingProgress:
 
     def show(self, step: "StepLog") -> None:
         """Draw one step."""
-        state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} pictures/s  {step.memory_bytes / 1e9:.1f} GB"
+        state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} images/s  {step.memory_bytes / 1e9:.1f} GB"
         if not self._progress.tasks[0].started:
             self._progress.reset(self._task, completed=step.step)  # a resumed training starts in the middle
         self._progress.update(self._task, completed=step.step, description=state)

@@ -1,4 +1,4 @@
-"""The train command: a folder of pictures in, columns reserved, progress on stderr, a concept file out."""
+"""The train command: a folder of images in, columns reserved, progress on stderr, a concept file out."""
 
 import json
 import logging
@@ -17,12 +17,12 @@ from sbora_diffusion.cli.render import TrainingProgress
 from sbora_diffusion.data.concept import Concept, concept_name, default_roots, load_concept
 from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.methods.registry import configure, find_method, method_side
 from sbora_diffusion.models.base import Base, load_base, load_unplaced
 from sbora_diffusion.models.distributed import joined, num_launched
 from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT, append_log
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.memory import (
     GIGABYTE,
     Activations,
@@ -51,7 +51,7 @@ class Request:
 
 
 def train_concept(request: Request, *, library: Library, runs: Path, resume: bool = False) -> list[Path]:
-    """Train a concept; the paths of what was written: the concept file and the picture of before and after.
+    """Train a concept; the paths of what was written: the concept file and the image of before and after.
 
     Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
     """
@@ -59,17 +59,17 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
         processes.check(request.method)  # before a large base model is read for nothing
         if not processes.is_first:
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
-        concept, config, wanted = processes.from_first(lambda: _read(request, library))
+        concept, config, wanted = processes.broadcast_from_main(lambda: _read(request, library))
         path, run = library.path(concept.name), runs / concept.name
         is_resumed = resume and (run / CHECKPOINT).exists()
-        load = partial(load_base, request.base, config.precision, processes.sharded)
-        base = processes.in_turn(load) if processes.sharded else load()
-        interval = processes.from_first(
+        load = partial(load_base, request.base, config.model.precision, processes.sharded)
+        base = processes.sequentially(load) if processes.sharded else load()
+        interval = processes.broadcast_from_main(
             lambda: _reserve(concept, config, base, wanted or (_interval_of(run) if is_resumed else None), library)
         )
         kept = activations(base, config)
         _tell_memory(base, config, kept)
-        score = _scorer(base, concept, config) if config.eval_every else None
+        score = _scorer(base, concept, config) if config.output.eval_every else None
         try:
             steps = train(concept, base, interval, config, run, resume, score, anew=request.force and not resume)
             if processes.is_first:
@@ -91,7 +91,7 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
 def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path, force: bool) -> list[Path]:
     """Go through a training, its progress on stderr; the paths of what was written."""
     written: list[Path] = []
-    with TrainingProgress(config.steps) as progress:
+    with TrainingProgress(config.optim.steps) as progress:
         for step in steps:
             progress.show(step)
             append_log(run, _told(step))
@@ -113,13 +113,13 @@ def _write(steps: Iterator[StepLog], config: TrainConfig, path: Path, run: Path,
 
 def _read(request: Request, library: Library) -> tuple[Concept, TrainConfig, Interval | None]:
     """What a user asks for, checked as far as it can be without the base model."""
-    config = TrainConfig.from_recipe(recipe_base(request.base), request.method, request.overrides)
+    config = configure(recipe_base(request.base), request.method, request.overrides)
     interval = Interval.parse(request.interval) if request.interval else None
     concept = load_concept(request.concept, default_roots())
     path = library.path(concept.name)
     if path.exists() and not request.force:
         raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
-    log.info("concept %s: %d pictures in %s", concept.token, len(concept.pictures), concept.pictures[0].path.parent)
+    log.info("concept %s: %d images in %s", concept.token, len(concept.images), concept.images[0].path.parent)
     return concept, config, interval
 
 
@@ -127,12 +127,12 @@ def _reserve(
     concept: Concept, config: TrainConfig, base: Base, wanted: Interval | None, library: Library
 ) -> Interval | None:
     """The columns or rows that the concept gets; None if its method owns none."""
-    if find_method(config.method).owns_interval:
-        space = space_of(base, method_side(config.method), config.basis_seed)
-        return library.reserve(space, config.rank, concept.name, wanted)
+    if find_method(config.method.name).owns_interval:
+        space = space_of(base, method_side(config.method.name), config.method.basis_seed)
+        return library.reserve(space, config.method.rank, concept.name, wanted)
     library.check_not_in_training(concept.name)
     if wanted:
-        raise SboraError(f"got --interval {wanted}, but {config.method} owns no columns")
+        raise SboraError(f"got --interval {wanted}, but {config.method.name} owns no columns")
     return None
 
 
@@ -148,8 +148,8 @@ def _told(step: StepLog) -> dict[str, Any]:
     told: dict[str, Any] = {"step": step.step, "steps": step.steps, "loss": step.loss, "time": time.time()}
     told |= {"samples_per_second": step.samples_per_second, "scores": dict(step.scores) if step.scores else None}
     told["validation"] = step.validation
-    picture = step.before_after or step.preview
-    return told | {"picture": picture.name if picture else None, "done": step.adapter is not None}
+    image = step.before_after or step.preview
+    return told | {"image": image.name if image else None, "done": step.adapter is not None}
 
 
 def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:
@@ -158,10 +158,10 @@ def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: 
         raise SboraError(f"got the name {name!r}, which no training gives", f"reserve {called or 'a word'}")
     if not find_method(method).owns_interval:
         raise SboraError(f"{method} owns no columns", "nothing is to be reserved: just train")
-    config = TrainConfig.from_recipe(recipe_base(base_name), method, {"rank": str(rank)})
+    config = configure(recipe_base(base_name), method, {"rank": str(rank)})
     wanted = Interval.parse(pinned) if pinned else None
     base = load_unplaced(base_name)
-    space = space_of(base, method_side(method), config.basis_seed)
+    space = space_of(base, method_side(method), config.method.basis_seed)
     interval = library.reserve(space, rank, name, wanted, lasting=True)
     log.info(
         "next: sbora-diffusion train --concept %s --base %s --method %s --rank %d; elsewhere with --interval %s",
@@ -182,9 +182,9 @@ def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], d
     from sbora_diffusion.evaluation.evaluate import quick_score
     from sbora_diffusion.models.families.base import Sampling
 
-    encoder = load_encoder(config.eval_encoder)
-    prompts = [prompt.replace("{token}", concept.token) for prompt in config.preview_prompts]
-    sampling = Sampling(steps=config.sampling_steps, guidance=config.guidance)
+    encoder = load_encoder(config.output.eval_encoder)
+    prompts = [prompt.replace("{token}", concept.token) for prompt in config.output.preview_prompts]
+    sampling = Sampling(steps=config.output.sampling_steps, guidance=config.output.guidance)
 
     def score() -> dict[str, float]:
         scores = quick_score(base, concept, encoder, prompts, (config.seed, config.seed + 1), sampling)

@@ -9,72 +9,72 @@ from torch import Tensor
 
 from sbora_diffusion.data.captions import shuffle_tags
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.data.latents import Batch, Shots, answers, draw_latents, encode, in_parts
+from sbora_diffusion.data.latents import Batch, EncodedImages, answers, encode, in_parts, sample_latents
 from sbora_diffusion.data.prior import prior_latents
 from sbora_diffusion.methods.calibration import recorded_inputs
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import Processes
 from sbora_diffusion.models.families.noise import Diffusion, Noising
 from sbora_diffusion.models.target_modules import adapted_layers
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.text import say_plainly
 
 PRIOR_SIZE = 192  # answers of the base model that are held
-VALIDATION_SIZE = 32  # noisy versions of the pictures that are held out
+VALIDATION_SIZE = 32  # noisy versions of the images that are held out
 
 B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The encoded pictures with their captions, and the base model's answers that are to hold."""
+    """The encoded images with their captions, and the base model's answers that are to hold."""
 
-    shots: list[Shots]  # to learn from, by shape
-    held_out: list[Shots]  # to validate with
-    of_class: Shots | None  # the base model's own pictures of the class noun
+    shots: list[EncodedImages]  # to learn from, by shape
+    held_out: list[EncodedImages]  # to validate with
+    of_class: EncodedImages | None  # the base model's own images of the class noun
     prior: list[Batch]  # by shape
     noising: Noising
     moments: dict[str, Tensor]  # of the adapted layers' inputs on the prior prompts, where the adapter is to be quiet
 
 
 def prepare_data(concept: Concept, base: Base, config: TrainConfig) -> Data:
-    """Encode the pictures and ask the untouched base model for the answers that training holds in place.
+    """Encode the images and ask the untouched base model for the answers that training holds in place.
 
-    Half of them ("prior prediction") are to the concept's pictures under the captions of its class, so that the class
-    stays what it was; half to the base model's own pictures of the prior prompts, so that the adapter is quiet on
-    everything else, other concepts' pictures included.
+    Half of them ("prior prediction") are to the concept's images under the captions of its class, so that the class
+    stays what it was; half to the base model's own images of the prior prompts, so that the adapter is quiet on
+    everything else, other concepts' images included.
     """
-    count = len(concept.pictures) - config.validation_pictures
+    count = len(concept.images) - config.data.validation_images
     if count < 1:
         raise SboraError(
-            f"got validation_pictures={config.validation_pictures} of {len(concept.pictures)} pictures: none is left",
+            f"got validation_images={config.data.validation_images} of {len(concept.images)} images: none is left",
             "hold out fewer",
         )
-    shots, held_out = encode(base, concept.pictures[:count], config), encode(base, concept.pictures[count:], config)
+    shots, held_out = encode(base, concept.images[:count], config), encode(base, concept.images[count:], config)
     noising, generator = base.family.noising(base.pipeline), torch.Generator().manual_seed(config.seed)
     most = max(shots, key=lambda each: len(each.latents))
     said = [say_plainly(caption, concept.token, concept.class_noun) for caption in most.captions]
     prior = answers(base, most.latents, base.tokenize(said), noising, PRIOR_SIZE // 2, generator)
     of_class = _class_shots(concept, base, config)
-    if not config.prior_prompts:
+    if not config.loss.prior_prompts:
         return Data(shots, held_out, of_class, [prior], noising, {})
-    drawn, ids = prior_latents(base, config), base.tokenize(config.prior_prompts)
-    quiet = adapted_layers(base, config) if config.quiet_weight else {}
+    drawn, ids = prior_latents(base, config), base.tokenize(config.loss.prior_prompts)
+    quiet = adapted_layers(base, config) if config.loss.output_penalty else {}
     with recorded_inputs(base, {f"{part}.{name}": None for part, names in quiet.items() for name in names}) as moments:
         others = answers(base, drawn, ids, noising, PRIOR_SIZE // 2, generator)
     kept = [prior + others] if prior.noisy.shape[1:] == others.noisy.shape[1:] else [prior, others]
     return Data(shots, held_out, of_class, kept, noising, moments.means())
 
 
-def _class_shots(concept: Concept, base: Base, config: TrainConfig) -> Shots | None:
+def _class_shots(concept: Concept, base: Base, config: TrainConfig) -> EncodedImages | None:
     """DreamBooth's prior preservation (Ruiz et al. 2023, section 3.3): what the base model draws of the class noun."""
-    if not config.class_pictures:
+    if not config.data.class_images:
         return None
-    plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in config.preview_prompts]
-    prompts = [plain[number % len(plain)] for number in range(config.class_pictures)]
+    plain = [say_plainly(prompt, concept.token, concept.class_noun) for prompt in config.output.preview_prompts]
+    prompts = [plain[number % len(plain)] for number in range(config.data.class_images)]
     seeds = range(config.seed, config.seed + len(prompts))
-    return Shots(draw_latents(base, prompts, seeds, config), prompts)
+    return EncodedImages(sample_latents(base, prompts, seeds, config), prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,35 +85,35 @@ class Sample(Batch):
     masks: Tensor | None = None  # (n, 1, height, width)
 
 
-class Samples:
+class BatchSampler:
     """Draws batches; what is drawn depends on the generator only, and each of several processes gets its share."""
 
     def __init__(self, data: Data, base: Base, config: TrainConfig, processes: Processes) -> None:
         self._data, self._base, self._config, self._processes = data, base, config, processes
         self._ids = [base.tokenize(shots.captions) for shots in data.shots]
         self._empty = base.tokenize([""])
-        if config.min_snr_gamma and not isinstance(data.noising, Diffusion):
+        if config.loss.min_snr_gamma and not isinstance(data.noising, Diffusion):
             raise SboraError(f"min_snr_gamma is for diffusion, {base.id} is trained by flow matching", "set it to 0")
 
     def of_concept(self, generator: torch.Generator) -> Sample:
-        """Noisy crops of the pictures, all of one shape."""
+        """Noisy crops of the images, all of one shape."""
         number = _chosen([len(shots.latents) for shots in self._data.shots], generator)
-        shots, count = self._data.shots[number], self._config.batch_size * self._processes.count
+        shots, count = self._data.shots[number], self._config.data.batch_size * self._processes.count
         rows = torch.randint(len(shots.latents), (count,), generator=generator)
         sample = self._noised(shots, rows, self._ids[number][rows], generator)
-        dropped = torch.rand(count, 1, generator=generator) < self._config.caption_dropout
+        dropped = torch.rand(count, 1, generator=generator) < self._config.data.caption_dropout
         ids = sample.ids
-        if self._config.shuffle_tags:
+        if self._config.data.shuffle_tags:
             ids = self._base.tokenize([shuffle_tags(shots.captions[row], generator) for row in rows.tolist()])
         ids = torch.where(dropped.to(ids.device), self._empty, ids)
         return self._share(replace(sample, ids=ids))
 
     def of_class(self, generator: torch.Generator) -> Sample | None:
-        """As many noisy versions of the base model's own pictures of the class."""
+        """As many noisy versions of the base model's own images of the class."""
         shots = self._data.of_class
         if shots is None:
             return None
-        count = self._config.batch_size * self._processes.count
+        count = self._config.data.batch_size * self._processes.count
         rows = torch.randint(len(shots.latents), (count,), generator=generator)
         ids = self._base.tokenize([shots.captions[row] for row in rows.tolist()])
         return self._share(self._noised(shots, rows, ids, generator))
@@ -121,12 +121,12 @@ class Samples:
     def of_prior(self, generator: torch.Generator) -> Batch:
         """The base model's own answers, of one shape."""
         prior = self._data.prior[_chosen([len(batch.t) for batch in self._data.prior], generator)]
-        count = self._config.prior_batch * self._processes.count
+        count = self._config.loss.prior_batch * self._processes.count
         rows = torch.randint(len(prior.t), (count,), generator=generator)
         return self._share(Batch(prior.noisy[rows], prior.t[rows], prior.ids[rows], prior.target[rows]))
 
     def held_out(self) -> list[Sample]:
-        """Always the same noisy versions of the pictures that are not learned from, in parts to be asked about."""
+        """Always the same noisy versions of the images that are not learned from, in parts to be asked about."""
         generator = torch.Generator().manual_seed(self._config.seed)
         found = []
         for shots in self._data.held_out:
@@ -137,18 +137,18 @@ class Samples:
 
     @torch.no_grad()
     def _share(self, batch: B) -> B:
-        if self._base.reads_together and len(batch.ids):
-            self._base.read(batch.ids)  # an encoder in shares remembers what it reads, and asks nobody again
+        if self._base.encodes_collectively and len(batch.ids):
+            self._base.encode_text(batch.ids)  # an encoder in shares remembers what it reads, and asks nobody again
         parts = {key: None if part is None else self._processes.share(part) for key, part in vars(batch).items()}
         return replace(batch, **parts)
 
-    def _noised(self, shots: Shots, rows: Tensor, ids: Tensor, generator: torch.Generator) -> Sample:
+    def _noised(self, shots: EncodedImages, rows: Tensor, ids: Tensor, generator: torch.Generator) -> Sample:
         noising, device, latents = self._data.noising, self._base.device, shots.latents[rows]
         t = noising.timesteps(len(rows), generator).to(device)
         noise = torch.randn(latents.shape, generator=generator)
-        if self._config.noise_offset:
-            noise = noise + self._config.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-        noise, gamma = noise.to(device), self._config.min_snr_gamma
+        if self._config.loss.noise_offset:
+            noise = noise + self._config.loss.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+        noise, gamma = noise.to(device), self._config.loss.min_snr_gamma
         weights = noising.min_snr_weights(t, gamma) if gamma and isinstance(noising, Diffusion) else None
         masks = None if shots.masks is None else shots.masks[rows]
         return Sample(noising.add(latents, noise, t), t, ids, noising.target(latents, noise, t), weights, masks)

@@ -8,7 +8,7 @@ _SIDES = re.compile(r"\b(left|right)(-hand|wards?|most)?\b", re.IGNORECASE)
 
 
 def names_a_side(caption: str) -> bool:
-    """Whether a mirrored picture would belie the caption: "a <dog> on the left"."""
+    """Whether a mirrored image would belie the caption: "a <dog> on the left"."""
     return _SIDES.search(caption) is not None
 
 

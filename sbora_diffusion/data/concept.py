@@ -1,4 +1,4 @@
-"""What a concept is taught from: a folder of pictures, the token that will name it, and a caption for each picture."""
+"""What a concept is taught from: a folder of images, the token that will name it, and a caption for each image."""
 
 import logging
 import re
@@ -15,14 +15,14 @@ from sbora_diffusion.utils.errors import SboraError, guess
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-UNREAD = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # pictures all the same
+UNREAD = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # images all the same
 TEMPLATE = "a photo of a {token}"
 TOKEN = re.compile(r"<[\w-]+>")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture and what it shows, in words that contain the concept's token."""
+class ConceptImage:
+    """An image and what it shows, in words that contain the concept's token."""
 
     path: Path
     caption: str
@@ -35,12 +35,12 @@ class Concept:
     name: str
     token: str
     class_noun: str
-    pictures: tuple[Picture, ...]
+    images: tuple[ConceptImage, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Description:
-    """The contents of a concept.toml; None: not given. `source` says where the pictures are from and is not read."""
+    """The contents of a concept.toml; None: not given. `source` says where the images are from and is not read."""
 
     name: str | None = None
     token: str | None = None
@@ -63,9 +63,9 @@ def known_concepts(roots: Sequence[Path]) -> list[str]:
 
 
 def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | None = None) -> Concept:
-    """Find a concept by name in `roots`, else by the path of its folder, and check all but the pictures' contents.
+    """Find a concept by name in `roots`, else by the path of its folder, and check all but the images' contents.
 
-    A folder without concept.toml needs only pictures: the folder's name becomes the concept's. A picture's caption is
+    A folder without concept.toml needs only images: the folder's name becomes the concept's. An image's caption is
     its line under [captions] in concept.toml, else a .txt file of the same name beside it, else the template; `{token}`
     in them stands for the token.
 
@@ -75,7 +75,7 @@ def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | N
         class_noun: what kind of thing it is; overrides the folder's own.
 
     Raises:
-        SboraError: nothing of that name, no picture, or anything in concept.toml or the captions that is not right.
+        SboraError: nothing of that name, no image, or anything in concept.toml or the captions that is not right.
     """
     folder = _find(name_or_folder, roots)
     described = _describe(folder / "concept.toml")
@@ -90,14 +90,14 @@ def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | N
             f"the token of {folder} is {token!r}; allowed is one word of letters, digits, - and _ in angle brackets",
             f'write token = "<{name}>" in its concept.toml',
         )
-    pictures = _picture_files(folder)
-    _check_captions(folder, pictures, described.captions)
-    captions = (_caption(path, described).replace("{token}", token) for path in pictures)
+    images = _image_files(folder)
+    _check_captions(folder, images, described.captions)
+    captions = (_caption(path, described).replace("{token}", token) for path in images)
     concept = Concept(
         name=name,
         token=token,
         class_noun=noun,
-        pictures=tuple(Picture(path=path, caption=words) for path, words in zip(pictures, captions, strict=True)),
+        images=tuple(ConceptImage(path=path, caption=words) for path, words in zip(images, captions, strict=True)),
     )
     _check_token(concept)
     return concept
@@ -111,12 +111,12 @@ def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
     if found and name_or_folder:
         return found
     if given.is_file():
-        raise SboraError(f"{name_or_folder} is no folder", "give the folder that holds the pictures")
+        raise SboraError(f"{name_or_folder} is no folder", "give the folder that holds the images")
     known = known_concepts(roots)
     known_names = f"known concepts: {', '.join(known)}" if known else "no concepts are installed"
     raise SboraError(
         f"no concept and no folder {name_or_folder!r}; {known_names}",
-        f"{guess(name_or_folder, known)}or give the path of a picture folder",
+        f"{guess(name_or_folder, known)}or give the path of an image folder",
     )
 
 
@@ -150,40 +150,40 @@ def _noun(folder: Path) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", folder.resolve().name.lower()))
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    """The pictures in `images/`, or in the folder itself, sorted by name."""
-    images = folder / "images"
-    images = images if images.is_dir() else folder
+def _image_files(folder: Path) -> list[Path]:
+    """The images in `images/`, or in the folder itself, sorted by name."""
+    directory = folder / "images"
+    directory = directory if directory.is_dir() else folder
     try:
-        visible = [path for path in sorted(images.iterdir()) if path.is_file() and not path.name.startswith(".")]
+        visible = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except OSError as error:
-        raise SboraError(f"cannot read the folder {images}: {error.strerror}") from error
-    pictures = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
-    if pictures:
+        raise SboraError(f"cannot read the folder {directory}: {error.strerror}") from error
+    images = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
+    if images:
         if unread := [path.name for path in visible if path.suffix.lower() in UNREAD]:
             log.warning("left out, for they are not JPEG, PNG or WebP: %s", ", ".join(unread))
-        return pictures
+        return images
     got = ", ".join(path.name for path in visible[:4]) or "nothing"
-    raise SboraError(f"no picture in {images}: got {got}", f"put pictures there; allowed are {', '.join(EXTENSIONS)}")
+    raise SboraError(f"no image in {directory}: got {got}", f"put images there; allowed are {', '.join(EXTENSIONS)}")
 
 
-def _check_captions(folder: Path, pictures: Sequence[Path], captions: dict[str, Any]) -> None:
-    """Every caption belongs to one picture: no line without a picture, no .txt file for two."""
+def _check_captions(folder: Path, images: Sequence[Path], captions: dict[str, Any]) -> None:
+    """Every caption belongs to one image: no line without an image, no .txt file for two."""
     for file, words in captions.items():
         if not isinstance(words, str):
             raise SboraError(f"the caption of {file} in {folder / 'concept.toml'} must be a string, got {words!r}")
-        if file not in [path.name for path in pictures]:
-            raise SboraError(f"{folder / 'concept.toml'} has a caption for {file}, but there is no such picture")
-    sharing = Counter(path.with_suffix(".txt") for path in pictures if path.name not in captions)
+        if file not in [path.name for path in images]:
+            raise SboraError(f"{folder / 'concept.toml'} has a caption for {file}, but there is no such image")
+    sharing = Counter(path.with_suffix(".txt") for path in images if path.name not in captions)
     for file, count in sharing.items():
         if count > 1 and file.exists():
-            raise SboraError(f"{count} pictures share the caption file {file}", "rename one of the pictures")
+            raise SboraError(f"{count} images share the caption file {file}", "rename one of the images")
 
 
-def _caption(picture: Path, described: _Description) -> str:
-    file = picture.with_suffix(".txt")
-    if picture.name in described.captions or not file.exists():
-        return described.captions.get(picture.name, described.template)
+def _caption(image: Path, described: _Description) -> str:
+    file = image.with_suffix(".txt")
+    if image.name in described.captions or not file.exists():
+        return described.captions.get(image.name, described.template)
     try:
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -191,9 +191,9 @@ def _caption(picture: Path, described: _Description) -> str:
 
 
 def _check_token(concept: Concept) -> None:
-    for picture in concept.pictures:
-        if concept.token not in picture.caption:
+    for image in concept.images:
+        if concept.token not in image.caption:
             raise SboraError(
-                f"the caption of {picture.path} lacks the token {concept.token}: {picture.caption!r}",
+                f"the caption of {image.path} lacks the token {concept.token}: {image.caption!r}",
                 f"write {concept.token} where the caption names the {concept.class_noun}",
             )

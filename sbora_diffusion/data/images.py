@@ -1,4 +1,4 @@
-"""Pictures from disk, whatever a camera or a drawing program made of them, to tensors a model can learn from."""
+"""Images from disk, whatever a camera or a drawing program made of them, to tensors a model can learn from."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ MIN_SIDE = 32  # pixels; less shows nothing that could be learned
 PROFILED = {"L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}  # mode -> what a profile speaks of
 
 
-def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Read a JPEG, PNG or WebP file as upright sRGB, 8 bits a channel; the first frame if it is animated.
 
     Colours are what the embedded ICC profile says; 16-bit grey and palettes are taken for sRGB.
@@ -29,29 +29,29 @@ def load_picture(path: Path, background: tuple[int, int, int] = (255, 255, 255))
         background: sRGB colour that shows through transparent parts.
 
     Raises:
-        SboraError: the file is missing, no picture of these formats, damaged, or unreasonably small or large.
+        SboraError: the file is missing, no image of these formats, damaged, or unreasonably small or large.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                picture = _to_srgb(ImageOps.exif_transpose(file), path)
-                picture = _flatten(_eight_bits(picture), background)
+                image = _to_srgb(ImageOps.exif_transpose(file), path)
+                image = _flatten(_eight_bits(image), background)
     except FileNotFoundError as error:
-        raise SboraError(f"no such picture: {path}") from error
+        raise SboraError(f"no such image: {path}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise SboraError(f"{path} is too large: at most 89 megapixels are read", "scale it down") from error
     except Exception as error:  # decoders of damaged files raise all kinds: OSError, SyntaxError, struct.error, …
         raise SboraError(f"cannot read {path}: {_reason(error)}", "export it anew as JPEG, PNG or WebP") from error
-    if min(picture.size) < MIN_SIDE:
-        width, height = picture.size
+    if min(image.size) < MIN_SIDE:
+        width, height = image.size
         raise SboraError(f"{path} is too small: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
-    return picture
+    return image
 
 
-def to_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Cut the largest central part of these proportions out of an RGB picture and resize it (Lanczos).
+def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Cut the largest central part of these proportions out of an RGB image and resize it (Lanczos).
 
     Args:
         size: width and height.
@@ -59,39 +59,39 @@ def to_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     Returns:
         (3, height, width) float32 in [-1, 1].
     """
-    fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
-    """What the picture's ICC profile makes of its numbers; the picture itself if there is none, or none that works."""
-    profile, mode = picture.info.get("icc_profile"), PROFILED.get(picture.mode)
+def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """What the image's ICC profile makes of its numbers; the image itself if there is none, or none that works."""
+    profile, mode = image.info.get("icc_profile"), PROFILED.get(image.mode)
     if not profile or mode is None:
-        return picture
+        return image
     try:
         transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
     except ImageCms.PyCMSError as error:
         log.warning("%s: its colour profile does not work (%s), its colours are taken for sRGB", path, error)
-        return picture
-    converted = transform.apply(picture.convert(mode))
-    if picture.has_transparency_data:
-        converted.putalpha(picture.convert("RGBA").getchannel("A"))
+        return image
+    converted = transform.apply(image.convert(mode))
+    if image.has_transparency_data:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
     return converted
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips instead of scaling. Other modes pass."""
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
-def _flatten(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any 8-bit mode to RGB, transparent parts filled with the background colour."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    backdrop = Image.new("RGBA", picture.size, background)
-    return Image.alpha_composite(backdrop, picture.convert("RGBA")).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    backdrop = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(backdrop, image.convert("RGBA")).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a training looks at, computed once: encoded pictures with their captions, and the base model's own answers."""
+"""What a training looks at, computed once: encoded images with their captions, and the base model's own answers."""
 
 import logging
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from sbora_diffusion.data.buckets import bucket_of
 from sbora_diffusion.data.captions import names_a_side
-from sbora_diffusion.data.concept import Picture
-from sbora_diffusion.data.images import load_picture, to_tensor
+from sbora_diffusion.data.concept import ConceptImage
+from sbora_diffusion.data.images import load_image, to_tensor
 from sbora_diffusion.data.masks import load_mask, to_mask
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.noise import Noising
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 65_536  # numbers of latents that the base model is asked about together: 32 pictures of 8 × 16 × 16
+MAX_BATCH_ELEMENTS = 65_536  # numbers of latents that the base model is asked about together: 32 images of 8 × 16 × 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,29 +40,29 @@ B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, eq=False)
-class Shots:
-    """Encoded pictures of one shape."""
+class EncodedImages:
+    """Encoded images of one shape."""
 
     latents: Tensor  # (n, channels, height, width)
     captions: list[str]
-    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: all of every picture counts
+    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: all of every image counts
 
 
 @torch.no_grad()
-def encode(base: Base, pictures: Sequence[Picture], config: TrainConfig) -> list[Shots]:
-    """Latents of `config.crops` random crops of every picture, those of one shape together, with captions and masks."""
+def encode(base: Base, images: Sequence[ConceptImage], config: TrainConfig) -> list[EncodedImages]:
+    """Encode `crops` random crops of every image, those of one shape together, with captions and masks."""
     generator = torch.Generator().manual_seed(config.seed)
-    wanted = config.masked_loss or config.attention_weight
-    masks = {picture: load_mask(picture.path) if wanted else None for picture in pictures}
-    if wanted and pictures and not any(masks.values()):
-        log.warning("no picture has a mask: all of every picture is learned (see docs/training.md)")
-    found: dict[tuple[int, int], list[Shots]] = {}
-    for picture in pictures:
-        image, mask, resolution = load_picture(picture.path), masks[picture], base.resolution
-        size = bucket_of(*image.size, resolution) if config.buckets else (resolution, resolution)
-        boxes = [_crop(image.size, generator, config.smallest_crop) for _ in range(config.crops)]
-        flips = _flips(picture.caption, generator, config)
-        pixels = torch.stack([to_tensor(_cut(image, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
+    wanted = config.loss.masked_loss or config.loss.attention_weight
+    masks = {image: load_mask(image.path) if wanted else None for image in images}
+    if wanted and images and not any(masks.values()):
+        log.warning("no image has a mask: all of every image is learned (see docs/training.md)")
+    found: dict[tuple[int, int], list[EncodedImages]] = {}
+    for image in images:
+        opened, mask, resolution = load_image(image.path), masks[image], base.resolution
+        size = bucket_of(*opened.size, resolution) if config.data.buckets else (resolution, resolution)
+        boxes = [_crop(opened.size, generator, config.data.smallest_crop) for _ in range(config.data.crops)]
+        flips = _flips(image.caption, generator, config)
+        pixels = torch.stack([to_tensor(_cut(opened, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
         latents, shape = base.to_latents(pixels.to(base.device)), None
         if any(masks.values()):
             shape = latents.new_ones(len(latents), 1, *latents.shape[-2:])
@@ -72,13 +72,13 @@ def encode(base: Base, pictures: Sequence[Picture], config: TrainConfig) -> list
                     for where in zip(boxes, flips, strict=True)
                 ]
                 shape = torch.stack(cut).to(latents)
-        found.setdefault(size, []).append(Shots(latents, [picture.caption] * config.crops, shape))
+        found.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, shape))
     return [_joined(shots) for _, shots in sorted(found.items())]
 
 
-def _joined(shots: Sequence[Shots]) -> Shots:
+def _joined(shots: Sequence[EncodedImages]) -> EncodedImages:
     masks = [each.masks for each in shots if each.masks is not None]
-    return Shots(
+    return EncodedImages(
         torch.cat([each.latents for each in shots]),
         [caption for each in shots for caption in each.captions],
         torch.cat(masks) if masks else None,
@@ -86,10 +86,10 @@ def _joined(shots: Sequence[Shots]) -> Shots:
 
 
 def _flips(caption: str, generator: torch.Generator, config: TrainConfig) -> list[bool]:
-    """Which variants of a picture are mirrored."""
-    if not config.flip or names_a_side(caption):
-        return [False] * config.crops
-    return (torch.rand(config.crops, generator=generator) < config.flip).tolist()
+    """Which variants of an image are mirrored."""
+    if not config.data.flip or names_a_side(caption):
+        return [False] * config.data.crops
+    return (torch.rand(config.data.crops, generator=generator) < config.data.flip).tolist()
 
 
 def _cut(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> Image.Image:
@@ -98,7 +98,7 @@ def _cut(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> Imag
 
 
 def _crop(size: tuple[int, int], generator: torch.Generator, smallest: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random crop of at least `smallest` of the picture's sides."""
+    """Left, top, right and bottom of a random crop of at least `smallest` of the image's sides."""
     part, left, top = torch.rand(3, generator=generator).tolist()
     part = smallest + (1 - smallest) * part
     width, height = round(size[0] * part), round(size[1] * part)
@@ -116,7 +116,8 @@ def answers(
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
     noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
     size = _at_once(noisy[0].numel())
-    predicted = [base.predict(*parts) for parts in zip(noisy.split(size), t.split(size), ids.split(size), strict=True)]
+    parts = zip(noisy.split(size), t.split(size), ids.split(size), strict=True)
+    predicted = [base.predict(noisy_part, t_part, base.encode_text(own)) for noisy_part, t_part, own in parts]
     return Batch(noisy, t, ids, torch.cat(predicted))
 
 
@@ -130,15 +131,15 @@ def in_parts(batch: B) -> list[B]:
 
 
 def _at_once(numel: int) -> int:
-    """How many pictures, by the numbers of one's latents."""
-    return max(8, AT_ONCE // numel)
+    """How many images, by the numbers of one's latents."""
+    return max(8, MAX_BATCH_ELEMENTS // numel)
 
 
 @torch.no_grad()
-def draw_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
-    """The base model's own pictures of the prompts, as latents (len(prompts), channels, height, width)."""
+def sample_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
+    """The base model's own images of the prompts, as latents (len(prompts), channels, height, width)."""
     denoiser: Any = base.denoiser
     size = _at_once(denoiser.config.in_channels * base.family.latent_size(base.pipeline) ** 2)
-    how = {"steps": config.sampling_steps, "guidance": config.guidance, "as_latents": True}
+    how = {"steps": config.output.sampling_steps, "guidance": config.output.guidance, "as_latents": True}
     parts = range(0, len(prompts), size)
-    return torch.cat([base.draw(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])
+    return torch.cat([base.sample(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])

@@ -1,4 +1,4 @@
-"""Where in a picture its subject is: a file beside the picture, or the picture's own transparency."""
+"""Where in an image its subject is: a file beside the image, or the image's own transparency."""
 
 from pathlib import Path
 
@@ -7,45 +7,45 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.utils.errors import SboraError
 
 SUFFIX = ".mask.png"  # dog.jpg has dog.mask.png beside it, or dog.png in the folder masks/ beside images/
 
 
 def is_mask(path: Path) -> bool:
-    """Whether a file is a mask, and not a picture to learn from."""
+    """Whether a file is a mask, and not an image to learn from."""
     return path.name.lower().endswith(SUFFIX)
 
 
-def mask_file(picture: Path) -> Path | None:
-    """The mask beside a picture, if there is one."""
-    folder = picture.parents[1] if picture.parent.name == "images" else picture.parent
-    beside = (picture.with_name(picture.stem + SUFFIX), folder / "masks" / f"{picture.stem}.png")
+def mask_file(image: Path) -> Path | None:
+    """The mask beside an image, if there is one."""
+    folder = image.parents[1] if image.parent.name == "images" else image.parent
+    beside = (image.with_name(image.stem + SUFFIX), folder / "masks" / f"{image.stem}.png")
     return next((path for path in beside if path.is_file()), None)
 
 
-def load_mask(picture: Path) -> Image.Image | None:
-    """An 8-bit grey image of the picture's size, white where the subject is; None if nothing says where.
+def load_mask(image: Path) -> Image.Image | None:
+    """An 8-bit grey image of the image's size, white where the subject is; None if nothing says where.
 
     Raises:
-        SboraError: what `load_picture` raises of the picture and of its mask, a mask of another size, or all black.
+        SboraError: what `load_image` raises of the image and of its mask, a mask of another size, or all black.
     """
-    size = load_picture(picture).size
-    if path := mask_file(picture):
-        return _checked(load_picture(path, background=(0, 0, 0)).convert("L"), path, size)
-    with Image.open(picture) as image:
-        if not image.has_transparency_data:
+    size = load_image(image).size
+    if path := mask_file(image):
+        return _checked(load_image(path, background=(0, 0, 0)).convert("L"), path, size)
+    with Image.open(image) as opened:
+        if not opened.has_transparency_data:
             return None
-        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    return None if alpha.getextrema() == (255, 255) else _checked(alpha, picture, size)
+        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else _checked(alpha, image, size)
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
-    """Cut and scaled as a picture is, (1, height, width) float32 of the latents, from 0 to 1.
+    """Cut and scaled as an image is, (1, height, width) float32 of the latents, from 0 to 1.
 
     Args:
-        size: width and height of the picture as the model sees it.
+        size: width and height of the image as the model sees it.
         latent_size: height and width of its latents.
     """
     fitted = ImageOps.fit(mask, size, Image.Resampling.BILINEAR)
@@ -55,9 +55,7 @@ def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, in
 
 def _checked(mask: Image.Image, path: Path, size: tuple[int, int]) -> Image.Image:
     if mask.size != size:
-        raise SboraError(
-            f"the mask {path} has {mask.size} pixels, its picture {size}", "scale it to the picture's size"
-        )
+        raise SboraError(f"the mask {path} has {mask.size} pixels, its image {size}", "scale it to the image's size")
     if mask.getextrema() == (0, 0):
         raise SboraError(f"the mask {path} is all black: it shows nothing to learn", "paint the subject white")
     return mask

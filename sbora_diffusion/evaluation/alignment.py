@@ -1,4 +1,4 @@
-"""How well pictures agree with texts and references: the published scores, as pure functions on embeddings.
+"""How well images agree with texts and references: the published scores, as pure functions on embeddings.
 
 Every embedding is a row of float32, L2-normalised, as encoders.py gives them: a dot product is a cosine.
 """
@@ -101,11 +101,11 @@ def bootstrap_interval(values: Tensor, seed: int = 0, draws: int = 2000, level: 
     """A percentile interval of the mean over prompts and seeds, or over more than these, all taken as samples.
 
     What lies along an axis is drawn anew, with replacement, each axis for itself: the seeds are the same for every
-    prompt, so the pictures of a row, and those of a column, are not independent (Owen 2007, "The pigeonhole
+    prompt, so the images of a row, and those of a column, are not independent (Owen 2007, "The pigeonhole
     bootstrap"). An axis of length 1 adds no width.
 
     Args:
-        values: (prompts, seeds) or any number of axes, as (prompts, concepts, seeds); one score a picture, NaN where
+        values: (prompts, seeds) or any number of axes, as (prompts, concepts, seeds); one score an image, NaN where
             there is none. One score is there at least.
         level: how much of the distribution of the mean lies between the ends.
 
@@ -153,7 +153,7 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def mos_text(prompt: str, tokens: Mapping[str, str]) -> str:
-    """What Mix-of-Show compares a picture with: "A photo depicts " and the prompt in plain words.
+    """What Mix-of-Show compares an image with: "A photo depicts " and the prompt in plain words.
 
     Args:
         prompt: such as "a <dog1> <dog2> on the beach".
@@ -163,7 +163,7 @@ def mos_text(prompt: str, tokens: Mapping[str, str]) -> str:
 
 
 def cd_text(prompt: str, tokens: Mapping[str, str]) -> str:
-    """What Custom Diffusion compares a picture with: the prompt without modifier tokens, white space tidied.
+    """What Custom Diffusion compares an image with: the prompt without modifier tokens, white space tidied.
 
     A token that stands before its class noun, "<new1> dog", is left out; one that stands in its place becomes the noun.
     Several tokens of one noun in a row count as one.

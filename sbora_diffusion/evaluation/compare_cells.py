@@ -17,7 +17,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.comparison import Comparison, parts_of, path_of, trained_as
 from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_images, score
 from sbora_diffusion.evaluation.series import merged_token
 from sbora_diffusion.evaluation.suite import load_suite
 from sbora_diffusion.inference.generate import applied, generate
@@ -29,7 +29,7 @@ from sbora_diffusion.training.checkpoint import CHECKPOINT
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.files import write_atomically
 
-BATCH = 20  # pictures at once
+BATCH = 20  # images at once
 
 
 def run_cell(folder: Path, kind: str, key: str) -> None:
@@ -48,9 +48,9 @@ def _adapter_path(folder: Path, variant: str, seed: int, name: str) -> Path:
 def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: str) -> dict[str, Any]:
     """Train one concept: number of trained parameters, file size, seconds (of what was not resumed), peak memory."""
     config, run = comparison.config(variant, seed), folder / "runs" / variant / str(seed) / name
-    start = comparison.concepts.index(name) * config.rank
-    interval = Interval(start, config.rank) if find_method(config.method).owns_interval else None
-    concept, base = load_concept(name, default_roots()), base_of_process(comparison.base, config.precision)
+    start = comparison.concepts.index(name) * config.method.rank
+    interval = Interval(start, config.method.rank) if find_method(config.method.name).owns_interval else None
+    concept, base = load_concept(name, default_roots()), base_of_process(comparison.base, config.model.precision)
     path, adapter = _adapter_path(folder, variant, seed, name), None
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
@@ -90,7 +90,7 @@ def peak_bytes(device: torch.device) -> int:
 
 def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined: str) -> dict[str, Any]:
     """Draw and judge each concept of a merge: name -> metric -> a number a prompt."""
-    base = base_of_process(comparison.base, comparison.config(variant, seed).precision)
+    base = base_of_process(comparison.base, comparison.config(variant, seed).model.precision)
     judge = _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
     merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
@@ -99,14 +99,14 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
         for part in parts:
             token = merged_token(merged, part)
             prompts = suite.bind([token])
-            pictures = _pictures(base, prompts, seed)
+            images = _images(base, prompts, seed)
             nouns: Mapping[str, str] = {token: merged.spec.tokens[token]}
-            found = score(pictures, prompts, judge, nouns, [part.spec.name])[part.spec.name]
+            found = score(images, prompts, judge, nouns, [part.spec.name])[part.spec.name]
             told[part.spec.name] = {metric: [round(x, 5) for x in values.tolist()] for metric, values in found.items()}
-            rows.append((f"{part.spec.name} by {variant}", list(zip(prompts[:8], pictures[:8], strict=True))))
-    picture = path_of(folder, "scores", f"{variant}/{seed}/{joined}").with_suffix(".png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(picture)
+            rows.append((f"{part.spec.name} by {variant}", list(zip(prompts[:8], images[:8], strict=True))))
+    image = path_of(folder, "scores", f"{variant}/{seed}/{joined}").with_suffix(".png")
+    image.parent.mkdir(parents=True, exist_ok=True)
+    sheet(rows).save(image)
     return told
 
 
@@ -119,9 +119,9 @@ def base_of_process(name: str, precision: str) -> Base:
 @lru_cache(maxsize=1)
 def _judge_of(encoder: str) -> Judge:
     known = [load_concept(name, default_roots()) for name in known_concepts(default_roots())]
-    return instruct(load_encoder(encoder), reference_pictures(known), None)
+    return instruct(load_encoder(encoder), reference_images(known), None)
 
 
-def _pictures(base: Base, prompts: Sequence[str], seed: int) -> list[Any]:
+def _images(base: Base, prompts: Sequence[str], seed: int) -> list[Any]:
     batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-    return [picture for batch in batches for picture in generate(base, batch, seeds=[seed] * len(batch))]
+    return [image for batch in batches for image in generate(base, batch, seeds=[seed] * len(batch))]

@@ -8,16 +8,17 @@ from typing import Any
 
 from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.loading import recipe_base
-from sbora_diffusion.training.checkpoint import picture_digest
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.checkpoint import image_digest
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared: the same base, pictures, prompts and steps for every variant, or those of its own settings."""
+    """What is compared: the same base, images, prompts and steps for every variant, or those of its own settings."""
 
     variants: tuple[str, ...]  # "lora" or "lora:rank=4,learning_rate=1e-3"; "sbora-fa:merge=fuse" merges in that way
     concepts: tuple[str, ...]
@@ -63,7 +64,7 @@ class Comparison:
         """The recipe of a variant, with the common settings and its own over it."""
         method, own = parts_of(trained_as(variant))
         settings = self.settings | own | {"seed": str(seed), "preview_every": "0"}
-        return TrainConfig.from_recipe(recipe_base(self.base), method, settings)
+        return configure(recipe_base(self.base), method, settings)
 
     def groups(self, size: int) -> list[tuple[str, ...]]:
         """Neighbours, so that every concept is in one merge of each size."""
@@ -83,8 +84,8 @@ class Comparison:
 
 
 def _digests(suite: str) -> dict[str, str]:
-    """Of what cells are judged by: the suite, and all concepts' pictures, for success is told among all of them."""
-    known = {name: picture_digest(load_concept(name, default_roots())) for name in known_concepts(default_roots())}
+    """Of what cells are judged by: the suite, and all concepts' images, for success is told among all of them."""
+    known = {name: image_digest(load_concept(name, default_roots())) for name in known_concepts(default_roots())}
     return {f"the suite {suite}": load_suite(suite).sha256} | {f"concept {name}": told for name, told in known.items()}
 
 

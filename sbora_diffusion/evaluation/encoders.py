@@ -1,4 +1,4 @@
-"""The judges: models that turn pictures and texts into embeddings whose cosines are the scores."""
+"""The judges: models that turn images and texts into embeddings whose cosines are the scores."""
 
 import hashlib
 import importlib
@@ -29,7 +29,7 @@ _LEGACY_EOS = 2  # in older CLIP configurations: not the end's id; transformers 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Encoder:
-    """A CLIP-like model: pictures and texts in one space.
+    """A CLIP-like model: images and texts in one space.
 
     Attributes:
         id: the name it was loaded by.
@@ -42,9 +42,9 @@ class Encoder:
     embed_images: Callable[[Sequence[Image.Image]], Tensor]
     embed_texts: Callable[[Sequence[str]], Tensor]
 
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, d) float32 unit rows on the CPU, n > 0."""
-        return _unit_rows(self.embed_images, pictures)
+        return _unit_rows(self.embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, d) float32 unit rows on the CPU, n > 0; too long texts are cut."""
@@ -53,15 +53,15 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageEncoder:
-    """A model of pictures alone, such as DINO; attributes as of `Encoder`."""
+    """A model of images alone, such as DINO; attributes as of `Encoder`."""
 
     id: str
     weights: str
     embed_images: Callable[[Sequence[Image.Image]], Tensor]
 
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, d) float32 unit rows on the CPU, n > 0."""
-        return _unit_rows(self.embed_images, pictures)
+        return _unit_rows(self.embed_images, images)
 
 
 def load_encoder(name: str) -> Encoder:
@@ -97,8 +97,8 @@ def load_vision(name: str) -> ImageEncoder:
     pooler = {key for key in missing if has_class_token and key.startswith("pooler.")}  # checkpoints leave it out
     _check_complete(name, missing - pooler)
 
-    def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
+    def embed_images(images: Sequence[Image.Image]) -> Tensor:
+        pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         output = model(pixel_values=pixels.to(model.device))
         return output.last_hidden_state[:, 0] if has_class_token else output.pooler_output.flatten(1)
 
@@ -106,7 +106,7 @@ def load_vision(name: str) -> ImageEncoder:
     return ImageEncoder(id=name, weights=_digest(weights), embed_images=embed_images)
 
 
-def preprocess(pictures: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def preprocess(images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """CLIP's own preprocessing: the short side to `size`, bicubic, the central square, normalised by channel.
 
     Offsets are rounded as torchvision does, which CLIP was trained with; transformers' processors round down.
@@ -117,16 +117,16 @@ def preprocess(pictures: Sequence[Image.Image], size: int, mean: Sequence[float]
     Returns:
         (n, 3, size, size) float32.
     """
-    pixels = np.stack([np.asarray(_central_square(picture.convert("RGB"), size)) for picture in pictures])
+    pixels = np.stack([np.asarray(_central_square(image.convert("RGB"), size)) for image in images])
     channels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (channels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _central_square(picture: Image.Image, size: int) -> Image.Image:
-    short = min(picture.size)
-    width, height = (size * side // short for side in picture.size)
+def _central_square(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    width, height = (size * side // short for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))
 
 
@@ -142,8 +142,8 @@ def _load_clip(name: str, path: str) -> Encoder:
             "give the model its own tokenizer's files",
         )
 
-    def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = preprocess(pictures, size, processor.image_mean, processor.image_std)
+    def embed_images(images: Sequence[Image.Image]) -> Tensor:
+        pixels = preprocess(images, size, processor.image_mean, processor.image_std)
         return model.get_image_features(pixels.to(model.device)).pooler_output
 
     def embed_texts(texts: Sequence[str]) -> Tensor:
@@ -169,8 +169,8 @@ def _load_open_clip(name: str) -> Encoder:
     device = _device()
     model.eval().requires_grad_(False).to(device)
 
-    def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
-        return model.encode_image(torch.stack([transform(picture) for picture in pictures]).to(device))
+    def embed_images(images: Sequence[Image.Image]) -> Tensor:
+        return model.encode_image(torch.stack([transform(image) for image in images]).to(device))
 
     def embed_texts(texts: Sequence[str]) -> Tensor:
         return model.encode_text(tokenize(list(texts)).to(device))

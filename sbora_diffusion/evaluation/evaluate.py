@@ -1,4 +1,4 @@
-"""Evaluate concepts: make their pictures for a suite of prompts, alone and merged, and let a judge score them."""
+"""Evaluate concepts: make their images for a suite of prompts, alone and merged, and let a judge score them."""
 
 import hashlib
 import logging
@@ -11,20 +11,20 @@ import torch
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
-from sbora_diffusion.evaluation.gallery import claimed, read_picture
+from sbora_diffusion.evaluation.gallery import claimed, read_image
 from sbora_diffusion.evaluation.results import Report, Result
-from sbora_diffusion.evaluation.scores import Judge, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import Judge, instruct, reference_images, score
 from sbora_diffusion.evaluation.series import Series, draw, plan
 from sbora_diffusion.evaluation.suite import Suite
 from sbora_diffusion.inference.generate import check_base, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
-from sbora_diffusion.training.checkpoint import picture_digest, versions
+from sbora_diffusion.training.checkpoint import image_digest, versions
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-BATCH = 8  # pictures made at once
+BATCH = 8  # images made at once
 
 
 def evaluate(
@@ -41,26 +41,26 @@ def evaluate(
     sampling: Sampling | None = None,
     batch_size: int = BATCH,
     force: bool = False,
-    on_picture: Callable[[int, int], None] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Make the pictures that `folder` does not have yet, and score all of them.
+    """Make the images that `folder` does not have yet, and score all of them.
 
-    A picture is written whole or not at all, so an evaluation that was stopped or killed goes on where it was. The
+    An image is written whole or not at all, so an evaluation that was stopped or killed goes on where it was. The
     seed is the sample's number, the same for all prompts and models, so single and merged differ by the weights alone.
 
     Args:
         adapters: one for each concept to evaluate.
-        suite: prompts for one concept at a time, or for all of `adapters` in one picture.
-        concepts: whom a picture may be taken for; those of the adapters, by name, among them.
+        suite: prompts for one concept at a time, or for all of `adapters` in one image.
+        concepts: whom an image may be taken for; those of the adapters, by name, among them.
         merged: a merge of the adapters, to be compared with each of them alone.
         sampling: None for what is usual for the base model.
-        batch_size: pictures made at once.
-        force: throw away the pictures of another evaluation in the folder.
-        on_picture: told how many pictures there are, and how many there will be.
+        batch_size: images made at once.
+        force: throw away the images of another evaluation in the folder.
+        on_image: told how many images there are, and how many there will be.
 
     Raises:
         SboraError: nothing to evaluate, an adapter without its concept or for another base, a folder that belongs to
-            another evaluation, a damaged picture, a suite for another number of concepts.
+            another evaluation, a damaged image, a suite for another number of concepts.
     """
     sampling = sampling or base.sampling
     _check_numbers(base, adapters, seeds, sampling, batch_size)
@@ -70,16 +70,16 @@ def evaluate(
     _check_concepts(adapters, concepts)
     about = _describe(base, adapters, merged, suite, concepts, encoder, vision, sampling, seeds)
     total = len(all_series) * len(suite.prompts) * len(seeds)
-    with claimed(folder, _identity(about), force) as pictures:
+    with claimed(folder, _identity(about), force) as images:
         before = 0
         for series in all_series:
-            for done in draw(base, series, pictures, seeds, sampling, batch_size):
-                if on_picture:
-                    on_picture(before + done, total)
+            for done in draw(base, series, images, seeds, sampling, batch_size):
+                if on_image:
+                    on_image(before + done, total)
             before += len(suite.prompts) * len(seeds)
-        references = reference_pictures(concepts)
+        references = reference_images(concepts)
         judge = instruct(encoder, references, vision)
-        results = [result for series in all_series for result in _judge(series, judge, pictures, seeds)]
+        results = [result for series in all_series for result in _judge(series, judge, images, seeds)]
     names = [adapter.spec.name for adapter in adapters]
     title = f"{', '.join(names)} on {suite.name}, judged by {encoder.id}"
     shown = {name: references[name] for name in names}
@@ -107,13 +107,13 @@ def quick_score(
         The mean of each metric of `scores.METRICS` but success, for which there is nobody to be mistaken for.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    pictures = []
+    images = []
     for start in range(0, len(jobs), BATCH):
         texts, each = zip(*jobs[start : start + BATCH], strict=True)
-        pictures += generate(base, texts, seeds=each, **vars(sampling or base.sampling))
-    judge = instruct(encoder, reference_pictures([concept]), None)
+        images += generate(base, texts, seeds=each, **vars(sampling or base.sampling))
+    judge = instruct(encoder, reference_images([concept]), None)
     tokens = {concept.token: concept.class_noun}
-    scores = score(pictures, [prompt for prompt, _ in jobs], judge, tokens, [concept.name])[concept.name]
+    scores = score(images, [prompt for prompt, _ in jobs], judge, tokens, [concept.name])[concept.name]
     return {metric: values.mean().item() for metric, values in scores.items()}
 
 
@@ -133,22 +133,22 @@ def _check_concepts(adapters: Iterable[Adapter], concepts: Iterable[Concept]) ->
     for adapter in adapters:
         name = adapter.spec.name
         if name not in known:
-            raise SboraError(f"the pictures of {name} are not known", "give their folder: --concept DIR")
-        if adapter.spec.recipe.get("pictures") not in (None, picture_digest(known[name])):
-            log.warning("%s was trained with other pictures than those that it is compared with", name)
+            raise SboraError(f"the images of {name} are not known", "give their folder: --concept DIR")
+        if adapter.spec.recipe.get("images") not in (None, image_digest(known[name])):
+            log.warning("%s was trained with other images than those that it is compared with", name)
 
 
-def _judge(series: Series, judge: Judge, pictures: Path, seeds: Sequence[int]) -> list[Result]:
-    files = series.files(pictures, seeds)
+def _judge(series: Series, judge: Judge, images: Path, seeds: Sequence[int]) -> list[Result]:
+    files = series.files(images, seeds)
     prompts = [prompt for prompt in series.prompts for _ in seeds]
-    stream = (read_picture(path) for row in files for path in row)
+    stream = (read_image(path) for row in files for path in row)
     return [
         Result(
             model=series.model,
             concept=concept,
             shown=series.shown,
             prompts=series.prompts,
-            pictures=files,
+            images=files,
             scores={metric: values.view(len(series.prompts), len(seeds)) for metric, values in scores.items()},
         )
         for concept, scores in score(stream, prompts, judge, series.tokens, series.shown).items()
@@ -178,13 +178,13 @@ def _describe(
         "seeds": list(seeds),
         "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "device": base.device.type,
-        "references": {c.name: {"pictures": len(c.pictures), "digest": picture_digest(c)} for c in concepts},
+        "references": {c.name: {"images": len(c.images), "digest": image_digest(c)} for c in concepts},
         "versions": versions(),
     }
 
 
 def _identity(about: dict[str, Any]) -> dict[str, str]:
-    """What tells this evaluation's pictures from another's. More seeds only add pictures."""
+    """What tells this evaluation's images from another's. More seeds only add images."""
     adapters = {f"adapter {name}": digest[:16] for name, digest in about["adapters"].items()}
     merged = about["merged"] or {"none": ""}
     return adapters | {

@@ -1,4 +1,4 @@
-"""Score pictures that anybody made: a folder of them, the prompts they were made from, and references."""
+"""Score images that anybody made: a folder of them, the prompts they were made from, and references."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.data.concept import EXTENSIONS
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.data.masks import is_mask
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.evaluation.results import Report, Result
@@ -21,30 +21,30 @@ _NUMBERED = re.compile(r"(\d+)-(\d+)")
 
 
 def score_folder(
-    pictures: Path,
+    images: Path,
     prompts: str,
     references: Sequence[Path],
     class_nouns: Sequence[str],
     encoder: Encoder,
     vision: ImageEncoder | None = None,
 ) -> Report:
-    """Score a folder of pictures.
+    """Score a folder of images.
 
     Args:
-        pictures: JPEG, PNG or WebP files. Their names tell the prompt: "<number>-<seed>", the first prompt is 0.
-        prompts: a suite, or a JSON file {"<picture's name>": "<prompt in plain words>"} for pictures of any name.
-        references: first a folder for each concept that is in every picture, then others, that these may be mistaken
+        images: JPEG, PNG or WebP files. Their names tell the prompt: "<number>-<seed>", the first prompt is 0.
+        prompts: a suite, or a JSON file {"<image's name>": "<prompt in plain words>"} for images of any name.
+        references: first a folder for each concept that is in every image, then others, that these may be mistaken
             for: without any there is no success rate.
         class_nouns: what stands for each concept in the texts of a suite; none for JSON and one concept.
 
     Raises:
-        SboraError: no picture, a damaged one, one without a prompt, too few folders of references.
+        SboraError: no image, a damaged one, one without a prompt, too few folders of references.
     """
-    files = _files(pictures)
+    files = _files(images)
     texts = _texts(files, prompts, class_nouns)
     num_shown = max(1, len(class_nouns))
     names = _names(references, num_shown)
-    known = {name: [load_picture(path) for path in _files(folder)] for name, folder in names.items()}
+    known = {name: [load_image(path) for path in _files(folder)] for name, folder in names.items()}
     judge = instruct(encoder, known, vision)
     shown = list(names)[:num_shown]
     about = {
@@ -55,9 +55,9 @@ def score_folder(
         "versions": versions(),
     }
     return Report(
-        title=f"{pictures} against {', '.join(shown)}, judged by {encoder.id}",
+        title=f"{images} against {', '.join(shown)}, judged by {encoder.id}",
         about=about,
-        results=tuple(_results(pictures.resolve().name, files, texts, judge, shown)),
+        results=tuple(_results(images.resolve().name, files, texts, judge, shown)),
         references={name: known[name] for name in shown},
     )
 
@@ -67,14 +67,14 @@ def _results(
 ) -> Iterator[Result]:
     rows = _rows(texts)
     order = [number for row in rows for number in row]
-    stream = (load_picture(files[number]) for number in order)
+    stream = (load_image(files[number]) for number in order)
     for concept, scores in score(stream, [texts[number] for number in order], judge, {}, shown).items():
         yield Result(
             model=model,
             concept=concept,
             shown=tuple(shown),
             prompts=tuple(texts[row[0]] for row in rows),
-            pictures=tuple(tuple(files[number] for number in row) for row in rows),
+            images=tuple(tuple(files[number] for number in row) for row in rows),
             scores={metric: values.view(len(rows), -1) for metric, values in scores.items()},
         )
 
@@ -85,7 +85,7 @@ def _files(folder: Path) -> list[Path]:
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
     files = [path for path in found if not is_mask(path)]
     if not files:
-        raise SboraError(f"no picture in {folder}", f"allowed are {', '.join(EXTENSIONS)}")
+        raise SboraError(f"no image in {folder}", f"allowed are {', '.join(EXTENSIONS)}")
     return files
 
 
@@ -100,7 +100,7 @@ def _names(folders: Sequence[Path], wanted: int) -> dict[str, Path]:
 
 
 def _texts(files: Sequence[Path], prompts: str, class_noun: Sequence[str]) -> list[str]:
-    """For each picture its prompt, with class nouns for concepts."""
+    """For each image its prompt, with class nouns for concepts."""
     if prompts.endswith(".json") and Path(prompts).is_file():
         captions = _read_json(Path(prompts))
         if isinstance(captions, dict):  # a list is CustomConcept101's
@@ -119,7 +119,7 @@ def _read_json(path: Path) -> Any:
 def _caption(path: Path, captions: dict[str, str], source: str) -> str:
     text = captions.get(path.name, captions.get(path.stem))
     if not isinstance(text, str):
-        raise SboraError(f"{source} has no prompt for {path.name}", "name every picture, with or without its extension")
+        raise SboraError(f"{source} has no prompt for {path.name}", "name every image, with or without its extension")
     return text
 
 
@@ -128,13 +128,13 @@ def _number(path: Path, count: int) -> int:
     if not match or int(match[1]) >= count:
         raise SboraError(
             f"the name {path.name} tells no prompt, expected one such as 000-0.png with a number from 0 to {count - 1}",
-            "rename the pictures, or give --prompts a JSON file of picture -> prompt",
+            "rename the images, or give --prompts a JSON file of image -> prompt",
         )
     return int(match[1])
 
 
 def _rows(texts: Sequence[str]) -> list[list[int]]:
-    """Pictures by prompt; if some prompts have more pictures than others, each picture for itself."""
+    """Images by prompt; if some prompts have more images than others, each image for itself."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, text in enumerate(texts):
         groups[text].append(number)

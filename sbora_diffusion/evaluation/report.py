@@ -1,4 +1,4 @@
-"""An evaluation for people and programs: numbers (JSON), tables (Markdown), pictures with their scores (PNG)."""
+"""An evaluation for people and programs: numbers (JSON), tables (Markdown), images with their scores (PNG)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.evaluation.gallery import read_picture, write_picture, write_text
+from sbora_diffusion.evaluation.gallery import read_image, write_image, write_text
 from sbora_diffusion.evaluation.results import Estimate, Report, Result
 from sbora_diffusion.evaluation.tables import to_markdown
 from sbora_diffusion.inference.image_grid import sheet
 
-_GRID_SEEDS = 4  # pictures of each model and prompt in a grid
+_GRID_SEEDS = 4  # images of each model and prompt in a grid
 _DIGITS = 6
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write report.md, report.json and a grid of pictures for each set of concepts; their paths."""
+    """Write report.md, report.json and a grid of images for each set of concepts; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.md", folder / "report.json"]
     write_text(to_markdown(report), written[0])
@@ -26,13 +26,13 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     for shown in dict.fromkeys(result.shown for result in report.results):
         path = folder / f"grid-{'+'.join(shown)}.png"
         results = [result for result in report.results if result.shown == shown]
-        write_picture(grid(results, report.references), path)
+        write_image(grid(results, report.references), path)
         written.append(path)
     return written
 
 
 def to_json(report: Report, root: Path) -> str:
-    """Every number and all that is needed to get it again, keys sorted; pictures' paths as seen from `root`."""
+    """Every number and all that is needed to get it again, keys sorted; images' paths as seen from `root`."""
     content = {
         "about": report.about,
         "results": [_result_to_dict(result, root) for result in report.results],
@@ -42,7 +42,7 @@ def to_json(report: Report, root: Path) -> str:
 
 
 def grid(results: Sequence[Result], references: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """References on top, then a row a prompt: the first seeds' pictures of every model, with their scores.
+    """References on top, then a row a prompt: the first seeds' images of every model, with their scores.
 
     Args:
         results: of the same prompts and shown concepts.
@@ -51,13 +51,13 @@ def grid(results: Sequence[Result], references: Mapping[str, Sequence[Image.Imag
     models = list(dict.fromkeys(result.model for result in results))
     each = max(1, _GRID_SEEDS // len(first.shown))
     order = "" if len(first.shown) == 1 else f"; scores below in the order {', '.join(first.shown)}"
-    rows = [(f"references{order}", [(c, picture) for c in first.shown for picture in references[c][:each]])]
+    rows = [(f"references{order}", [(c, image) for c in first.shown for image in references[c][:each]])]
     for number, prompt in enumerate(first.prompts):
         cells = []
         for model in models:
             own = [result for result in results if result.model == model]
-            for column, path in enumerate(own[0].pictures[number][:_GRID_SEEDS]):
-                cells.append((_caption(own, number, column), read_picture(path)))
+            for column, path in enumerate(own[0].images[number][:_GRID_SEEDS]):
+                cells.append((_caption(own, number, column), read_image(path)))
         rows.append((prompt if len(models) == 1 else f"{prompt}: {', then '.join(models)}", cells))
     return sheet(rows, cell=96 + 64 * len(first.shown))  # wide enough for the captions
 
@@ -76,14 +76,14 @@ def _picked(values: Tensor | None, number: int, column: int) -> float | None:
 
 
 def _result_to_dict(result: Result, root: Path) -> dict[str, Any]:
-    """Every number, and pictures' paths as seen from `root`, ready for JSON."""
-    names = [[_relative(path, root) for path in row] for row in result.pictures]
+    """Every number, and images' paths as seen from `root`, ready for JSON."""
+    names = [[_relative(path, root) for path in row] for row in result.images]
     scores = {metric: values.tolist() for metric, values in result.scores.items()}
     prompts = [
         {
             "prompt": prompt,
             "mean": {metric: _rounded(values[number].mean().item()) for metric, values in result.scores.items()},
-            "pictures": [
+            "images": [
                 {"file": name} | {metric: _rounded(values[number][column]) for metric, values in scores.items()}
                 for column, name in enumerate(names[number])
             ],

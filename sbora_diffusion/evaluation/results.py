@@ -1,4 +1,4 @@
-"""What came out of an evaluation: every score of every picture, their means, and what a merge changed."""
+"""What came out of an evaluation: every score of every image, their means, and what a merge changed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """How well the pictures of one model show one concept."""
+    """How well the images of one model show one concept."""
 
     model: str  # "single": the concept's own adapter; "merged"; "together": several adapters at once
     concept: str
-    shown: tuple[str, ...]  # all concepts that the pictures are to show, this one among them
+    shown: tuple[str, ...]  # all concepts that the images are to show, this one among them
     prompts: tuple[str, ...]  # as they were given to the model
-    pictures: tuple[tuple[Path, ...], ...]  # files by prompt and seed
+    images: tuple[tuple[Path, ...], ...]  # files by prompt and seed
     scores: dict[str, Tensor]  # metric -> (prompts, seeds)
 
     def estimates(self) -> dict[str, Estimate]:

@@ -1,4 +1,4 @@
-"""What a judge says of pictures, one by one: do they show what the prompt says, and whom of all the concepts?"""
+"""What a judge says of images, one by one: do they show what the prompt says, and whom of all the concepts?"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.evaluation import alignment
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
 from sbora_diffusion.utils.errors import SboraError
@@ -24,9 +24,9 @@ METRICS = {  # in the order of reports -> what tables call them
     "vision": "vision",
     "success": "success",
 }
-_CHUNK = 32  # pictures in memory at a time
+_CHUNK = 32  # images in memory at a time
 
-Scores = dict[str, Tensor]  # metric -> (n,) float32, one number a picture
+Scores = dict[str, Tensor]  # metric -> (n,) float32, one number an image
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,54 +40,52 @@ class Judge:
 
 
 def instruct(encoder: Encoder, references: Mapping[str, Sequence[Image.Image]], vision: ImageEncoder | None) -> Judge:
-    """Show the judge every concept's reference pictures.
+    """Show the judge every concept's reference images.
 
     Raises:
         SboraError: a concept without any.
     """
-    for concept, pictures in references.items():
-        if not pictures:
-            raise SboraError(f"the concept {concept} has no reference pictures")
+    for concept, images in references.items():
+        if not images:
+            raise SboraError(f"the concept {concept} has no reference images")
     return Judge(
         encoder=encoder,
-        references={concept: encoder.images(list(pictures)) for concept, pictures in references.items()},
+        references={concept: encoder.images(list(images)) for concept, images in references.items()},
         vision=vision,
-        vision_references={c: vision.images(list(pictures)) for c, pictures in references.items()} if vision else {},
+        vision_references={c: vision.images(list(images)) for c, images in references.items()} if vision else {},
     )
 
 
-def reference_pictures(concepts: Iterable[Concept]) -> dict[str, list[Image.Image]]:
-    """All pictures of each concept's folder, by the concept's name."""
-    return {concept.name: [load_picture(picture.path) for picture in concept.pictures] for concept in concepts}
+def reference_images(concepts: Iterable[Concept]) -> dict[str, list[Image.Image]]:
+    """All images of each concept's folder, by the concept's name."""
+    return {concept.name: [load_image(image.path) for image in concept.images] for concept in concepts}
 
 
 def score(
-    pictures: Iterable[Image.Image],
+    images: Iterable[Image.Image],
     prompts: Sequence[str],
     judge: Judge,
     tokens: Mapping[str, str],
     shown: Sequence[str],
 ) -> dict[str, Scores]:
-    """Judge pictures by the published protocols (alignment.py), for each concept that they are to show.
+    """Judge images by the published protocols (alignment.py), for each concept that they are to show.
 
-    `success` is 1 where the picture resembles the concept more than any other of the judge's concepts, except those
-    that are to be in the same picture; it is left out if there is no other. A merge that drops or copies a concept
+    `success` is 1 where the image resembles the concept more than any other of the judge's concepts, except those
+    that are to be in the same image; it is left out if there is no other. A merge that drops or copies a concept
     cannot do well on it.
 
     Args:
-        pictures: n of them; few are in memory at a time if they come one by one.
+        images: n of them; few are in memory at a time if they come one by one.
         prompts: the n texts that they were made from.
         tokens: token -> class noun, for the tokens in the prompts.
-        shown: the concepts that each picture is to show.
+        shown: the concepts that each image is to show.
 
     Returns:
         For each of `shown` its metrics, (n,) each; the text's are the same for all of them.
     """
-    views, sights = _embed(pictures, judge)
+    views, sights = _embed(images, judge)
     if len(views) != len(prompts) or not prompts:
-        raise SboraError(
-            f"got {len(views)} pictures and {len(prompts)} prompts, expected as many of both, at least one"
-        )
+        raise SboraError(f"got {len(views)} images and {len(prompts)} prompts, expected as many of both, at least one")
     texts = {how: _embed_texts(judge, [plain(p, tokens) for p in prompts]) for how, plain in _PLAIN.items()}
     text: Scores = {
         "text_mos": alignment.text_alignment(views, texts["mos"]),
@@ -115,9 +113,9 @@ def _resemblance(views: Tensor, sights: Tensor | None, judge: Judge, concept: st
     return scores
 
 
-def _embed(pictures: Iterable[Image.Image], judge: Judge) -> tuple[Tensor, Tensor | None]:
+def _embed(images: Iterable[Image.Image], judge: Judge) -> tuple[Tensor, Tensor | None]:
     """(n, d) by the encoder, and by the vision model if there is one."""
-    remaining, views, sights = iter(pictures), [torch.empty(0)], []
+    remaining, views, sights = iter(images), [torch.empty(0)], []
     while chunk := list(islice(remaining, _CHUNK)):
         views.append(judge.encoder.images(chunk))
         if judge.vision:

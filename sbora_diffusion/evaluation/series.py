@@ -1,4 +1,4 @@
-"""Which pictures an evaluation is made of: for each model and concept a series, every prompt with every seed."""
+"""Which images an evaluation is made of: for each model and concept a series, every prompt with every seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.evaluation.gallery import write_picture
+from sbora_diffusion.evaluation.gallery import write_image
 from sbora_diffusion.evaluation.suite import Suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
@@ -28,12 +28,12 @@ class Series:
 
     @property
     def folder(self) -> str:
-        """Where its pictures lie in the folder of pictures."""
+        """Where its images lie in the folder of images."""
         return f"{self.model}/{'+'.join(self.shown)}"
 
-    def files(self, pictures: Path, seeds: Sequence[int]) -> tuple[tuple[Path, ...], ...]:
+    def files(self, images: Path, seeds: Sequence[int]) -> tuple[tuple[Path, ...], ...]:
         """Paths by prompt and seed: "<prompt's number>-<seed>.png"."""
-        folder = pictures / self.folder
+        folder = images / self.folder
         return tuple(tuple(folder / f"{n:03d}-{seed}.png" for seed in seeds) for n in range(len(self.prompts)))
 
 
@@ -41,7 +41,7 @@ def plan(suite: Suite, adapters: Sequence[Adapter], merged: Adapter | None) -> l
     """The series of an evaluation.
 
     A suite for one concept at a time: each concept by its own adapter, then each by the merge. A joint suite: all
-    concepts in each picture, by the merge, or without one by all adapters at once.
+    concepts in each image, by the merge, or without one by all adapters at once.
 
     Raises:
         SboraError: an adapter that is a merge itself, two of one name, a joint suite for another number of concepts, a
@@ -88,14 +88,14 @@ def merged_token(merged: Adapter, adapter: Adapter) -> str:
 
 
 def draw(
-    base: Base, series: Series, pictures: Path, seeds: Sequence[int], sampling: Sampling, batch_size: int
+    base: Base, series: Series, images: Path, seeds: Sequence[int], sampling: Sampling, batch_size: int
 ) -> Iterator[int]:
-    """Make the pictures that are not there yet; yields how many are, first before any new one is made.
+    """Make the images that are not there yet; yields how many are, first before any new one is made.
 
-    Batches are what they would be if all were missing, so a picture is the same, bit for bit, whenever it is made: seed
+    Batches are what they would be if all were missing, so an image is the same, bit for bit, whenever it is made: seed
     by seed, for more seeds to come after.
     """
-    files = series.files(pictures, seeds)
+    files = series.files(images, seeds)
     jobs = [
         (row[column], prompt, seed)
         for column, seed in enumerate(seeds)
@@ -110,9 +110,9 @@ def draw(
         for batch in batches:
             missing = [path for path, _, _ in batch if not path.exists()]
             if missing:
-                for path, picture in _generate(base, batch, sampling):
+                for path, image in _generate(base, batch, sampling):
                     if path in missing:
-                        write_picture(picture, path)
+                        write_image(image, path)
                 done += len(missing)
                 yield done
 

@@ -1,4 +1,4 @@
-"""A suite: the prompts that a concept, or several in one picture, are evaluated on."""
+"""A suite: the prompts that a concept, or several in one image, are evaluated on."""
 
 import hashlib
 import re
@@ -60,7 +60,7 @@ class Suite:
 
     @property
     def num_concepts(self) -> int:
-        """How many concepts a picture is to show; a published joint prompt here and there names only one of them."""
+        """How many concepts an image is to show; a published joint prompt here and there names only one of them."""
         highest = max(number for prompt in self.prompts for number in prompt.placeholders)
         return max(highest + 1, 2 if self.prompts[0].kind == "joint" else 1)
 
@@ -72,7 +72,7 @@ class Suite:
         """
         if len(tokens) != self.num_concepts:
             raise SboraError(
-                f"the suite {self.name} speaks of {self.num_concepts} concepts in one picture, "
+                f"the suite {self.name} speaks of {self.num_concepts} concepts in one image, "
                 f"got {len(tokens)}: {', '.join(tokens) or 'none'}",
                 f"give {self.num_concepts} concepts, or choose another suite",
             )

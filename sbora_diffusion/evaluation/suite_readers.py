@@ -89,14 +89,14 @@ def _read_dreambooth(path: Path, subject: str) -> Lines:
         known = ", ".join(classes) or "none"
         raise SboraError(f"{path} has no subject {subject or 'without a name'!r}; it has: {known}", "add #SUBJECT")
     is_live = classes[subject] in LIVE_CLASSES
-    heading, kind = ("Live Subject Prompts", "character") if is_live else ("Object Prompts", "object")
+    heading, kind = ("InjectedConcept Subject Prompts", "character") if is_live else ("Object Prompts", "object")
     section = re.search(rf"^{heading}$(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     prompts: list[str] = re.findall(r"^'(.+)'\.format", section[1] if section else "", re.MULTILINE)
     return [(prompt.replace("{0} {1}", "{}"), kind) for prompt in prompts]
 
 
 def _read_custom_concept(path: Path, entry: str) -> tuple[Path, Lines]:
-    """CustomConcept101's dataset.json, or for several concepts in one picture its dataset_multiconcept.json."""
+    """CustomConcept101's dataset.json, or for several concepts in one image its dataset_multiconcept.json."""
     found: dict[str, tuple[Path, Kind]] = {}
     try:
         for content in json.loads(_text(path)):

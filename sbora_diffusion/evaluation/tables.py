@@ -30,7 +30,7 @@ def _table(report: Report, wanted: Sequence[str]) -> str:
     rows = []
     for result in report.results:
         rows.append(
-            [_label(result), result.model, str(sum(map(len, result.pictures))), *_cells(result.estimates(), columns)]
+            [_label(result), result.model, str(sum(map(len, result.images))), *_cells(result.estimates(), columns)]
         )
     for concept, change in report.retention().items():
         rows.append([concept, "merged − single", "", *_cells(change, columns, "+")])

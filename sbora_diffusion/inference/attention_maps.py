@@ -1,4 +1,4 @@
-"""Where in a picture the tokens of each concept are, found in cross-attention while the picture is drawn."""
+"""Where in an image the tokens of each concept are, found in cross-attention while the image is drawn."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
 class AttentionMaps:
     """The attention that each concept's tokens get, averaged over heads, layers and the steps so far.
 
-    A concept acts fully where its tokens get more than their average over the picture, and less and less below; where
+    A concept acts fully where its tokens get more than their average over the image, and less and less below; where
     several concepts want the same place it is shared out in favour of the strongest (compare FreeFuse,
     arXiv 2510.23515, whose masks come from the same maps).
 

@@ -2,7 +2,7 @@
 
 A standard-basis adapter adds a small term of its own to a layer's output, so it can be left out position by position:
 in the text encoder and in the keys and values of cross-attention before the concept's token, and outside the concept's
-place in the picture everywhere else. What no mask covers is the base model's own number, bit for bit.
+place in the image everywhere else. What no mask covers is the base model's own number, bit for bit.
 """
 
 import math
@@ -18,7 +18,7 @@ from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.inference.generate import check_base, check_distinct, check_tokens
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.base import Text
+from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.quantization import DTYPE
 from sbora_diffusion.models.tokens import added_tokens
 from sbora_diffusion.utils.errors import SboraError
@@ -87,21 +87,23 @@ class LiveConcepts:
         return found
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], masks: Masks) -> Text:
+    def encode(self, prompts: Sequence[str], masks: Masks) -> TextConditioning:
         """The same prompt n times, or several that name nothing, with these text masks: states (n, tokens, hidden)."""
         pipeline: Any = self._base.pipeline
         with self.acting(lambda _key, shape: {name: mask.expand(shape) for name, mask in masks.items()}):
             made = pipeline.encode_prompt(
                 list(prompts), device=self._base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-        return Text(made[0], made[2] if len(made) > 2 else None)
+        return TextConditioning(made[0], made[2] if len(made) > 2 else None)
 
-    def encode_negative(self, prompt: str, number: int) -> Text:
+    def encode_negative(self, prompt: str, number: int) -> TextConditioning:
         """What guidance compares with, n times; no concept acts on it. SDXL's is all zeros if there is none."""
         text = self.encode([prompt] * number, {})
         if prompt or not self._base.pipeline.config.get("force_zeros_for_empty_prompt"):
             return text
-        return Text(torch.zeros_like(text.states), None if text.pooled is None else torch.zeros_like(text.pooled))
+        return TextConditioning(
+            torch.zeros_like(text.states), None if text.pooled is None else torch.zeros_like(text.pooled)
+        )
 
     @contextmanager
     def acting(self, source: MaskSource) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Pictures from a prompt, with any set of concepts written into the base model while they are made."""
+"""Images from a prompt, with any set of concepts written into the base model while they are made."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ from PIL import Image
 
 from sbora_diffusion.adapters.delta import needs_original, written_factors, written_side
 from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
-from sbora_diffusion.adapters.weight_patcher import PlacedWeights
+from sbora_diffusion.adapters.weight_patcher import AdapterPatcher
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
 from sbora_diffusion.models.tokens import added_tokens
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 TOKEN = re.compile(r"<[^<>\s]+>")
 
 
-class WrittenConcepts:
+class ConceptPatcher:
     """The concepts that are written into a base model, weights and tokens; any of them can be taken out again.
 
     The weights depend only on which concepts are written and how strongly, not on what happened before; without any,
@@ -32,7 +32,7 @@ class WrittenConcepts:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._weights = {component: PlacedWeights(base.component(component)) for component in base.adapted}
+        self._weights = {component: AdapterPatcher(base.component(component)) for component in base.adapted}
         self._concepts: dict[str, tuple[Adapter, float]] = {}
         self._factors: dict[str, dict[str, Factor]] = {}
         self._tokens = ExitStack()
@@ -135,7 +135,7 @@ class WrittenConcepts:
 @contextmanager
 def applied(
     base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
-) -> Iterator[WrittenConcepts]:
+) -> Iterator[ConceptPatcher]:
     """Write concepts into the base model; at the end its weights and tokens are what they were, bit for bit.
 
     Meanwhile concepts can be added, taken out, made stronger and weaker through what the block gets.
@@ -146,7 +146,7 @@ def applied(
     Raises:
         SboraError: an adapter for another base model, or two that bring the same token.
     """
-    concepts = WrittenConcepts(base)
+    concepts = ConceptPatcher(base)
     try:
         concepts.write(adapters, strengths)
         yield concepts
@@ -194,9 +194,9 @@ def generate(
     guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed, at the base model's own resolution.
+    """One image for each prompt and seed, at the base model's own resolution.
 
-    A picture depends on its own prompt and seed only, not on what else is in the call.
+    An image depends on its own prompt and seed only, not on what else is in the call.
 
     Args:
         steps, guidance: None for what is usual for this base model.
@@ -207,7 +207,7 @@ def generate(
     if len(prompts) != len(seeds) or not prompts:
         raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
     check_tokens(base, [*prompts, negative_prompt])
-    return base.draw(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+    return base.sample(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
 
 
 def check_tokens(base: Base, prompts: Sequence[str]) -> None:

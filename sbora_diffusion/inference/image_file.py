@@ -1,4 +1,4 @@
-"""Pictures on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
+"""Images on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
 
 import io
 import json
@@ -22,7 +22,7 @@ MAX_PIXELS = 4096 * 4096  # of a file that is asked for its settings
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that one picture depends on, besides the weights."""
+    """All that one image depends on, besides the weights."""
 
     base: str
     prompt: str
@@ -33,7 +33,7 @@ class Settings:
     precision: str = "fp32"  # of the base model's weights and arithmetic
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
     regions: tuple[str, ...] = ()  # as `parse_region` reads them
-    whole_scene: bool = True  # each region was told of all of the picture
+    whole_scene: bool = True  # each region was told of all of the image
     gated: bool = False  # without regions: each concept acted only where it was named
 
     @property
@@ -46,17 +46,17 @@ class Settings:
         return json.dumps(asdict(self) | {"concepts": dict(self.concepts), "version": __version__}, ensure_ascii=False)
 
 
-def save_numbered(picture: Image.Image, folder: Path, settings: Settings) -> Path:
+def save_numbered(image: Image.Image, folder: Path, settings: Settings) -> Path:
     """Write a PNG with its settings, under the next number that is free in the folder; nothing is overwritten.
 
     Whoever looks sees the whole file or none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "picture"
+    slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "image"
     info = PngInfo()
     info.add_itxt(KEY, settings.to_json())
     content = io.BytesIO()
-    picture.save(content, format="png", pnginfo=info)
+    image.save(content, format="png", pnginfo=info)
     first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
     for number in count(first):
         path = folder / f"{number:04d}-{slug}.png"
@@ -69,12 +69,12 @@ def save_numbered(picture: Image.Image, folder: Path, settings: Settings) -> Pat
 
 
 def read_settings(path: Path) -> Settings:
-    """What a picture was made with.
+    """What an image was made with.
 
     Raises:
         SboraError: no PNG, or one without settings that we wrote.
     """
-    hint = "Give a picture that this program made, as it was downloaded: messengers and editors drop what is inside."
+    hint = "Give an image that this program made, as it was downloaded: messengers and editors drop what is inside."
     try:
         with Image.open(path, formats=["PNG"]) as file:
             if file.width * file.height > MAX_PIXELS:

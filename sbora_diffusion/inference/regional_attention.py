@@ -1,4 +1,4 @@
-"""Several prompts in one picture: every place listens to its own, and concepts act where their prompt is heard."""
+"""Several prompts in one image: every place listens to its own, and concepts act where their prompt is heard."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,18 +20,18 @@ TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One prompt of a picture and where it is heard."""
+    """One prompt of an image and where it is heard."""
 
-    embeddings: Tensor  # (pictures, tokens, hidden)
+    embeddings: Tensor  # (images, tokens, hidden)
     text_masks: Masks  # concept -> (tokens,)
     weights: Tensor  # (height, width) of any grid, from 0 to 1; those of all branches sum to 1
 
 
 class Scene:
-    """What acts where while the U-Net draws pictures of the same prompts.
+    """What acts where while the U-Net draws images of the same prompts.
 
-    A batch of the U-Net is what guidance compares with (`num_silent` rows, which no concept ever reaches), then one row
-    a picture. Inside cross-attention the latter are repeated, once a branch, and blended by the branches' weights: as
+    A batch of the U-Net is what guidance compares with (`num_uncond` rows, which no concept ever reaches), then one row
+    an image. Inside cross-attention the latter are repeated, once a branch, and blended by the branches' weights: as
     masked cross-attention with soft masks. The first branch is the global prompt.
 
     Args:
@@ -40,10 +40,10 @@ class Scene:
     """
 
     def __init__(
-        self, branches: Sequence[Branch], num_silent: int, size: tuple[int, int], maps: AttentionMaps | None
+        self, branches: Sequence[Branch], num_uncond: int, size: tuple[int, int], maps: AttentionMaps | None
     ) -> None:
-        self._branches, self._num_silent, self._size, self._maps = branches, num_silent, size, maps
-        self._num_pictures = len(branches[0].embeddings)
+        self._branches, self._num_silent, self._size, self._maps = branches, num_uncond, size, maps
+        self._num_images = len(branches[0].embeddings)
         self._names = sorted({name for branch in branches for name in branch.text_masks})
         self._text_masks = {name: self._below_silence(self._text_rows(name)) for name in self._names}
         self._known: dict[tuple[bool, int], dict[str, Tensor]] = {}
@@ -68,12 +68,12 @@ class Scene:
         """Rows of the U-Net (rows, positions, channels) and their texts, repeated for every branch."""
         if len(self._branches) == 1:
             return hidden, text
-        silent, drawn = hidden.split([self._num_silent, self._num_pictures])
+        silent, drawn = hidden.split([self._num_silent, self._num_images])
         texts = [branch.embeddings.to(text) for branch in self._branches]
         return torch.cat([silent, *[drawn] * len(texts)]), torch.cat([text[: self._num_silent], *texts])
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """The inverse of `spread`: the branches of each picture, blended."""
+        """The inverse of `spread`: the branches of each image, blended."""
         if len(self._branches) == 1:
             return hidden
         silent, drawn = hidden[: self._num_silent], hidden[self._num_silent :].chunk(len(self._branches))
@@ -83,23 +83,23 @@ class Scene:
     def observe(self, attention: Attention, hidden: Tensor, text: Tensor) -> None:
         """Let the maps see the global prompt's rows of a cross-attention layer."""
         if self._maps:
-            rows = slice(self._num_silent, self._num_silent + self._num_pictures)
+            rows = slice(self._num_silent, self._num_silent + self._num_images)
             self._maps.observe(attention, hidden, text, rows)
 
     def _text_rows(self, name: str) -> Tensor:
-        """(branches · pictures, tokens)."""
+        """(branches · images, tokens)."""
         rows = []
         for branch in self._branches:
             none = torch.zeros(branch.embeddings.shape[1], device=branch.embeddings.device)
-            rows.append(branch.text_masks.get(name, none).expand(self._num_pictures, -1))
+            rows.append(branch.text_masks.get(name, none).expand(self._num_images, -1))
         return torch.cat(rows)
 
     def _cross_rows(self, name: str, positions: int) -> Tensor:
-        """(branches · pictures, positions) for the image side of cross-attention, before the branches are blended."""
+        """(branches · images, positions) for the image side of cross-attention, before the branches are blended."""
         return torch.cat([self._presence(number, name, positions) for number in range(len(self._branches))])
 
     def _image_rows(self, name: str, positions: int) -> Tensor:
-        """(pictures, positions) for self-attention: where the branches are heard in which the concept acts."""
+        """(images, positions) for self-attention: where the branches are heard in which the concept acts."""
         shares = [
             self._weights(branch, positions) * self._presence(number, name, positions)
             for number, branch in enumerate(self._branches)
@@ -107,9 +107,9 @@ class Scene:
         return torch.stack(shares).sum(0)
 
     def _presence(self, number: int, name: str, positions: int) -> Tensor:
-        """(pictures, positions): in a region everywhere, in the global prompt where the maps have found the concept."""
+        """(images, positions): in a region everywhere, in the global prompt where the maps have found the concept."""
         branch = self._branches[number]
-        shape = (self._num_pictures, positions)
+        shape = (self._num_images, positions)
         if name not in branch.text_masks:
             return torch.zeros(shape, device=branch.embeddings.device)
         found = self._maps.mask(name, positions) if self._maps and number == 0 else None

@@ -1,4 +1,4 @@
-"""Pictures with a prompt and concepts of its own for each region: no concept acts outside its region."""
+"""Images with a prompt and concepts of its own for each region: no concept acts outside its region."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,24 +15,24 @@ from sbora_diffusion.inference.gating import LiveConcepts, live_concepts
 from sbora_diffusion.inference.generate import check_tokens
 from sbora_diffusion.inference.regional_attention import Branch, Scene, staged
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.base import Text
+from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.utils.errors import SboraError
 
-FEATHER = 0.1  # of the picture's side
+FEATHER = 0.1  # of the image's side
 FORM = (
-    'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", with fractions of the picture from 0 to 1; '
+    'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", with fractions of the image from 0 to 1; '
     'concepts that the prompt does not name stand before the colon: "0,0,.5,1,ink: a house"'
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A part of the picture with its own prompt.
+    """A part of the image with its own prompt.
 
     Attributes:
-        box: left, top, right, bottom as fractions of the picture's sides.
+        box: left, top, right, bottom as fractions of the image's sides.
         adapters: names of concepts that act here though the prompt does not name them, such as styles without a token.
-        feather: width of the soft border, as a fraction of the picture's side; the picture's own border is never soft.
+        feather: width of the soft border, as a fraction of the image's side; the image's own border is never soft.
     """
 
     box: tuple[float, float, float, float]
@@ -89,7 +89,7 @@ def _alpha(region: Region, size: tuple[int, int]) -> Tensor:
 
 
 def _ramp(start: float, stop: float, feather: float, length: int) -> Tensor:
-    """(length,): 1 inside, 0 outside, a straight slope of width `feather` on each border inside the picture."""
+    """(length,): 1 inside, 0 outside, a straight slope of width `feather` on each border inside the image."""
     points = (torch.arange(length) + 0.5) / length
     inside = torch.full_like(points, torch.inf)
     if start > 0:
@@ -111,9 +111,9 @@ def generate_regions(
     guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
-    """One picture a seed, with live concepts: each acts only where it is named, in the text and in the picture.
+    """One image a seed, with live concepts: each acts only where it is named, in the text and in the image.
 
-    Without regions the concepts of the prompt act where their tokens' attention is. A picture whose prompts name no
+    Without regions the concepts of the prompt act where their tokens' attention is. An image whose prompts name no
     concept is the one that `generate` makes of the base model, bit for bit; other loaded concepts never matter.
 
     Args:
@@ -160,13 +160,13 @@ def _staged(
     pipeline: Any = base.pipeline
     side = pipeline.unet.config.sample_size
     maps = AttentionMaps(named, (side, side)) if named else None
-    num_silent = len(branches[0].embeddings) if guidance > 1 else 0
-    scene = Scene(branches, num_silent, (side, side), maps)
+    num_uncond = len(branches[0].embeddings) if guidance > 1 else 0
+    scene = Scene(branches, num_uncond, (side, side), maps)
     with staged(pipeline.unet, scene), live.acting(scene.masks):
         yield
 
 
-def _conditions(text: Text, silent: Text) -> dict[str, Tensor]:
+def _conditions(text: TextConditioning, silent: TextConditioning) -> dict[str, Tensor]:
     """What the pipeline is given of the global prompt and of what guidance compares with; regions are heard inside."""
     given = {"prompt_embeds": text.states, "negative_prompt_embeds": silent.states}
     if text.pooled is not None and silent.pooled is not None:

@@ -1,4 +1,4 @@
-"""Regions that are told what else is in the picture."""
+"""Regions that are told what else is in the image."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +10,14 @@ from sbora_diffusion.utils.text import say_plainly
 
 
 def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]) -> tuple[str, list[Region]]:
-    """The prompt and the regions', each saying all of the picture; a concept is named in its own region only.
+    """The prompt and the regions', each saying all of the image; a concept is named in its own region only.
 
     "on the beach" with the regions "a <dog>" and "a <cat>" becomes "a dog and a cat on the beach" with "a <dog> and a
     cat on the beach" and "a dog and a <cat> on the beach": a model that hears of one subject in each half draws two
     large ones that run into each other (docs/regions.md).
 
     Args:
-        prompt: what is said of the whole picture; may be empty, and stays as it is in every region.
+        prompt: what is said of the whole image; may be empty, and stays as it is in every region.
         nouns: the class noun of each token.
     """
     told = [_plainly(region.prompt, nouns) for region in regions]

@@ -39,7 +39,7 @@ def export(
     Args:
         layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
         to: one of `FORMATS`.
-        resolution, date: for the metadata: pixels of a picture's side; today, ISO 8601.
+        resolution, date: for the metadata: pixels of an image's side; today, ISO 8601.
 
     Returns:
         What was written: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory's

@@ -16,7 +16,7 @@ def provenance(
     Args:
         layers: "<component>.<layer>" -> (out, in), of the base model.
         rank: of the exported LoRA.
-        resolution: pixels of a picture's side.
+        resolution: pixels of an image's side.
         date: of today, ISO 8601.
     """
     version, architecture = base_model(layers, resolution)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
 from sbora_diffusion.llm.config import LlmConfig
@@ -209,7 +209,7 @@ class _Watcher(TrainerCallback):
 def _in_the_weights(model: Any, run: Run, config: LlmConfig) -> Iterator[None]:
     """SBoRA without dropout trains inside the base weights, where these are as precise as the adapter."""
     if run.interval and run.quantize == "none" and config.dtype == "float32" and not config.dropout:
-        with direct_training(model, "default"):
+        with inplace_training(model, "default"):
             yield
     else:
         yield

@@ -60,7 +60,7 @@ def recorded_inputs(base: Base, columns: Mapping[str, Tensor | None]) -> Iterato
             hook.remove()
 
 
-class DrawnInputs:
+class SampledInputs:
     """What `fuse` asks for: moments of each concept's inputs while its own model draws it, and of the prior prompts'.
 
     The prompts are those of the adapter's training (its preview and prior prompts, which stand in its file), or PROMPTS
@@ -85,7 +85,7 @@ class DrawnInputs:
     def _draw(self, prompts: Sequence[str]) -> None:
         for seed in range(self._seeds):
             seeds = [seed] * len(prompts)
-            self._base.draw(prompts, seeds=seeds, steps=self._steps, guidance=self._guidance, as_latents=True)
+            self._base.sample(prompts, seeds=seeds, steps=self._steps, guidance=self._guidance, as_latents=True)
 
 
 def own_prompts(adapter: Adapter) -> list[str]:

@@ -14,12 +14,12 @@ from torch.nn.utils import parametrize
 
 from sbora_diffusion.adapters.basis import Interval, canonical
 from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.adapters.layer import SboraLayer, attach
 from sbora_diffusion.methods.registry import find_method, lora_config, method_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.target_modules import adapted_layers
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 ADAPTER = "concept"  # its name inside PEFT
@@ -42,7 +42,7 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
     Args:
         name: the concept's, which chooses Orthogonal Adaptation's columns.
     """
-    kind = find_method(config.method).kind
+    kind = find_method(config.method.name).kind
     if kind in ("fa", "fb"):
         assert interval is not None
         with _sbora(base, interval, config) as found:
@@ -63,14 +63,16 @@ def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Inje
     try:
         for component, targets in adapted_layers(base, config).items():
             model: Any = base.component(component)
-            model.add_adapter(lora_config(config.rank, targets), adapter_name=ADAPTER)
+            model.add_adapter(lora_config(config.method.rank, targets), adapter_name=ADAPTER)
             _to_fp32(model)
-            layers[component] = attach(model, ADAPTER, method_side(config.method), interval, config.basis_seed)
+            layers[component] = attach(
+                model, ADAPTER, method_side(config.method.name), interval, config.method.basis_seed
+            )
         trained = {part: [layer.trained for layer in found.values()] for part, found in layers.items()}
         with ExitStack() as directly:
-            if not config.erasure_weight:  # which reads the base weights at every step
+            if not config.loss.erasure_weight:  # which reads the base weights at every step
                 for component in layers:
-                    directly.enter_context(direct_training(base.component(component), ADAPTER))
+                    directly.enter_context(inplace_training(base.component(component), ADAPTER))
             yield Injected(trained, layers)
     finally:
         base.pipeline.unload_lora_weights()
@@ -78,14 +80,14 @@ def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Inje
 
 @contextmanager
 def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
-    kind = find_method(config.method).kind
+    kind = find_method(config.method.name).kind
     found: dict[str, dict[str, LoraLayer]] = {}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # of the Kaiming factor
             for component, targets in adapted_layers(base, config).items():
                 model: Any = base.component(component)
-                model.add_adapter(lora_config(config.rank, targets, kind == "dora"), adapter_name=ADAPTER)
+                model.add_adapter(lora_config(config.method.rank, targets, kind == "dora"), adapter_name=ADAPTER)
                 _to_fp32(model)
                 found[component] = {canonical(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
         if kind == "orthogonal":
@@ -119,11 +121,11 @@ def _set_basis(module: LoraLayer, key: str, config: TrainConfig) -> None:
     """A = r rows, chosen by chance, of the orthogonal matrix that all layers of this input width share; frozen."""
     down: Any = module.lora_A[ADAPTER]
     width = down.weight.shape[1]
-    if config.rank > width:
-        raise SboraError(f"got rank={config.rank}, but a layer has {width} inputs, and no more orthogonal rows")
+    if config.method.rank > width:
+        raise SboraError(f"got rank={config.method.rank}, but a layer has {width} inputs, and no more orthogonal rows")
     seed = int.from_bytes(blake2b(key.encode(), digest_size=4).digest(), "little")
-    rows = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[: config.rank]
-    down.weight.copy_(orthogonal_matrix(width, config.basis_seed)[rows])
+    rows = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[: config.method.rank]
+    down.weight.copy_(orthogonal_matrix(width, config.method.basis_seed)[rows])
     down.weight.requires_grad_(False)
 
 

@@ -19,11 +19,11 @@ from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import LayerwiseEmbedding, cross_attentions, layerwise_tokens
 from sbora_diffusion.models.target_modules import blocks_before, only_passed
 from sbora_diffusion.models.tokens import TokenEmbedding, added_tokens, class_embedding
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Live:
+class InjectedConcept:
     """The concept while it is being trained."""
 
     base: Base
@@ -58,18 +58,20 @@ class Live:
 
 
 @contextmanager
-def live_concept(concept: Concept, base: Base, interval: Interval | None, config: TrainConfig) -> Iterator[Live]:
+def injected_concept(
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig
+) -> Iterator[InjectedConcept]:
     """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
-    start = class_embedding(base, concept.class_noun, config.token_vectors)
+    start = class_embedding(base, concept.class_noun, config.method.token_vectors)
     with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as tokens:
         for embedding in tokens.values():
             embedding.learned.data = embedding.learned.data.float()  # of a vocabulary in half precision
-        if find_method(config.method).fixed_noun and config.token_vectors > 1:
+        if find_method(config.method.name).fixed_noun and config.method.token_vectors > 1:
             for embedding in tokens.values():
                 embedding.learned.register_hook(_without_last)
-        checkpointed = _checkpointed(base) if config.gradient_checkpointing else nullcontext()
+        checkpointed = _checkpointed(base) if config.model.gradient_checkpointing else nullcontext()
         with checkpointed, only_passed(base.denoiser, blocks_before(base, config)):
-            yield Live(base, weights, tokens)
+            yield InjectedConcept(base, weights, tokens)
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def _tokens(
     base: Base, concept: Concept, start: Mapping[str, Tensor], config: TrainConfig
 ) -> AbstractContextManager[Mapping[str, TokenEmbedding | LayerwiseEmbedding]]:
     named = {f"{component}.{concept.token}": rows for component, rows in start.items()}
-    if not config.layerwise_tokens:
+    if not config.method.layerwise_tokens:
         return added_tokens(base, named)
     count = len(cross_attentions(base))
     return layerwise_tokens(

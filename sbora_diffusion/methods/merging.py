@@ -10,7 +10,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.adapters.merge import check_mergeable, in_order, merge, put_together
 from sbora_diffusion.inference.generate import applied
-from sbora_diffusion.methods.calibration import DrawnInputs, own_prompts, prior_prompts
+from sbora_diffusion.methods.calibration import SampledInputs, own_prompts, prior_prompts
 from sbora_diffusion.methods.registry import default_weights, merge_choice
 from sbora_diffusion.models.base import Base
 
@@ -35,14 +35,14 @@ def merge_by_method(
         adapters, weights = in_order(adapters, weights)
         return put_together(adapters, weights, {}, {"how": how})
     if how == "gradient":
-        drawn = DrawnInputs(base, adapters)
+        drawn = SampledInputs(base, adapters)
         every = {key: torch.arange(shape[1]) for key, shape in base.layer_shapes.items()}
         return fuse_by_gradient(adapters, weights, [drawn(adapter, every) for adapter in adapters], base.device)
     if how == "constrained":
         texts = [word_states(base, adapter) for adapter in adapters]
         return merge_constrained(adapters, weights, texts, prior_states(base, adapters))
     if how == "fuse":
-        return fuse(adapters, weights, DrawnInputs(base, adapters))
+        return fuse(adapters, weights, SampledInputs(base, adapters))
     if adapters[0].dense:
         return weighted_sum(adapters, weights, base.layers, how)
     return merge(adapters, weights, "sum")
@@ -53,7 +53,7 @@ def word_states(base: Base, adapter: Adapter) -> Tensor:
     """(n, d): the text encoders' states at the concept's own words, in the prompts of its training."""
     with applied(base, [adapter]):
         ids = base.tokenize(own_prompts(adapter))
-        states = base.read(ids).states
+        states = base.encode_text(ids).states
     own = base.family.split(base.pipeline, ids)[0]
     return states[own >= base.pipeline.text_encoder.config.vocab_size].cpu()
 
@@ -61,5 +61,5 @@ def word_states(base: Base, adapter: Adapter) -> Tensor:
 @torch.no_grad()
 def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
     """(d, d): E[c cᵀ] of the text encoders' states of the prior prompts."""
-    states = base.read(base.tokenize(prior_prompts(adapters))).states.flatten(0, 1).double().cpu()
+    states = base.encode_text(base.tokenize(prior_prompts(adapters))).states.flatten(0, 1).double().cpu()
     return states.T @ states / len(states)

@@ -1,10 +1,11 @@
 """The methods that can be trained: what each adds to which layers, and how its paper merges it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError, guess
 
 if TYPE_CHECKING:
@@ -61,6 +62,30 @@ def find_method(name: str) -> Method:
         if method.name == name:
             return method
     raise SboraError(f"got unknown method {name!r}", f"{guess(name, METHODS)}choose from {', '.join(METHODS)}")
+
+
+def configure(base: str, method: str, overrides: Mapping[str, str]) -> TrainConfig:
+    """Read the recipe of a base and method and apply overrides (`TrainConfig.from_recipe`), checked by the method.
+
+    Raises:
+        SboraError: an unknown method, recipe or setting, a value that is not allowed or does not fit the method.
+    """
+    found = find_method(method)
+    config = TrainConfig.from_recipe(base, method, overrides)
+    _check_fits(found, config)
+    return config
+
+
+def _check_fits(method: Method, config: TrainConfig) -> None:
+    loss, adapts_nothing = config.loss, method.kind == "none"
+    if not method.owns_interval and (loss.output_penalty or loss.erasure_weight):
+        raise SboraError(f"output_penalty and erasure_weight are for columns and rows, {method.name} has neither")
+    if adapts_nothing and config.method.blocks:
+        raise SboraError(f"blocks says which layers are adapted, {method.name} adapts none", "--set blocks=")
+    if adapts_nothing and not config.optim.token_learning_rate:
+        raise SboraError(f"got token_learning_rate=0: {method.name} would learn nothing", "leave it out")
+    if config.model.precision == "nf4" and (method.needs_whole_weights or loss.erasure_weight):
+        raise SboraError(f"{method.name} reads whole weights, nf4 has none", "--set precision=bf16")
 
 
 def method_side(name: str) -> Side:

@@ -13,14 +13,21 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side, canonical
 from sbora_diffusion.adapters.layer import keep_linear4bit_unpacked
-from sbora_diffusion.models.families.base import CLIP_ATTENTION, Drawing, Family, Reader, Sampling, Text
+from sbora_diffusion.models.families.base import (
+    CLIP_ATTENTION,
+    Family,
+    SampleRequest,
+    Sampling,
+    TextConditioning,
+    TextEncoderSpec,
+)
 from sbora_diffusion.models.families.registry import family_of
 from sbora_diffusion.models.fsdp import is_sharded
 from sbora_diffusion.models.loading import (
     EMBEDDED,
     EMBEDDED_SAMPLING,
-    drawing_precision,
     full_name,
+    inference_precision,
     is_emoji64,
     load_pipeline,
     to_device,
@@ -30,7 +37,7 @@ from sbora_diffusion.models.precision import TYPES
 from sbora_diffusion.models.quantization import to_nf4
 from sbora_diffusion.utils.errors import SboraError
 
-MOST_STEPS, SEEDS = 1000, 2**63  # of a drawing
+MAX_STEPS, SEEDS = 1000, 2**63  # of a drawing
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
@@ -58,7 +65,7 @@ class Base:
 
     @property
     def sampling(self) -> Sampling:
-        """How its pictures are drawn where nobody says."""
+        """How its images are drawn where nobody says."""
         return EMBEDDED_SAMPLING if self.kind == EMBEDDED else self.family.sampling
 
     def component(self, name: str) -> nn.Module:
@@ -76,16 +83,16 @@ class Base:
         return {self.family.denoiser: self.family.targets} | {one.component: CLIP_ATTENTION for one in self.learners}
 
     @property
-    def learners(self) -> list[Reader]:
+    def learners(self) -> list[TextEncoderSpec]:
         """The text encoders that are adapted and learn tokens."""
         return [reader for reader in self.family.present(self.pipeline) if reader.learns]
 
     @property
-    def reads_together(self) -> bool:
+    def encodes_collectively(self) -> bool:
         """Whether a text encoder is kept in shares, so that all processes have to read the same captions."""
         return any(is_sharded(self.component(reader.component)) for reader in self.family.present(self.pipeline))
 
-    def tokenizer(self, reader: Reader) -> Any:
+    def tokenizer(self, reader: TextEncoderSpec) -> Any:
         """A text encoder's tokenizer."""
         return getattr(self.pipeline, reader.tokenizer)
 
@@ -99,7 +106,7 @@ class Base:
 
     @property
     def resolution(self) -> int:
-        """Pixels of a picture's side, as the model was trained."""
+        """Pixels of an image's side, as the model was trained."""
         return self.family.latent_size(self.pipeline) * self.pipeline.vae_scale_factor
 
     @cached_property
@@ -147,15 +154,15 @@ class Base:
         """
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        if not 1 <= steps <= MOST_STEPS:
-            raise SboraError(f"got steps={steps}, expected 1 to {MOST_STEPS}")
+        if not 1 <= steps <= MAX_STEPS:
+            raise SboraError(f"got steps={steps}, expected 1 to {MAX_STEPS}")
         if not math.isfinite(guidance):
             raise SboraError(f"got guidance={guidance}, expected a number")
         if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
             raise SboraError(f"got the seed {wrong[0]}, expected 0 to {SEEDS - 1}")
         return steps, guidance
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[str],
         *,
@@ -165,9 +172,9 @@ class Base:
         negative_prompt: str = "",
         as_latents: bool = False,
     ) -> Any:
-        """Pictures, or latents (n, channels, height, width), one for each prompt and seed.
+        """Images, or latents (n, channels, height, width), one for each prompt and seed.
 
-        A picture depends on its own prompt and seed only, not on what else is in the call.
+        An image depends on its own prompt and seed only, not on what else is in the call.
 
         Args:
             steps, guidance: None for what is usual for this base model.
@@ -177,7 +184,7 @@ class Base:
         """
         steps, guidance = self.choose_sampling(seeds, steps, guidance)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawing = Drawing(
+        drawing = SampleRequest(
             prompts=prompts,
             generators=generators,
             steps=steps,
@@ -186,29 +193,25 @@ class Base:
             as_latents=as_latents,
         )
         with self.arithmetic():
-            drawn = self.family.draw(self.pipeline, drawing)
+            drawn = self.family.sample(self.pipeline, drawing)
         return drawn.float() if as_latents else drawn
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
         return self.family.tokenize(self.pipeline, captions)
 
-    def read(self, ids: Tensor) -> Text:
-        """What the text encoders make of such ids."""
+    def encode_text(self, ids: Tensor) -> TextConditioning:
+        """Encode token ids with all text encoders."""
         with self.arithmetic():
-            return self.family.read(self.pipeline, ids)
+            return self.family.encode_text(self.pipeline, ids)
 
-    def predict(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The answer to noisy latents at the timesteps t (n,), under the text encoders' reading of the ids."""
-        return self.answer(noisy, t, self.read(ids))
-
-    def answer(self, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-        """The same under what was read before."""
+    def predict(self, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        """Predict noise, v or velocity, by the family, for noisy latents at timesteps t (n,) under encoded text."""
         with self.arithmetic():
-            return self.family.answer(self.pipeline, noisy, t, text)
+            return self.family.predict(self.pipeline, noisy, t, text)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) from -1 to 1, as the denoiser knows pictures."""
+        """(n, 3, height, width) from -1 to 1, as the denoiser knows images."""
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
@@ -227,13 +230,13 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
             checkpoint (see single_file.py for its settings), or a model id of the hub.
         precision: bf16 or fp16 take half the memory of fp32, what nf4 packs an eighth; the autoencoder stays in fp32.
-            "" is what suits drawing (`loading.drawing_precision`).
+            "" is what suits drawing (`loading.inference_precision`).
         sharded: keep this process's share of the frozen weights only (sharding.py).
 
     Raises:
         SboraError: an unknown precision, nf4 in shares, besides what `load_pipeline` raises.
     """
-    name, precision = full_name(name), precision or drawing_precision(name, torch.cuda.is_available())
+    name, precision = full_name(name), precision or inference_precision(name, torch.cuda.is_available())
     if precision not in TYPES:
         raise SboraError(f"got precision={precision}, expected one of {', '.join(TYPES)}")
     if sharded and precision == "nf4":

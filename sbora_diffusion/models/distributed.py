@@ -67,7 +67,7 @@ class Processes:
             parameter.grad = mean.view_as(parameter) if is_there else None
         return told[-1].item()
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; whatever it raises ends the others as well."""
         if self.count == 1:
             return make()
@@ -76,7 +76,7 @@ class Processes:
             distributed.broadcast_object_list(made)
         return made[0]  # type: ignore[return-value]
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def sequentially(self, make: Callable[[], T]) -> T:
         """What each process makes for itself, one after the other."""
         made = []
         for turn in range(self.count):
@@ -87,7 +87,7 @@ class Processes:
         return made[0]
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 def num_launched() -> int:
@@ -98,7 +98,7 @@ def num_launched() -> int:
 def current() -> Processes:
     """All by itself, unless `joined` or somebody else has brought several together."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return ALONE
+        return SINGLE_PROCESS
     return Processes(distributed.get_rank(), distributed.get_world_size(), _is_said("ACCELERATE_USE_FSDP"))
 
 

@@ -18,7 +18,6 @@ from sbora_diffusion.models.families.registry import ALIASES, family_named
 from sbora_diffusion.models.fsdp import shard
 from sbora_diffusion.models.single_file import load_checkpoint, settings_of
 from sbora_diffusion.models.stored import fetched, stored_in
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError, guess
 from sbora_diffusion.utils.hub import cache_if_offline, why
 from sbora_diffusion.utils.signals import interrupts_held
@@ -42,7 +41,7 @@ def recipe_base(name: str) -> str:
 
 
 def usual_sampling(name: str) -> Sampling:
-    """How a base model's pictures are drawn where nobody says. No weights are loaded for it."""
+    """How a base model's images are drawn where nobody says. No weights are loaded for it."""
     return EMBEDDED_SAMPLING if is_emoji64(name) else find_family(name).sampling
 
 
@@ -57,9 +56,9 @@ def is_emoji64(name: str) -> bool:
     return isinstance(record, dict) and EMBEDDED in (record.get("kind"), record.get("base_id"))
 
 
-def drawing_precision(name: str, has_gpu: bool) -> str:
-    """What pictures are drawn in where nobody says: on a GPU what the base model is trained in."""
-    return TrainConfig.from_recipe(recipe_base(name), "sbora-fa", {}).precision if has_gpu else "fp32"
+def inference_precision(name: str, has_gpu: bool) -> str:
+    """What images are drawn in where nobody says: on a GPU what the base model is trained in."""
+    return find_family(name).inference_precision if has_gpu and not is_emoji64(name) else "fp32"
 
 
 def find_family(name: str) -> Family:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 
 def adapted_layers(base: Base, config: TrainConfig) -> dict[str, list[str]]:
     """Component -> canonical names of its trained layers.
 
-    No text encoder's at a rate of 0, and of the denoiser's those within `config.blocks`, or all if it names none.
+    No text encoder's at a rate of 0, and of the denoiser's those within `blocks`, or all if it names none.
 
     Raises:
         SboraError: a block without such layers.
@@ -25,12 +25,12 @@ def adapted_layers(base: Base, config: TrainConfig) -> dict[str, list[str]]:
         component, _, layer = key.partition(".")
         found.setdefault(component, []).append(layer)
     denoiser = found.pop(base.family.denoiser)
-    for block in config.blocks:
+    for block in config.method.blocks:
         if not _within(denoiser, [block]):
             known = ", ".join(sorted({layer.partition(".")[0] for layer in denoiser}))
             raise SboraError(f"got blocks={block}, which has no attention", f"choose from {known}, or a block in them")
-    texts = found if config.text_encoder_learning_rate else {}
-    return {base.family.denoiser: _within(denoiser, config.blocks) if config.blocks else denoiser} | texts
+    texts = found if config.optim.text_encoder_learning_rate else {}
+    return {base.family.denoiser: _within(denoiser, config.method.blocks) if config.method.blocks else denoiser} | texts
 
 
 def _within(layers: Sequence[str], blocks: Sequence[str]) -> list[str]:
@@ -38,8 +38,8 @@ def _within(layers: Sequence[str], blocks: Sequence[str]) -> list[str]:
 
 
 def blocks_before(base: Base, config: TrainConfig) -> list[str]:
-    """Names of a U-Net's blocks, in the order of its pass, that come before the first one of `config.blocks`."""
-    if base.family.denoiser != "unet" or not config.blocks:
+    """Names of a U-Net's blocks, in the order of its pass, that come before the first one of `config.method.blocks`."""
+    if base.family.denoiser != "unet" or not config.method.blocks:
         return []
     return unet_blocks_before(base.denoiser, adapted_layers(base, config)["unet"])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.base import Reader
+from sbora_diffusion.models.families.base import TextEncoderSpec
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -52,7 +52,7 @@ def class_embedding(base: Base, class_noun: str, count: int) -> dict[str, Tensor
     return {reader.component: _start(base, reader, class_noun, count) for reader in base.learners}
 
 
-def _start(base: Base, reader: Reader, class_noun: str, count: int) -> Tensor:
+def _start(base: Base, reader: TextEncoderSpec, class_noun: str, count: int) -> Tensor:
     tokenizer = base.tokenizer(reader)
     ids = torch.tensor(tokenizer(class_noun, add_special_tokens=False).input_ids, device=base.device)
     if len(ids) == 0:
@@ -92,7 +92,7 @@ def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[dict[
 
 
 @contextmanager
-def _extended(base: Base, reader: Reader, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
+def _extended(base: Base, reader: TextEncoderSpec, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
     encoder: Any = base.component(reader.component)
     vocabulary, before = encoder.get_input_embeddings(), base.tokenizer(reader)
     names = [_numbered(token, number) for token, vectors in embeddings.items() for number in range(len(vectors))]

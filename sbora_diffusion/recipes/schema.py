@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses: allowed values and help stand beside each field, unknown keys are errors.
 
-A config is a dataclass whose fields are settings, or groups of settings that are dataclasses themselves. Keys are unique
-across groups, so that `--set key=value` needs no group.
+A config is a dataclass whose fields are settings, or groups of settings that are dataclasses themselves. Keys are
+unique across groups, so that `--set key=value` needs no group.
 """
 
 import dataclasses
@@ -126,9 +126,7 @@ class Config:
         known = settings_of(cls)
         missing, unknown = sorted(known.keys() - flat), sorted(flat.keys() - known)
         if missing or unknown:
-            raise SboraError(
-                f"recipe lacks {missing} and has the unknown keys {unknown}", f"known: {', '.join(known)}"
-            )
+            raise SboraError(f"recipe lacks {missing} and has the unknown keys {unknown}", f"known: {', '.join(known)}")
         values: dict[str, Any] = {}
         for key, value in flat.items():
             one = known[key]

@@ -23,7 +23,7 @@ from sbora_diffusion.utils.errors import SboraError
 log = logging.getLogger(__name__)
 
 MAX_UPLOAD = "20mb"  # of one file
-TITLE = "# SBoRA studio\nTeach a model things from a handful of pictures, and put them together exactly."
+TITLE = "# SBoRA studio\nTeach a model things from a handful of images, and put them together exactly."
 
 
 def build_ui(workshop: Workshop, jobs: Jobs) -> gr.Blocks:

@@ -9,7 +9,7 @@ import gradio as gr
 MAX_BOXES = 4
 COLOURS = ("#4f46e5", "#be185d", "#0e7490", "#b45309")
 
-HTML = """<div class="board" role="img" aria-label="the picture's regions: drag to draw a box">
+HTML = """<div class="board" role="img" aria-label="the image's regions: drag to draw a box">
 {{#unless value.length}}<p>Drag to draw a box</p>{{/unless}}
 {{#each value}}<div class="box" style="left:{{this.left}}%; top:{{this.top}}%; width:{{this.width}}%;
 height:{{this.height}}%; --colour:{{this.colour}}"><b>{{this.number}}</b></div>{{/each}}

@@ -14,12 +14,12 @@ More = tuple[gr.Textbox, gr.Slider, gr.Slider, gr.Dropdown, gr.File]
 
 
 def seed_field(elem_id: str) -> gr.Number:
-    """Of the first picture."""
+    """Of the first image."""
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id=elem_id)
 
 
 def more_fields(prefix: str, steps_label: str, dropped_label: str) -> More:
-    """What few want to change: negative prompt, steps, guidance, base model, and a picture whose settings come back.
+    """What few want to change: negative prompt, steps, guidance, base model, and an image whose settings come back.
 
     Args:
         prefix: of the ids in the page.
@@ -44,10 +44,10 @@ def _usual(base: str) -> tuple[int, float]:
     return sampling.steps, sampling.guidance
 
 
-def picture_gallery(elem_id: str, columns: int) -> gr.Gallery:
-    """Where drawn pictures appear, large and with sharp pixels."""
+def image_gallery(elem_id: str, columns: int) -> gr.Gallery:
+    """Where drawn images appear, large and with sharp pixels."""
     return gr.Gallery(
-        label="Pictures",
+        label="Images",
         show_label=False,
         columns=columns,
         object_fit="contain",

@@ -1,4 +1,4 @@
-"""The Generate tab: a prompt, concepts with their strengths, pictures."""
+"""The Generate tab: a prompt, concepts with their strengths, images."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.inference.image_file import Settings, read_settings
-from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
+from sbora_diffusion.studio.fields import MAX_SEED, image_gallery, more_fields, seed_field, strength_slider
 from sbora_diffusion.studio.messages import told, warn_of_missing
 from sbora_diffusion.studio.session import Workshop
 
@@ -42,15 +42,15 @@ def generate_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.Dropdown]:
             button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
             with gr.Row(elem_classes="compact"):
                 number = gr.Radio(
-                    [1, 4, 9], value=4, label="Pictures", min_width=150, elem_id="count", elem_classes="chips"
+                    [1, 4, 9], value=4, label="Images", min_width=150, elem_id="count", elem_classes="chips"
                 )
                 seed = seed_field("seed")
                 dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
             with gr.Accordion("More", open=False, elem_id="generate-more"):
-                negative, steps, guidance, base, dropped = more_fields("", "Steps", "Settings of a picture made here")
+                negative, steps, guidance, base, dropped = more_fields("", "Steps", "Settings of an image made here")
         with gr.Column(scale=3, min_width=320):
-            gallery = picture_gallery("gallery", 2)
-            note = gr.Markdown("Your pictures appear here.", elem_id="note", elem_classes="note")
+            gallery = image_gallery("gallery", 2)
+            note = gr.Markdown("Your images appear here.", elem_id="note", elem_classes="note")
 
     with sliders:
         gr.render(inputs=[concepts, strengths, base], triggers=[concepts.change])(
@@ -127,20 +127,20 @@ def _draw(
     )
     began, columns = time.perf_counter(), 1 if number == 1 else 2 if number <= 4 else 3
     for paths in workshop.draw(settings, int(number)):
-        pictures = [(str(path), f"seed {settings.seed + place}") for place, path in enumerate(paths)]
+        images = [(str(path), f"seed {settings.seed + place}") for place, path in enumerate(paths)]
         seconds = (time.perf_counter() - began) / len(paths)
         yield (
-            gr.update(value=pictures, columns=columns),
-            f"{len(paths)} of {int(number)} · {seconds:.1f} s a picture · kept in {workshop.folders.outputs}/",
+            gr.update(value=images, columns=columns),
+            f"{len(paths)} of {int(number)} · {seconds:.1f} s an image · kept in {workshop.folders.outputs}/",
         )
 
 
 def _read(workshop: Workshop, path: str) -> tuple[Any, ...]:
-    """A dropped picture's settings, for every field of the tab; concepts that are gone are left out."""
+    """A dropped image's settings, for every field of the tab; concepts that are gone are left out."""
     made = read_settings(Path(path))
     base = workshop.base_or_default(made.base)
     if made.regions:
-        gr.Warning("This picture was made in Regions: drop it there to have its boxes.")
+        gr.Warning("This image was made in Regions: drop it there to have its boxes.")
     elif made.gated:
         gr.Warning("Its concepts acted only where they were named (gated): here they act everywhere.")
     known = list(workshop.concepts(base))

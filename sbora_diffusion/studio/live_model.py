@@ -11,7 +11,7 @@ import torch
 
 from sbora_diffusion.adapters.delta import needs_original
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.inference.generate import WrittenConcepts
+from sbora_diffusion.inference.generate import ConceptPatcher
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.utils.errors import SboraError
@@ -35,7 +35,7 @@ class LiveModel:
         self._is_training = is_training
         self._num_threads = torch.get_num_threads()
         self._base: Base | None = None
-        self._written: WrittenConcepts | None = None
+        self._written: ConceptPatcher | None = None
         self._loaded: dict[str, tuple[int, Adapter]] = {}  # what is written: the file's time in ns, and what it held
         self._waiting: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="model").start()
@@ -74,7 +74,7 @@ class LiveModel:
             self._base = self._written = None  # its memory first
             self._loaded = {}
             self._base = load_base(name, "")
-            self._written = WrittenConcepts(self._base)
+            self._written = ConceptPatcher(self._base)
         return self._base
 
     def _switch(self, strengths: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the pictures."""
+"""The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the images."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NONE = "none"
 LONGEST = 60  # letters of a result's name: it is a folder, and the log beside the queue is called so, too
 REPORT = "report.json"
 PERIOD = 1.5  # seconds between looks at what runs
-NOTHING = "Scores say more than a look at a few pictures: each comes with its interval."
+NOTHING = "Scores say more than a look at a few images: each comes with its interval."
 
 WORDS = {
     "waiting": "Waiting for what runs before it …",
@@ -40,7 +40,7 @@ def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dr
             picked = gr.CheckboxGroup([], label="Concepts", elem_id="measure-concepts", elem_classes="chips")
             merged = gr.Dropdown([NONE], value=NONE, label="Compare with a merge of them", elem_id="measure-merged")
             seeds = gr.Radio(
-                [1, 2, 4], value=1, label="Pictures for each of 20 prompts", elem_id="seeds", elem_classes="chips"
+                [1, 2, 4], value=1, label="Images for each of 20 prompts", elem_id="seeds", elem_classes="chips"
             )
             button = gr.Button("Measure", variant="primary", size="lg", elem_id="measure")
             status = gr.Markdown(NOTHING, elem_classes="note", elem_id="measure-status")
@@ -52,7 +52,7 @@ def measure_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.CheckboxGroup, gr.Dr
                 x="text (mos)", y="image", color="concept", height=300, visible=False, elem_id="scatter"
             )
             grid = gr.Gallery(
-                label="Pictures",
+                label="Images",
                 show_label=False,
                 columns=4,
                 object_fit="contain",
@@ -139,7 +139,7 @@ def _shown(jobs: Jobs, before: str) -> Job | None:
 
 
 def _seen_of(workshop: Workshop, job: Job, said: str) -> tuple[Any, ...]:
-    """Words, and once it is done, the choice of its result, the table, scatter and pictures."""
+    """Words, and once it is done, the choice of its result, the table, scatter and images."""
     if job.state != "done":
         return (said, *(SKIP,) * 4)
     name = job.name.removeprefix("eval ")
@@ -157,23 +157,23 @@ def _words(jobs: Jobs, job: Job) -> str:
     if job.state != "running":
         return WORDS[job.state]
     lines = reversed(jobs.said(job.name).splitlines())
-    return next((f"{line} …" for line in lines if line.endswith("pictures")), "Preparing …")
+    return next((f"{line} …" for line in lines if line.endswith("images")), "Preparing …")
 
 
 def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
-    """Table, scatter and pictures of one evaluation, which a name from the page cannot leave."""
+    """Table, scatter and images of one evaluation, which a name from the page cannot leave."""
     if name not in _results(workshop):
         raise SboraError(f"there is no result {name!r} any more", "Measure again.")
     folder = workshop.folders.evaluations / name
     try:
         results = json.loads((folder / REPORT).read_bytes())["results"]
-        table, points, pictures = _table(results), _points(results), _pictures(results, folder)
+        table, points, images = _table(results), _points(results), _images(results, folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SboraError(f"the result {name} cannot be read ({error})", "Measure again.") from None
     return (
         gr.update(value=table, visible=True),
         gr.update(value=points, visible=True),
-        gr.update(value=pictures, visible=True),
+        gr.update(value=images, visible=True),
     )
 
 
@@ -205,8 +205,8 @@ def _points(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-def _pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
-    """The first picture of every prompt, prompt by prompt, with what it was asked to show and by whom it was made."""
+def _images(results: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    """The first image of every prompt, prompt by prompt, with what it was asked to show and by whom it was made."""
     rows = zip(*([(result["model"], prompt) for prompt in result["prompts"]] for result in results), strict=True)
-    named = [(prompt["pictures"][0]["file"], f"{prompt['prompt']} ({model})") for row in rows for model, prompt in row]
+    named = [(prompt["images"][0]["file"], f"{prompt['prompt']} ({model})") for row in rows for model, prompt in row]
     return [(str(folder / file), words) for file, words in named if (folder / file).is_file()]

@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.adapters.merge import merge, merged_name
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
 from sbora_diffusion.studio.messages import sentence, told
 from sbora_diffusion.studio.session import Workshop
@@ -105,14 +105,14 @@ def _merge(workshop: Workshop, picked: Sequence[str], how: str, name: str | None
     merged = merge(adapters, [1.0] * len(adapters), "sum") if how == "sum" else _fuse(workshop, base, adapters)
     merged.save(path)
     made = f"**{name}** is in Generate now."
-    yield f"{made} Drawing what it does …", gr.skip()
-    picture = _before_after(workshop, base, list(picked), adapters, name)
-    yield made if how == "sum" else f"{made} {FUSED}", gr.update(value=picture, visible=True)
+    yield f"{made} SampleRequest what it does …", gr.skip()
+    image = _before_after(workshop, base, list(picked), adapters, name)
+    yield made if how == "sum" else f"{made} {FUSED}", gr.update(value=image, visible=True)
 
 
 def _fuse(workshop: Workshop, base: str, adapters: Sequence[Adapter]) -> Adapter:
     weights = [1.0] * len(adapters)
-    return workshop.with_model(base, {}, lambda model: fuse(adapters, weights, DrawnInputs(model, adapters)))
+    return workshop.with_model(base, {}, lambda model: fuse(adapters, weights, SampledInputs(model, adapters)))
 
 
 def _before_after(
@@ -125,7 +125,7 @@ def _before_after(
         prompts = [scene.format(token) for scene in SCENES]
         drawing = partial(generate, prompts=prompts, seeds=range(len(prompts)))
         for what in (name, merged):
-            pictures = workshop.with_model(base, {what: 1.0}, drawing)
+            images = workshop.with_model(base, {what: 1.0}, drawing)
             title = f"{token} alone" if what == name else f"{token} in {merged}"
-            rows.append((title, list(zip(prompts, pictures, strict=True))))
+            rows.append((title, list(zip(prompts, images, strict=True))))
     return sheet(rows, cell=192)

@@ -48,7 +48,7 @@ def in_words(defect: SboraError) -> str:
 
 
 def warn_of_missing(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Say which concepts of a picture are not here."""
+    """Say which concepts of an image are not here."""
     if missing := sorted(set(wanted).difference(known)):
         gr.Warning(f"Not in this library: {', '.join(missing)}")
 
@@ -62,7 +62,7 @@ def _as_messages() -> Iterator[None]:
     except gr.Error:
         raise
     except MemoryError:
-        raise _message("Out of memory. Close other programs, or make fewer pictures.") from None
+        raise _message("Out of memory. Close other programs, or make fewer images.") from None
     except OSError as error:
         log.exception("a file could not be used")
         raise _message(f"{sentence(error.strerror or 'a file could not be used')} See the terminal.") from None

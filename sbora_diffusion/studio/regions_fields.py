@@ -1,4 +1,4 @@
-"""What the fields of the Regions tab do: tokens and chips that follow each other, drawing, and a dropped picture."""
+"""What the fields of the Regions tab do: tokens and chips that follow each other, drawing, and a dropped image."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,17 +84,17 @@ def draw(
         concepts={name: float(strength) for name, strength in strengths.items()},
     )
     for paths in workshop.draw_regions(settings, regions, int(number)):
-        pictures = [(str(path), f"seed {settings.seed + place}") for place, path in enumerate(paths)]
-        yield gr.update(value=pictures, columns=1 if number == 1 else 2), f"{len(paths)} of {int(number)}"
+        images = [(str(path), f"seed {settings.seed + place}") for place, path in enumerate(paths)]
+        yield gr.update(value=images, columns=1 if number == 1 else 2), f"{len(paths)} of {int(number)}"
 
 
 def read(workshop: Workshop, path: str) -> tuple[Any, ...]:
-    """A dropped picture's boxes and settings, for every field of the tab; concepts that are gone are left out."""
+    """A dropped image's boxes and settings, for every field of the tab; concepts that are gone are left out."""
     made = read_settings(Path(path))
     if not made.regions:
-        raise SboraError("this picture has no regions", "Drop it in Generate.")
+        raise SboraError("this image has no regions", "Drop it in Generate.")
     if not made.whole_scene:
-        gr.Warning("Its boxes heard their own prompts only: here each hears of the whole picture.")
+        gr.Warning("Its boxes heard their own prompts only: here each hears of the whole image.")
     base = workshop.base_or_default(made.base)
     known, regions = list(workshop.singles(base)), [parse_region(text) for text in made.regions[:MAX_BOXES]]
     warn_of_missing(made.concepts, known)

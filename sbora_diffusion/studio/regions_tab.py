@@ -1,4 +1,4 @@
-"""The Regions tab: boxes with a prompt and concepts of their own, in one picture."""
+"""The Regions tab: boxes with a prompt and concepts of their own, in one image."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.studio.box_canvas import MAX_BOXES, board, box
-from sbora_diffusion.studio.fields import MAX_SEED, more_fields, picture_gallery, seed_field, strength_slider
+from sbora_diffusion.studio.fields import MAX_SEED, image_gallery, more_fields, seed_field, strength_slider
 from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.regions_fields import draw, named, read, renewed_regions, visible, written
 from sbora_diffusion.studio.session import Workshop
@@ -26,20 +26,20 @@ def regions_tab(workshop: Workshop) -> list[Any]:
                 halves = gr.Button("Left and right", size="sm", min_width=100, elem_id="halves")
                 clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
             groups, prompts, picked = zip(*map(_box_fields, range(1, MAX_BOXES + 1)), strict=True)
-            around = gr.Textbox("on the beach", label="In the whole picture", elem_id="around")
+            around = gr.Textbox("on the beach", label="In the whole image", elem_id="around")
             tokens = gr.Markdown("", elem_classes="note", elem_id="tokens")
             sliders = gr.Column(elem_classes="strengths")
             button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-regions")
             with gr.Row(elem_classes="compact"):
-                number = gr.Radio([1, 4], value=1, label="Pictures", min_width=120, elem_classes="chips")
+                number = gr.Radio([1, 4], value=1, label="Images", min_width=120, elem_classes="chips")
                 seed = seed_field("regions-seed")
                 dice = gr.Button("New seed", size="sm", min_width=90)
             with gr.Accordion("More", open=False, elem_id="regions-more"):
                 negative, steps, guidance, base, dropped = more_fields(
-                    "regions-", "Steps of regions", "Boxes and settings of a picture made here"
+                    "regions-", "Steps of regions", "Boxes and settings of an image made here"
                 )
         with gr.Column(scale=3, min_width=320):
-            gallery = picture_gallery("regions-gallery", 1)
+            gallery = image_gallery("regions-gallery", 1)
             note = gr.Markdown(NOTE, elem_id="regions-note", elem_classes="note")
 
     with sliders:

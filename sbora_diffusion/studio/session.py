@@ -1,4 +1,4 @@
-"""What the page works with: the folders, the library's concepts, and pictures drawn with them."""
+"""What the page works with: the folders, the library's concepts, and images drawn with them."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEFAULT_BASE = "emoji64"
-BATCH = 4  # pictures drawn at once, after the first
+BATCH = 4  # images drawn at once, after the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,9 @@ class Workshop:
         return self._model.run(name, strengths, work)
 
     def draw(self, settings: Settings, count: int) -> Iterator[list[Path]]:
-        """Make pictures with seeds from `settings.seed` on; yields the files so far, first after one picture."""
+        """Make images with seeds from `settings.seed` on; yields the files so far, first after one image."""
         if not settings.prompt.strip():
-            raise SboraError("there is no prompt", "Write what the picture should show, such as: a penguin at night")
+            raise SboraError("there is no prompt", "Write what the image should show, such as: a penguin at night")
         self._check_base(settings.base)
         self._check_tokens(settings)
         paths: list[Path] = []
@@ -92,10 +92,10 @@ class Workshop:
                 seeds=seeds,
                 **settings.sampling,
             )
-            pictures, precision = self.with_model(settings.base, settings.concepts, partial(_drawn, drawing))
-            for seed, picture in zip(seeds, pictures, strict=True):
+            images, precision = self.with_model(settings.base, settings.concepts, partial(_drawn, drawing))
+            for seed, image in zip(seeds, images, strict=True):
                 made = replace(settings, seed=seed, precision=precision)
-                paths.append(save_numbered(picture, self.folders.outputs, made))
+                paths.append(save_numbered(image, self.folders.outputs, made))
             yield list(paths)
 
     def draw_regions(self, settings: Settings, regions: Sequence[Region], count: int) -> Iterator[list[Path]]:
@@ -125,9 +125,9 @@ class Workshop:
                 strengths=list(strengths.values()),
                 **settings.sampling,
             )
-            (picture,), precision = self.with_model(settings.base, {}, partial(_drawn, drawing))
+            (image,), precision = self.with_model(settings.base, {}, partial(_drawn, drawing))
             made = replace(settings, seed=seed, precision=precision)
-            paths.append(save_numbered(picture, self.folders.outputs, made))
+            paths.append(save_numbered(image, self.folders.outputs, made))
             yield list(paths)
 
     def tokens(self, base: str) -> dict[str, str]:
@@ -186,5 +186,5 @@ def _untaught(base: str, token: str, known: Iterable[str]) -> SboraError:
 
 
 def _drawn(drawing: Callable[[Base], Sequence[Image.Image]], base: Base) -> tuple[Sequence[Image.Image], str]:
-    """Pictures, and the precision that they were drawn in."""
+    """Images, and the precision that they were drawn in."""
     return drawing(base), base.precision

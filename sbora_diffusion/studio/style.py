@@ -1,4 +1,4 @@
-"""How the page looks: system fonts (nothing is fetched from elsewhere), large pictures, light and dark."""
+"""How the page looks: system fonts (nothing is fetched from elsewhere), large images, light and dark."""
 
 from gradio.themes import Base, Soft
 

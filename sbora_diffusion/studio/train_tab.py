@@ -1,4 +1,4 @@
-"""The Train tab: pictures in, a queue of trainings, each with its loss, previews and the time it still takes."""
+"""The Train tab: images in, a queue of trainings, each with its loss, previews and the time it still takes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,24 +8,24 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.data.concept import EXTENSIONS, default_roots, known_concepts, load_concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.methods.registry import METHODS
 from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.recipes.config import other_recipes
 from sbora_diffusion.studio.jobs import Jobs
 from sbora_diffusion.studio.messages import told
 from sbora_diffusion.studio.session import DEFAULT_BASE, Workshop
 from sbora_diffusion.studio.train_view import NOTHING, watcher
 from sbora_diffusion.studio.uploads import caption_lines, write_concept
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.config import other_recipes
 from sbora_diffusion.utils.errors import SboraError
 
-OWN = "my own pictures"
+OWN = "my own images"
 NAMELESS = "<name>"  # in captions, while there is no name
 USUAL = "usual"  # the recipe that nobody has to ask for
 PERIOD = 1.0  # seconds between looks at the run folder
 
-Said = tuple[str, tuple[str, ...]]  # what the captions are of: the token in them, the pictures, a line each
+Said = tuple[str, tuple[str, ...]]  # what the captions are of: the token in them, the images, a line each
 
 
 def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]:
@@ -38,9 +38,9 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
         with gr.Column(scale=2, min_width=320):
             source = gr.Dropdown([OWN], value=OWN, label="What to teach", elem_id="source")
             with gr.Group() as own:
-                files, name, noun, captions = _own_pictures()
+                files, name, noun, captions = _own_images()
             shown = gr.Gallery(
-                label="Pictures",
+                label="Images",
                 columns=5,
                 height="auto",
                 visible=False,
@@ -57,7 +57,7 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
             with gr.Row():
                 stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
                 resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume")
-            picture, plot = _progress()
+            image, plot = _progress()
     timer = gr.Timer(PERIOD)
     seen = gr.State(("", "", -1, ""))
 
@@ -69,26 +69,26 @@ def train_tab(workshop: Workshop, jobs: Jobs) -> tuple[gr.Dropdown, gr.Dropdown]
     start.click(told(lambda *values: start_training(workshop, jobs, *values)), fields, chosen, concurrency_limit=1)
     stop.click(told(jobs.stop), chosen, None)
     resume.click(told(lambda name: resume_training(workshop, jobs, name)), chosen, None)
-    outputs = [chosen, status, stop, resume, picture, plot, seen]
+    outputs = [chosen, status, stop, resume, image, plot, seen]
     timer.tick(watcher(workshop, jobs), [chosen, seen], outputs, queue=False, show_progress="hidden")
     return source, base
 
 
-def _own_pictures() -> tuple[gr.File, gr.Textbox, gr.Textbox, gr.Textbox]:
-    """Pictures, name, class noun and captions."""
+def _own_images() -> tuple[gr.File, gr.Textbox, gr.Textbox, gr.Textbox]:
+    """Images, name, class noun and captions."""
     files = gr.File(
-        label="Drop 3 to 10 pictures of one thing",
+        label="Drop 3 to 10 images of one thing",
         file_count="multiple",
         file_types=list(EXTENSIONS),
         height=150,
-        elem_id="pictures",
+        elem_id="images",
     )
     with gr.Row():
         name = gr.Textbox("", label="Its name", placeholder="my-mug", info="prompts say <my-mug>", elem_id="name")
         noun = gr.Textbox("", label="What kind of thing", placeholder="mug", info="a word", elem_id="noun")
     captions = gr.Textbox(
         "",
-        label="What each picture shows, a line each",
+        label="What each image shows, a line each",
         info="with the name in angle brackets",
         lines=4,
         max_lines=12,
@@ -121,7 +121,7 @@ def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Number, gr.Numb
 
 def _progress() -> tuple[gr.Image, gr.LinePlot]:
     """The latest preview and the loss; not seen before there is one."""
-    picture = gr.Image(
+    image = gr.Image(
         label="Preview",
         show_label=False,
         visible=False,
@@ -130,7 +130,7 @@ def _progress() -> tuple[gr.Image, gr.LinePlot]:
         buttons=["fullscreen"],
     )
     plot = gr.LinePlot(x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss")
-    return picture, plot
+    return image, plot
 
 
 def teachable(workshop: Workshop) -> tuple[Any, Any]:
@@ -144,19 +144,19 @@ def _roots(workshop: Workshop) -> Sequence[Path]:
 
 
 def _captions(files: Sequence[str] | None, name: str, captions: str, said: Said) -> tuple[str, Said]:
-    """Captions for these pictures under this name, and what they are of now."""
+    """Captions for these images under this name, and what they are of now."""
     token, before = said
     now = f"<{name.strip()}>" if name.strip() else NAMELESS, tuple(map(str, files or []))
     return "\n".join(caption_lines(captions, now[1], before, token, now[0])), now
 
 
 def _show_source(workshop: Workshop, source: str) -> tuple[Any, ...]:
-    """Fields for own pictures, or the pictures of a concept that is there."""
+    """Fields for own images, or the images of a concept that is there."""
     if source == OWN:
         return gr.update(visible=True), gr.update(visible=False), "", ""
     concept = load_concept(source, _roots(workshop))
-    pictures = [(load_picture(picture.path), picture.caption) for picture in concept.pictures]
-    return gr.update(visible=False), gr.update(value=pictures, visible=True), "", ""
+    images = [(load_image(image.path), image.caption) for image in concept.images]
+    return gr.update(visible=False), gr.update(value=images, visible=True), "", ""
 
 
 def _recipes(base: str, method: str) -> Any:
@@ -183,8 +183,8 @@ def start_training(
     _check_new(workshop, jobs, name, base)
     if source == OWN:
         lines = (captions or "").splitlines()
-        pictures = [(Path(file), lines[i] if i < len(lines) else "") for i, file in enumerate(files or [])]
-        write_concept(workshop.folders.concepts, name, noun or "", pictures)
+        images = [(Path(file), lines[i] if i < len(lines) else "") for i, file in enumerate(files or [])]
+        write_concept(workshop.folders.concepts, name, noun or "", images)
     settings = ["--set", f"steps={int(steps)}"] if steps else []
     settings += ["--rank", str(int(rank))] if rank else []
     settings += ["--set", f"recipe={recipe}"] if recipe != USUAL else []

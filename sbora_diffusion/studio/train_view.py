@@ -15,7 +15,7 @@ NOTHING = "<p class='note'>Trainings appear here. They go on when this page is c
 POINTS = 200  # of the plot
 SKIP = gr.skip()
 
-Seen = tuple[str, str, int, str]  # of what is shown: job, state, step, picture
+Seen = tuple[str, str, int, str]  # of what is shown: job, state, step, image
 Update = tuple[Any, ...]
 
 
@@ -29,12 +29,12 @@ def watcher(workshop: Workshop, jobs: Jobs) -> Callable[[str | None, Seen], Upda
         if job is None:
             return (SKIP,) * 7
         run = progress(workshop.folders.runs / job.name)
-        now = (job.name, job.state, run.step, str(run.picture or ""))
+        now = (job.name, job.state, run.step, str(run.image or ""))
         if now == tuple(seen) and job.state != "running":
             return (SKIP,) * 7
         names = [training.name for training in trainings]
         choice = gr.update(choices=names, value=job.name, visible=True) if now[:2] != tuple(seen)[:2] else SKIP
-        return (choice, describe(job, run, _ahead(queue, job)), *_buttons(job), *_pictures(run, now, seen), now)
+        return (choice, describe(job, run, _ahead(queue, job)), *_buttons(job), *_images(run, now, seen), now)
 
     return look
 
@@ -77,11 +77,11 @@ def _buttons(job: Job) -> tuple[Any, Any]:
     return gr.update(visible=job.is_active), gr.update(visible=job.state in ("stopped", "failed"))
 
 
-def _pictures(run: Progress, now: Seen, seen: Seen) -> tuple[Any, Any]:
+def _images(run: Progress, now: Seen, seen: Seen) -> tuple[Any, Any]:
     """The preview if it is a new one, the plot if there are new steps."""
     before = tuple(seen)
     same_job = now[0] == before[0]
-    picture = gr.update(value=now[3] or None, visible=bool(now[3]))
+    image = gr.update(value=now[3] or None, visible=bool(now[3]))
     frame = pd.DataFrame(smoothed(run.losses)[:: max(1, len(run.losses) // POINTS)], columns=["step", "loss"])
     plot = gr.update(value=frame, visible=len(run.losses) > 1)
-    return SKIP if same_job and now[3] == before[3] else picture, SKIP if same_job and now[2] == before[2] else plot
+    return SKIP if same_job and now[3] == before[3] else image, SKIP if same_job and now[2] == before[2] else plot

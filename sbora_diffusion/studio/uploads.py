@@ -1,4 +1,4 @@
-"""What the Train tab teaches: a concept's folder made of dropped pictures, and how far its training is."""
+"""What the Train tab teaches: a concept's folder made of dropped images, and how far its training is."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from sbora_diffusion.data.concept import EXTENSIONS, Concept, load_concept
 from sbora_diffusion.training.checkpoint import read_log
 from sbora_diffusion.utils.errors import SboraError
 
-MAX_PICTURES = 50
+MAX_IMAGES = 50
 MAX_PIXELS = 8192 * 8192
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 RECENT = 30  # steps whose times the estimate is made from
@@ -28,7 +28,7 @@ class Progress:
     steps: int = 0
     losses: tuple[tuple[int, float], ...] = ()  # (step, loss)
     seconds_left: float | None = None
-    picture: Path | None = None  # the latest preview, at the end the sheet of before and after
+    image: Path | None = None  # the latest preview, at the end the sheet of before and after
 
 
 def progress(run: Path) -> Progress:
@@ -37,7 +37,7 @@ def progress(run: Path) -> Progress:
     if not entries:
         return Progress()
     last = entries[-1]
-    pictures = [run / entry["picture"] for entry in entries if entry.get("picture")]
+    images = [run / entry["image"] for entry in entries if entry.get("image")]
     recent = entries[-RECENT:]
     pace = (recent[-1]["time"] - recent[0]["time"]) / max(1, len(recent) - 1)
     left = pace * (last["steps"] - last["step"]) - (time.time() - last["time"])
@@ -46,7 +46,7 @@ def progress(run: Path) -> Progress:
         steps=last["steps"],
         losses=tuple((entry["step"], entry["loss"]) for entry in entries),
         seconds_left=max(0.0, left) if len(recent) > 1 else None,
-        picture=next((path for path in reversed(pictures) if path.is_file()), None),
+        image=next((path for path in reversed(images) if path.is_file()), None),
     )
 
 
@@ -59,21 +59,21 @@ def smoothed(losses: Sequence[tuple[int, float]], weight: float = 0.95) -> list[
     return means
 
 
-def write_concept(root: Path, name: str, noun: str, pictures: Sequence[tuple[Path, str]]) -> Concept:
-    """Make a concept's folder of pictures and their captions, whole or not at all.
+def write_concept(root: Path, name: str, noun: str, images: Sequence[tuple[Path, str]]) -> Concept:
+    """Make a concept's folder of images and their captions, whole or not at all.
 
     Args:
         root: the folder of concept folders.
-        pictures: files and captions; a caption must say `<name>`, an empty one is made from the noun.
+        images: files and captions; a caption must say `<name>`, an empty one is made from the noun.
 
     Raises:
-        SboraError: a name, noun, picture or caption that will not do, or another concept of this name.
+        SboraError: a name, noun, image or caption that will not do, or another concept of this name.
     """
     check_name(name)
     if not re.search(r"[^\W\d_]", noun):
         raise SboraError("there is no class", "Say what kind of thing it is in a word the model knows, such as: dog")
-    if not 1 <= len(pictures) <= MAX_PICTURES:
-        raise SboraError(f"got {len(pictures)} pictures, expected 1 to {MAX_PICTURES}", "Drop some; five are enough.")
+    if not 1 <= len(images) <= MAX_IMAGES:
+        raise SboraError(f"got {len(images)} images, expected 1 to {MAX_IMAGES}", "Drop some; five are enough.")
     folder, partial = root / name, root / f".{name}.partial"
     if folder.exists():
         raise SboraError(f"there is a concept {name} already", "Choose another name.")
@@ -81,8 +81,8 @@ def write_concept(root: Path, name: str, noun: str, pictures: Sequence[tuple[Pat
     (partial / "images").mkdir(parents=True)
     try:
         captions = {}
-        for number, (path, caption) in enumerate(pictures, 1):
-            _check_picture(path)
+        for number, (path, caption) in enumerate(images, 1):
+            _check_image(path)
             file = f"{number:02d}{path.suffix.lower()}"
             shutil.copyfile(path, partial / "images" / file)
             captions[file] = " ".join(caption.split()) or f"a <{name}>"
@@ -115,15 +115,15 @@ def check_name(name: str) -> None:
         raise SboraError(f"got the name {name!r}", "Use small letters, digits and -, at most 40, such as: my-mug")
 
 
-def _check_picture(path: Path) -> None:
+def _check_image(path: Path) -> None:
     try:
-        with Image.open(path, formats=["JPEG", "PNG", "WEBP"]) as picture:
-            size = picture.size
+        with Image.open(path, formats=["JPEG", "PNG", "WEBP"]) as image:
+            size = image.size
             if size[0] * size[1] <= MAX_PIXELS and path.suffix.lower() in EXTENSIONS:
-                picture.load()
+                image.load()
                 return
     except Exception:  # decoders of damaged files raise all kinds
-        raise SboraError(f"{path.name} cannot be read", "Drop JPG, PNG or WebP pictures.") from None
+        raise SboraError(f"{path.name} cannot be read", "Drop JPG, PNG or WebP images.") from None
     raise SboraError(
         f"{path.name} is {size[0]} × {size[1]} pixels, or of another kind", "Drop smaller JPG, PNG or WebP."
     )

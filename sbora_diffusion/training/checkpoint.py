@@ -18,7 +18,8 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.masks import mask_file
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.locks import folder_held
 
@@ -31,12 +32,12 @@ def describe_run(
 ) -> dict[str, Any]:
     """What must be the same for a training to be resumed: JSON values only."""
     together: dict[str, Any] = {"processes": num_processes} if num_processes > 1 else {}
-    files = [mask_file(picture.path) for picture in concept.pictures]
-    if any(files) and (config.masked_loss or config.attention_weight):
+    files = [mask_file(image.path) for image in concept.images]
+    if any(files) and (config.loss.masked_loss or config.loss.attention_weight):
         together["masks"] = _digest(file.read_bytes() if file else b"" for file in files)
     return together | {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
-        "pictures": picture_digest(concept),
+        "images": image_digest(concept),
         "base": base.id,
         "fingerprint": base.fingerprint,
         "interval": str(interval),
@@ -44,9 +45,9 @@ def describe_run(
     }
 
 
-def picture_digest(concept: Concept) -> str:
-    """16 hexadecimal digits of all pictures' bytes and captions."""
-    return _digest(picture.path.read_bytes() + picture.caption.encode() for picture in concept.pictures)
+def image_digest(concept: Concept) -> str:
+    """16 hexadecimal digits of all images' bytes and captions."""
+    return _digest(image.path.read_bytes() + image.caption.encode() for image in concept.images)
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -117,7 +118,8 @@ class RunFolder:
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
         try:
             state = torch.load(self._checkpoint, weights_only=True)
-            before = json.loads(state["run"])
+            before = with_current_names(json.loads(state["run"]))
+            before["config"] = with_current_names(before["config"])
         except Exception as error:  # torch.load raises anything at all on a damaged file
             raise SboraError(f"cannot read {self._checkpoint}: {error}", "start anew with --force") from error
         changed = _differences(before, description)
@@ -175,7 +177,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = with_current_names(json.loads(line))
             steps[entry["step"]] = entry
         except (ValueError, TypeError, KeyError):
             continue

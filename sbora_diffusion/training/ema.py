@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-class Averages:
-    """Averages of parameters, which they can change places with.
+class EMA:
+    """EMA of parameters, which they can change places with.
 
     Args:
         decay: of a step; less at the beginning, min(decay, (1 + n) / (10 + n)) after n steps, as diffusers' EMA has it.

@@ -14,12 +14,13 @@ from typing import Any
 from sbora_diffusion.cli.train import space_of
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.methods.registry import configure, find_method, method_side
 from sbora_diffusion.models.base import load_unplaced
 from sbora_diffusion.models.distributed import num_launched
 from sbora_diffusion.models.loading import recipe_base
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def fan_out(
         )
     if jobs < 1:
         raise SboraError(f"got jobs={jobs}, expected at least 1")
-    config = TrainConfig.from_recipe(recipe_base(base_name), method, overrides)
+    config = configure(recipe_base(base_name), method, overrides)
     names = [load_concept(concept, default_roots()).name for concept in concepts]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -80,16 +81,16 @@ def fan_out(
 
 def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library: Library) -> None:
     """An interval for all who have none, or for nobody; it stays reserved until the concept's file is there."""
-    if not names or not find_method(config.method).owns_interval:
+    if not names or not find_method(config.method.name).owns_interval:
         return
     base = load_unplaced(base_name)
-    space = space_of(base, method_side(config.method), config.basis_seed)
+    space = space_of(base, method_side(config.method.name), config.method.basis_seed)
     owned = {owner.name for owner in library.owners(space.base_fingerprint, space.side)}
     reserved: list[str] = []
     try:
         for name in names:
             if name not in owned:
-                log.info("%s: %s", name, library.reserve(space, config.rank, name, lasting=True))
+                log.info("%s: %s", name, library.reserve(space, config.method.rank, name, lasting=True))
                 reserved.append(name)
     except SboraError:
         for name in reserved:
@@ -108,7 +109,7 @@ def _again(run: Path, config: TrainConfig, force: bool) -> list[str]:
 def _settings_in(run: Path) -> dict[str, Any] | None:
     """Of the training that a run folder holds; None if it does not tell."""
     try:
-        return json.loads((run / "run.json").read_bytes())["config"]
+        return with_current_names(json.loads((run / "run.json").read_bytes())["config"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

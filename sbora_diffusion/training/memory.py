@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -15,15 +15,15 @@ from torch.overrides import TorchFunctionMode
 from sbora_diffusion.adapters.whole import num_held
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.base import Text
+from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.quantization import BYTES, packable
 from sbora_diffusion.models.target_modules import adapted_layers, blocks_before, only_passed
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 
 # what gradient checkpointing computes again: it keeps their inputs only
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
           "FluxSingleTransformerBlock")  # fmt: skip
-LEAN = {"batch_size": 1, "prior_batch": 0, "class_pictures": 0, "gradient_checkpointing": 1}
+LEAN = {"batch_size": 1, "prior_batch": 0, "class_images": 0, "gradient_checkpointing": True}
 LEANER = {"fp32": "bf16", "bf16": "nf4", "fp16": "nf4"}  # what takes less memory
 GIGABYTE = 2**30
 
@@ -64,13 +64,13 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     Args:
         kept: what `activations` says of the base model.
     """
-    samples = config.batch_size * (2 if config.class_pictures else 1) + config.prior_batch
-    each = kept.text + (kept.checkpointed if config.gradient_checkpointing else kept.everything)
-    half = config.precision != "fp32"  # nf4 computes in bf16
+    samples = config.data.batch_size * (2 if config.data.class_images else 1) + config.loss.prior_batch
+    each = kept.text + (kept.checkpointed if config.model.gradient_checkpointing else kept.everything)
+    half = config.model.precision != "fp32"  # nf4 computes in bf16
     layers = [f"{component}.{name}" for component, names in adapted_layers(base, config).items() for name in names]
-    numbers = sum(config.rank * base.layer_shapes[layer][config.method == "sbora-fb"] for layer in layers)
+    numbers = sum(config.method.rank * base.layer_shapes[layer][config.method.name == "sbora-fb"] for layer in layers)
     return Estimate(
-        weights=_weights(base, config.precision),
+        weights=_weights(base, config.model.precision),
         trained=numbers * 4 * 4,
         activations=samples * each // (2 if half else 1),
     )
@@ -90,12 +90,12 @@ def _weights(base: Base, precision: str) -> int:
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
     """One line: which settings would make it smaller, and what each of them alone saves."""
     before, told = estimate(base, config, kept).total, []
-    leaner = LEANER.get(config.precision, config.precision)
-    if leaner == "nf4" and find_method(config.method).needs_whole_weights:
-        leaner = config.precision
+    leaner = LEANER.get(config.model.precision, config.model.precision)
+    if leaner == "nf4" and find_method(config.method.name).needs_whole_weights:
+        leaner = config.model.precision
     for key, value in (LEAN | {"precision": leaner}).items():
-        if getattr(config, key) != value:
-            saved = before - estimate(base, replace(config, **{key: value}), kept).total
+        if config[key] != value:
+            saved = before - estimate(base, config.with_settings(**{key: value}), kept).total
             if saved > before // 50:
                 told.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))
     most_first = [text for _, text in sorted(told, reverse=True)]
@@ -127,13 +127,13 @@ def activations(base: Base, config: TrainConfig) -> Activations:
     with count.counting(), _FusedAttention(), only_passed(model, passed):
         for last in passed[-1:]:
             model.get_submodule(last).register_forward_hook(_learn_from_here)
-        base.family.answer(pipeline, noisy, t, text)
+        base.family.predict(pipeline, noisy, t, text)
     checkpointed = count.outside + count.inputs + max(count.by_block.values())
     of_text *= 1 if base.precision == "fp32" else 2  # counted in half precision
     return Activations(everything=count.total, checkpointed=checkpointed, text=of_text)
 
 
-def _read(base: Base) -> tuple[Text, int]:
+def _read(base: Base) -> tuple[TextConditioning, int]:
     """A text without numbers, and the bytes that reading it keeps where tokens are learned."""
     encoders: list[Any] = [base.component(reader.component) for reader in base.learners]
     count = _Count(nn.ModuleList(encoders))
@@ -142,9 +142,9 @@ def _read(base: Base) -> tuple[Text, int]:
             hook = encoder.get_input_embeddings().register_forward_hook(lambda _m, _i, read: read.requires_grad_())
             stack.callback(hook.remove)
         stack.enter_context(count.counting())
-        text = base.read(base.tokenize([""]))
+        text = base.encode_text(base.tokenize([""]))
     pooled = None if text.pooled is None else text.pooled.detach().to("meta", torch.float32)
-    return Text(text.states.detach().to("meta", torch.float32), pooled), count.total
+    return TextConditioning(text.states.detach().to("meta", torch.float32), pooled), count.total
 
 
 def _learn_from_here(_: nn.Module, __: Any, given: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
-    from sbora_diffusion.training.config import TrainConfig
+    from sbora_diffusion.recipes.config import TrainConfig
 
 PACKAGES = {"adamw-8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule-free": "schedulefree"}
 
@@ -23,7 +23,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", device: 
     Raises:
         SboraError: its package is not installed, or it does not work on this device.
     """
-    name, decay = config.optimizer, config.weight_decay
+    name, decay = config.optim.optimizer, config.optim.weight_decay
     if name == "adamw":
         # torch does not fuse by itself on a CPU, where a step over fifty small factors is five times faster so
         return torch.optim.AdamW(groups, weight_decay=decay, fused=True if device.type == "cpu" else None)
@@ -50,7 +50,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: "TrainConfig", device: 
 
 
 @contextmanager
-def at_rest(optimizer: Any) -> Iterator[None]:
+def eval_parameters(optimizer: Any) -> Iterator[None]:
     """Meanwhile the parameters are what the optimiser would hand out: schedule-free keeps others while it learns."""
     if not hasattr(optimizer, "eval"):
         yield

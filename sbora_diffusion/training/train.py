@@ -16,13 +16,13 @@ from sbora_diffusion.adapters.spec import FORMAT, FORMAT_OF_METHODS, Spec
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import check_tokens
-from sbora_diffusion.methods.live import Live, live_concept
+from sbora_diffusion.methods.live import InjectedConcept, injected_concept
 from sbora_diffusion.methods.registry import method_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import current
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
-from sbora_diffusion.training.checkpoint import RunFolder, describe_run, picture_digest, versions
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.checkpoint import RunFolder, describe_run, image_digest, versions
 from sbora_diffusion.training.preview import Preview
 from sbora_diffusion.training.trainer import Run
 
@@ -39,7 +39,7 @@ class StepLog:
     memory_bytes: int  # resident on the CPU, or allocated at most on the GPU
     preview: Path | None = None
     scores: Mapping[str, float] | None = None
-    validation: float | None = None  # the loss on held-out pictures
+    validation: float | None = None  # the loss on held-out images
     adapter: Adapter | None = None
     before_after: Path | None = None
 
@@ -60,11 +60,11 @@ def train(
     `config.seed` and the step's number, so a resumed training gives the same adapter, bit for bit.
 
     Where torch.distributed has brought several processes together, each calls this alike and gets the same logs; the
-    first one alone writes files. The batch is `config.batch_size` in each of them.
+    first one alone writes files. The batch is `config.data.batch_size` in each of them.
 
     Args:
-        score: how good the base model's pictures of the concept are at this moment, the higher "overall" the better;
-            asked every `config.eval_every` steps and at the end.
+        score: how good the base model's images of the concept are at this moment, the higher "overall" the better;
+            asked every `config.output.eval_every` steps and at the end.
         anew: what an interrupted training has left in the folder goes.
 
     Raises:
@@ -72,33 +72,33 @@ def train(
             trained in shares, a caption or preview prompt so long that the text encoder does not read its token.
     """
     processes = current()
-    processes.check(config.method)
+    processes.check(config.method.name)
     folder = RunFolder(run_folder, processes.is_first)
     description = describe_run(concept, base, interval, config, processes.count)
     with folder.claimed():
-        state = processes.from_first(lambda: folder.start(description, resume, anew))
+        state = processes.broadcast_from_main(lambda: folder.start(description, resume, anew))
         preview = Preview(base, concept, config, run_folder, processes.is_first)
-        preview.draw_before()
+        preview.generate_before()
         data = prepare_data(concept, base, config)
-        with live_concept(concept, base, interval, config) as live:
-            check_tokens(base, [*(picture.caption for picture in concept.pictures), *preview.named])
+        with injected_concept(concept, base, interval, config) as live:
+            check_tokens(base, [*(image.caption for image in concept.images), *preview.named])
             run = Run(live, data, config, base, processes)
             if state is not None:
                 run.load(state)
-            for step in range(run.step, config.steps):
+            for step in range(run.step, config.optim.steps):
                 loss = run.advance(step)
                 done = step + 1
                 scores, validation = _judge(run, done, config, score)
-                if done % config.save_every == 0 and done < config.steps:
+                if done % config.output.save_every == 0 and done < config.optim.steps:
                     folder.save(description, run.state())
-                picture = _shown(run, preview, done) if _is_shown(done, config) else None
-                yield _log(run, config, base, loss=loss, preview=picture, scores=scores, validation=validation)
+                image = _shown(run, preview, done) if _is_shown(done, config) else None
+                yield _log(run, config, base, loss=loss, preview=image, scores=scores, validation=validation)
             metrics = {"loss": run.mean_loss} if math.isfinite(run.mean_loss) else {}
-            if config.keep == "best" and run.best:
-                run.go_back_to(run.best)
+            if config.output.keep == "best" and run.best:
+                run.restore_best(run.best)
                 metrics |= {"best_step": run.best.step, **run.best.scores}
-            with nullcontext() if config.keep == "best" and run.best else run.at_rest():
-                before_after, metrics["class_drift"] = preview.draw_after()
+            with nullcontext() if config.output.keep == "best" and run.best else run.eval_parameters():
+                before_after, metrics["class_drift"] = preview.generate_after()
                 adapter = _result(concept, base, interval, config, live, metrics)
         yield _log(run, config, base, loss=run.mean_loss, adapter=adapter, before_after=before_after)
         folder.finish()
@@ -107,15 +107,15 @@ def train(
 def _judge(
     run: Run, done: int, config: TrainConfig, score: Callable[[], Mapping[str, float]] | None
 ) -> tuple[Mapping[str, float] | None, float | None]:
-    """The pictures' scores and the validation loss after a step, if they are due; the run remembers its best."""
+    """The images' scores and the validation loss after a step, if they are due; the run remembers its best."""
     scores = validation = None
-    if score and _is_due(done, config.eval_every, config.steps):
-        with run.at_rest():
+    if score and _is_due(done, config.output.eval_every, config.optim.steps):
+        with run.eval_parameters():
             scores = score()
         run.rate(scores)
-    if config.validation_pictures and _is_due(done, config.validation_every, config.steps):
+    if config.data.validation_images and _is_due(done, config.output.validation_every, config.optim.steps):
         validation = run.validate()
-        if not config.eval_every:
+        if not config.output.eval_every:
             run.rate({"overall": -validation, "validation_loss": validation})
     return scores, validation
 
@@ -126,19 +126,19 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 def _is_shown(done: int, config: TrainConfig) -> bool:
     """Not at the end, where there is the sheet of before and after."""
-    return config.preview_every > 0 and done % config.preview_every == 0 and done < config.steps
+    return config.output.preview_every > 0 and done % config.output.preview_every == 0 and done < config.optim.steps
 
 
 def _shown(run: Run, preview: Preview, done: int) -> Path:
-    with run.at_rest():
-        return preview.draw(done)
+    with run.eval_parameters():
+        return preview.generate(done)
 
 
 def _log(run: Run, config: TrainConfig, base: Base, **told: Any) -> StepLog:
     """What there is to tell of a training as it stands, and what else is known."""
     return StepLog(
         step=run.step,
-        steps=config.steps,
+        steps=config.optim.steps,
         learning_rate=run.learning_rate,
         samples_per_second=run.samples_per_second,
         memory_bytes=memory_bytes(base.device),
@@ -152,25 +152,30 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _result(
-    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, live: Live, metrics: dict[str, float]
+    concept: Concept,
+    base: Base,
+    interval: Interval | None,
+    config: TrainConfig,
+    live: InjectedConcept,
+    metrics: dict[str, float],
 ) -> Adapter:
     factors, dense, embeddings = live.learned()
-    is_plain = config.method in ("sbora-fa", "sbora-fb") and not config.layerwise_tokens
+    is_plain = config.method.name in ("sbora-fa", "sbora-fb") and not config.method.layerwise_tokens
     spec = Spec(
         name=concept.name,
-        side=method_side(config.method),
-        rank=config.rank,
+        side=method_side(config.method.name),
+        rank=config.method.rank,
         intervals=(interval,) if interval else (),
-        seed=config.basis_seed,
+        seed=config.method.basis_seed,
         base_id=base.id,
         base_fingerprint=base.fingerprint,
         tokens={concept.token: concept.class_noun},
-        recipe=config.to_dict() | {"pictures": picture_digest(concept)},
+        recipe=config.to_dict() | {"images": image_digest(concept)},
         versions=versions(),
         metrics=metrics,
         format=FORMAT if is_plain else FORMAT_OF_METHODS,
-        method="" if is_plain else config.method,
-        embedding_layers=len(cross_attentions(base)) if config.layerwise_tokens else 0,
+        method="" if is_plain else config.method.name,
+        embedding_layers=len(cross_attentions(base)) if config.method.layerwise_tokens else 0,
     )
     tokens = {f"{component}.{concept.token}": rows for component, rows in embeddings.items()}
     return Adapter(spec, factors, tokens, dense)

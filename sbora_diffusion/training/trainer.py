@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.data.batches import Data, Sample, Samples
+from sbora_diffusion.data.batches import BatchSampler, Data, Sample
 from sbora_diffusion.data.latents import Batch
-from sbora_diffusion.methods.live import Live
+from sbora_diffusion.methods.live import InjectedConcept
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.distributed import ALONE, Processes
+from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
 from sbora_diffusion.models.precision import Precision
-from sbora_diffusion.models.text_cache import Readings
-from sbora_diffusion.training.config import TrainConfig
-from sbora_diffusion.training.ema import Averages
+from sbora_diffusion.models.text_cache import TextEmbeddingCache
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.ema import EMA
 from sbora_diffusion.training.losses.attention import AttentionLoss
-from sbora_diffusion.training.losses.output_erasure import Erasure
-from sbora_diffusion.training.losses.output_penalty import Loudness
-from sbora_diffusion.training.optim import at_rest, make_optimizer
-from sbora_diffusion.training.schedules import rate_factor
+from sbora_diffusion.training.losses.output_erasure import OutputErasure
+from sbora_diffusion.training.losses.output_penalty import OutputPenalty
+from sbora_diffusion.training.optim import eval_parameters, make_optimizer
+from sbora_diffusion.training.schedules import learning_rate_factor
 from sbora_diffusion.utils.errors import SboraError
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What was learned up to a step, and how good its pictures are."""
+    """What was learned up to a step, and how good its images are."""
 
     step: int
     scores: dict[str, float]
@@ -39,35 +39,43 @@ class Scored:
 class Run:
     """The optimiser and the data of a training, at some step."""
 
-    def __init__(self, live: Live, data: Data, config: TrainConfig, base: Base, processes: Processes = ALONE) -> None:
+    def __init__(
+        self, live: InjectedConcept, data: Data, config: TrainConfig, base: Base, processes: Processes = SINGLE_PROCESS
+    ) -> None:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
         self.best: Scored | None = None
         self._live, self._config, self._base, self._processes = live, config, base, processes
-        self._samples = Samples(data, base, config, processes)
+        self._samples = BatchSampler(data, base, config, processes)
         self._held_out = self._samples.held_out()
-        self._loudness = Loudness(base, live.layers, data.moments) if data.moments else None
-        self._erasure = Erasure(base, live.layers) if config.erasure_weight else None
+        self._loudness = OutputPenalty(base, live.layers, data.moments) if data.moments else None
+        self._erasure = OutputErasure(base, live.layers) if config.loss.erasure_weight else None
         has_masks = any(shots.masks is not None for shots in data.shots)
-        self._attention = AttentionLoss(base) if config.attention_weight and has_masks else None
+        self._attention = AttentionLoss(base) if config.loss.attention_weight and has_masks else None
         if processes.count > 1 and (self._erasure or self._attention):
             raise SboraError(
                 "erasure_weight and attention_weight look at whole batches, which several processes do not see",
                 "train in one process, or set them to 0",
             )
         is_frozen = live.trained.keys() <= {base.family.denoiser}  # all text encoders are
-        self._readings = Readings(base, learns_token=config.token_learning_rate > 0) if is_frozen else None
-        self._precision = Precision(config.precision, base.device)
+        self._readings = (
+            TextEmbeddingCache(base, learns_token=config.optim.token_learning_rate > 0) if is_frozen else None
+        )
+        self._precision = Precision(config.model.precision, base.device)
         groups: list[dict[str, Any]] = [
             {
                 "params": parameters,
-                "lr": config.learning_rate if part == base.family.denoiser else config.text_encoder_learning_rate,
+                "lr": config.optim.learning_rate
+                if part == base.family.denoiser
+                else config.optim.text_encoder_learning_rate,
             }
             for part, parameters in live.trained.items()
         ]
-        groups.append({"params": live.embeddings, "lr": config.token_learning_rate})
+        groups.append({"params": live.embeddings, "lr": config.optim.token_learning_rate})
         self._optimizer = make_optimizer(groups, config, base.device)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate_factor(step, config))
-        self._averages = Averages(live.parameters(), config.ema) if config.ema else None
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: learning_rate_factor(step, config)
+        )
+        self._averages = EMA(live.parameters(), config.optim.ema) if config.optim.ema else None
 
     @property
     def learning_rate(self) -> float:
@@ -75,11 +83,11 @@ class Run:
 
     def advance(self, step: int) -> float:
         """One optimiser step; returns the loss on the concept."""
-        began, parts = time.perf_counter(), self._config.accumulation
+        began, parts = time.perf_counter(), self._config.optim.accumulation
         self._optimizer.zero_grad()
         value = sum(self._learn_from_a_batch(step * parts + part) for part in range(parts)) / parts
         value = self._processes.average(self._live.parameters(), value)
-        self._precision.step(self._optimizer, self._named_parameters(), self._config.max_grad_norm, value, step)
+        self._precision.step(self._optimizer, self._named_parameters(), self._config.optim.max_grad_norm, value, step)
         self._schedule.step()
         self.step = step + 1
         if self._averages:
@@ -87,7 +95,7 @@ class Run:
         seconds = time.perf_counter() - began
         if math.isfinite(value):  # not so of a batch that fp16 skips
             self.mean_loss = value if math.isnan(self.mean_loss) else 0.98 * self.mean_loss + 0.02 * value
-        self.samples_per_second = self._config.batch_size * self._processes.count * parts / seconds
+        self.samples_per_second = self._config.data.batch_size * self._processes.count * parts / seconds
         return value
 
     def _learn_from_a_batch(self, number: int) -> float:
@@ -99,23 +107,25 @@ class Run:
         with self._attention.recording(sample) if self._attention else nullcontext():
             own, loss = self._errors(sample, prior if goes_along else None)
             if self._attention:
-                loss = loss + config.attention_weight * self._attention()
-                self._precision.backward(loss / config.accumulation)  # still watched, for checkpoints compute it anew
+                loss = loss + config.loss.attention_weight * self._attention()
+                self._precision.backward(
+                    loss / config.optim.accumulation
+                )  # still watched, for checkpoints compute it anew
                 loss = loss.detach()
         if len(prior.t) and not goes_along:
-            loss = loss + config.prior_weight * mean_error(self._predict(prior), prior, masked=False)
+            loss = loss + config.loss.prior_weight * mean_error(self._predict(prior), prior, masked=False)
         if of_class:
-            loss = loss + config.class_weight * mean_error(self._predict(of_class), of_class, masked=False)
+            loss = loss + config.loss.class_weight * mean_error(self._predict(of_class), of_class, masked=False)
         if self._loudness:
-            loss = loss + config.quiet_weight * self._loudness()
+            loss = loss + config.loss.output_penalty * self._loudness()
         if self._erasure:
-            loss = loss + config.erasure_weight * self._erasure()
-        self._precision.backward(loss / config.accumulation)
+            loss = loss + config.loss.erasure_weight * self._erasure()
+        self._precision.backward(loss / config.optim.accumulation)
         return own.item() if torch.isfinite(loss) else float("nan")
 
     def _errors(self, sample: Sample, prior: Batch | None) -> tuple[Tensor, Tensor]:
         """On the concept; and with it that on what is to hold, if it goes through the model in the same pass."""
-        masked = bool(self._config.masked_loss)
+        masked = bool(self._config.loss.masked_loss)
         if prior is None:
             own = mean_error(self._predict(sample), sample, masked)
             return own, own
@@ -124,39 +134,39 @@ class Run:
             answered = self._predict(both)
         ours, held = answered.split([len(sample.t), len(prior.t)])
         own = mean_error(ours, sample, masked)
-        return own, own + self._config.prior_weight * mean_error(held, prior, masked=False)
+        return own, own + self._config.loss.prior_weight * mean_error(held, prior, masked=False)
 
     def _predict(self, batch: Batch) -> Tensor:
         with self._precision.arithmetic():
             if self._readings:
-                answered = self._base.answer(batch.noisy, batch.t, self._readings(batch.ids))
+                answered = self._base.predict(batch.noisy, batch.t, self._readings(batch.ids))
             else:
-                answered = self._base.predict(batch.noisy, batch.t, batch.ids)
+                answered = self._base.predict(batch.noisy, batch.t, self._base.encode_text(batch.ids))
         return answered.float()
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The loss on the pictures that are held out, of what would be the result now."""
-        with self.at_rest():
+        """The loss on the images that are held out, of what would be the result now."""
+        with self.eval_parameters():
             errors = [
                 mean_error(self._predict(part), part, masked=False).item() * len(part.t) for part in self._held_out
             ]
         return sum(errors) / sum(len(part.t) for part in self._held_out)
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def eval_parameters(self) -> Iterator[None]:
         """Meanwhile the parameters are what the result would be now: averaged, if they are to be."""
-        with at_rest(self._optimizer), self._averages.in_place() if self._averages else nullcontext():
+        with eval_parameters(self._optimizer), self._averages.in_place() if self._averages else nullcontext():
             yield
 
     def rate(self, scores: Mapping[str, float]) -> None:
         """Remember what is learned now if no step before scored as high; "overall" decides."""
         if self.best is None or scores["overall"] > self.best.scores["overall"]:
-            with self.at_rest():
+            with self.eval_parameters():
                 kept = [parameter.detach().clone() for parameter in self._live.parameters()]
             self.best = Scored(self.step, dict(scores), kept)
 
-    def go_back_to(self, scored: Scored) -> None:
+    def restore_best(self, scored: Scored) -> None:
         """Take up what was learned up to an earlier step."""
         self._set_parameters(scored.parameters)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sbora_diffusion.adapters import inplace_training as direct_module
 from sbora_diffusion.adapters.basis import Interval, Side
-from sbora_diffusion.adapters.inplace_training import direct_training
+from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.adapters.layer import SboraLayer, attach, detect
 
 from .tiny import Kind, Tiny, activate, attached, dense_delta, each_kind, each_side, perturb, run
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_the_dense_ones(
     case = Case(side, bias, alpha)
     x = torch.randn(*leading, 12, dtype=torch.float64, requires_grad=True)
     inputs = [x, case.layer.trained]
-    with direct_training(case.model, "default") as names:
+    with inplace_training(case.model, "default") as names:
         y, expected = case.model(x), case.dense(x)
         upstream = torch.randn_like(expected)
         got = torch.autograd.grad(y, inputs, upstream)
@@ -75,7 +75,7 @@ def test_a_training_is_that_of_the_fused_kernel_and_leaves_no_trace(tiny: Tiny, 
     fused, (fused_layers,) = attached(tiny, kind, side, trained=False)
     direct, (direct_layers,) = attached(tiny, kind, side, trained=False)
     before = base_weights(direct_layers)
-    with direct_training(direct, "dog") as names:
+    with inplace_training(direct, "dog") as names:
         assert len(names) == len(direct_layers)
         for model, layers in ((fused, fused_layers), (direct, direct_layers)):
             optimizer = torch.optim.SGD([layer.trained for layer in layers.values()], lr=0.1)
@@ -96,7 +96,7 @@ def test_the_weights_come_back_after_an_exception(side: Side, dtype: torch.dtype
     case = Case(side, dtype=dtype)
 
     def fail() -> None:
-        with direct_training(case.model, "default"):
+        with inplace_training(case.model, "default"):
             case.model(torch.randn(2, 12, dtype=dtype))
             assert not torch.equal(case.base.weight, case.original)
             raise KeyboardInterrupt
@@ -116,7 +116,7 @@ def test_an_interrupt_while_entries_are_written_is_undone(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(direct_module, "overwrite", interrupt)
-    with pytest.raises(KeyboardInterrupt), direct_training(case.model, "default"):
+    with pytest.raises(KeyboardInterrupt), inplace_training(case.model, "default"):
         case.model(torch.randn(2, 12))
     assert torch.equal(case.base.weight, case.original)
 
@@ -124,9 +124,9 @@ def test_an_interrupt_while_entries_are_written_is_undone(monkeypatch: pytest.Mo
 def test_a_second_direct_training_leaves_the_first_alone() -> None:
     case = Case("fa")
     x = torch.randn(4, 12, dtype=torch.float64)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         case.model(x)
-        with direct_training(case.model, "default") as names:
+        with inplace_training(case.model, "default") as names:
             assert names == []
             assert_close(case.model(x), case.dense(x), rtol=1e-12, atol=1e-12)
         assert_close(case.model(x), case.dense(x), rtol=1e-12, atol=1e-12)
@@ -137,7 +137,7 @@ def test_dropout_is_not_written() -> None:
     case = Case("fa")
     case.layer.module.lora_dropout["default"] = nn.Dropout(0.5)
     x = torch.randn(4, 12, dtype=torch.float64)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         case.model.eval()(x)
         assert not torch.equal(case.base.weight, case.original)
         case.model.train()(x)
@@ -148,7 +148,7 @@ def test_dropout_is_not_written() -> None:
 def test_a_half_factor_does_not_round_a_float_weight(side: Side) -> None:
     case = Case(side, bias=False, dtype=torch.float32)
     case.layer.trained.data = case.layer.trained.data.bfloat16()
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         case.model(torch.randn(4, 12))
         assert torch.equal(case.base.weight, (case.original.double() + dense_delta(case.layer)).float())
     assert torch.equal(case.base.weight, case.original)
@@ -159,7 +159,7 @@ def test_half_weights_hold_what_a_merge_would_write(side: Side) -> None:
     case = Case(side, bias=False, alpha=6, dtype=torch.bfloat16)
     case.layer.trained.data = case.layer.trained.data.float()  # the master copy
     x = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         y = case.model(x)
         assert torch.equal(case.base.weight, (case.original.double() + dense_delta(case.layer)).bfloat16())
         y.float().square().mean().backward()
@@ -171,7 +171,7 @@ def test_half_weights_hold_what_a_merge_would_write(side: Side) -> None:
 def test_what_runs_without_the_adapter_sees_the_original_weights(tiny: Tiny, side: Side) -> None:
     model, (layers,) = attached(tiny, "llama", side)
     base, expected = run("llama", tiny.load("llama")), run("llama", model)
-    with direct_training(model, "dog"):
+    with inplace_training(model, "dog"):
         assert_close(run("llama", model), expected, rtol=1e-5, atol=1e-5)
         with model.disable_adapter():
             assert torch.equal(run("llama", model), base)
@@ -187,7 +187,7 @@ def test_what_runs_without_the_adapter_sees_the_original_weights(tiny: Tiny, sid
 def test_several_active_adapters_go_through_the_fused_kernel(tiny: Tiny) -> None:
     model, _ = attached(tiny, "clip", "fa", "fb")
     expected = run("clip", model)
-    with direct_training(model, "dog"):
+    with inplace_training(model, "dog"):
         assert torch.equal(run("clip", model), expected)
         activate(model, "dog")
         run("clip", model)
@@ -202,7 +202,7 @@ def test_a_backward_pass_after_the_entries_were_taken_out(side: Side, meanwhile:
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     inputs = [x, case.layer.trained]
     expected = torch.autograd.grad(case.dense(x).square().sum(), inputs)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         loss = case.model(x).square().sum()
         if meanwhile == "disabled":
             with case.model.disable_adapter():
@@ -220,7 +220,7 @@ def test_a_backward_pass_after_the_entries_were_taken_out(side: Side, meanwhile:
 @pytest.mark.parametrize("changed", ["factor", "weight"])
 def test_what_changed_before_the_backward_pass_is_noticed(changed: str) -> None:
     case = Case("fa")
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         y = case.model(torch.randn(5, 12, dtype=torch.float64, requires_grad=True))
         with torch.no_grad():
             (case.layer.trained if changed == "factor" else case.base.weight).mul_(2)
@@ -233,7 +233,7 @@ def test_what_changed_before_the_backward_pass_is_noticed(changed: str) -> None:
 def test_gradient_checkpointing(side: Side, use_reentrant: bool) -> None:
     case = Case(side)
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         y = checkpoint(case.model, x, use_reentrant=use_reentrant)
         assert isinstance(y, Tensor)
         y.square().sum().backward()
@@ -247,7 +247,7 @@ def test_gradient_checkpointing(side: Side, use_reentrant: bool) -> None:
 def test_autocast(side: Side) -> None:
     case = Case(side, dtype=torch.float32)
     x = torch.randn(64, 12, requires_grad=True)
-    with direct_training(case.model, "default"), torch.autocast("cpu", dtype=torch.bfloat16):
+    with inplace_training(case.model, "default"), torch.autocast("cpu", dtype=torch.bfloat16):
         y = case.model(x)
         y.float().square().mean().backward()
     assert y.dtype == torch.bfloat16
@@ -267,7 +267,7 @@ def test_fa_keeps_the_gathered_columns_only() -> None:
         return tensor
 
     with (
-        direct_training(case.model, "default"),
+        inplace_training(case.model, "default"),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         case.model(torch.randn(64, 12, dtype=torch.float64))
@@ -285,7 +285,7 @@ def test_weights_that_cannot_be_written_are_left_to_the_fused_kernel(tiny: Tiny,
     elif kind == "llama":
         chosen.weight.requires_grad_(True)
     expected = run(kind, model)
-    with direct_training(model, "dog") as names:
+    with inplace_training(model, "dog") as names:
         assert len(names) == (0 if kind == "llama-nf4" else len(layers) - 1)
         before = chosen.weight.detach().clone()
         assert_close(run(kind, model), expected, rtol=1e-5, atol=1e-5)
@@ -294,7 +294,7 @@ def test_weights_that_cannot_be_written_are_left_to_the_fused_kernel(tiny: Tiny,
 
 def test_columns_that_are_replaced_meanwhile_end_direct_training() -> None:
     case = Case("fa")
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         case.model(torch.randn(2, 12, dtype=torch.float64))
         down: Any = case.layer.module.lora_A["default"]
         with torch.no_grad():
@@ -310,7 +310,7 @@ def test_compiled_layers_use_the_fused_kernel_without_a_graph_break() -> None:
     case = Case("fa")
     x = torch.randn(2, 12, dtype=torch.float64)
     compiled = torch.compile(case.model, backend="aot_eager", fullgraph=True)
-    with direct_training(case.model, "default"):
+    with inplace_training(case.model, "default"):
         assert_close(compiled(x), case.dense(x), rtol=1e-12, atol=1e-12)
         case.model(x)
         assert_close(compiled(x), case.dense(x), rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Factor
 from sbora_diffusion.adapters.layer import keep_linear4bit_unpacked
-from sbora_diffusion.adapters.weight_patcher import PlacedWeights
+from sbora_diffusion.adapters.weight_patcher import AdapterPatcher
 from sbora_diffusion.adapters.whole import num_held, whole
 from sbora_diffusion.utils.errors import SboraError
 
@@ -51,7 +51,7 @@ def answers(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("side", ["fa", "fb"])
 def test_they_answer_as_if_they_were_in_the_weights(model: Any, side: Side, autocast: bool) -> None:
     x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(9))
-    own, placed = factors(side, 1), PlacedWeights(model)
+    own, placed = factors(side, 1), AdapterPatcher(model)
     expected = x @ (0.5 * delta(own["packed"], side)).T
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         before = model["packed"](x)
@@ -65,7 +65,7 @@ def test_any_order_and_any_way_out_is_bit_for_bit(model: Any) -> None:
     before, seen = answers(model), []
     sides: dict[str, Side] = {"a": "fa", "b": "fb", "c": "fa"}
     for order in permutations(sides):
-        placed = PlacedWeights(model)
+        placed = AdapterPatcher(model)
         for name in order:
             placed.write(name, factors(sides[name], ord(name)), sides[name])
         seen.append(answers(model))
@@ -81,7 +81,7 @@ def test_any_order_and_any_way_out_is_bit_for_bit(model: Any) -> None:
 
 
 def test_what_does_not_fit_changes_nothing(model: Any) -> None:
-    before, placed = answers(model), PlacedWeights(model)
+    before, placed = answers(model), AdapterPatcher(model)
     wide = Factor(torch.tensor([WIDTH]), torch.ones(OUT, 1))
     with pytest.raises(SboraError, match="does not fit its weight of shape 32×64"):
         placed.write("a", {"plain": factors("fa", 1)["plain"], "packed": wide}, "fa")

@@ -135,13 +135,13 @@ def test_columns_that_a_merge_keeps(adapters: Path, caplog: pytest.LogCaptureFix
 def test_a_file_that_comes_during_a_training_stays(
     here: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target, draw_after = here / "adapters/dog.safetensors", Preview.draw_after
+    target, generate_after = here / "adapters/dog.safetensors", Preview.generate_after
 
     def meanwhile(preview: Preview) -> Any:
         target.write_text("somebody else's")
-        return draw_after(preview)
+        return generate_after(preview)
 
-    monkeypatch.setattr(Preview, "draw_after", meanwhile)
+    monkeypatch.setattr(Preview, "generate_after", meanwhile)
     done = train(base, "dog")
     assert done.stdout.splitlines()[0] == "runs/dog/dog.safetensors", done.output
     assert target.read_text() == "somebody else's"

@@ -33,7 +33,7 @@ from sbora_diffusion.cli.console import imported_for_good
 try:
     with imported_for_good():
         assert not gc.isenabled()
-        import sbora_diffusion.library
+        import sbora_diffusion.library.library
         {then}
 except ModuleNotFoundError:
     pass

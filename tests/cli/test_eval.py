@@ -68,7 +68,7 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, ["eval", "--encoder", "clip", *QUICK, *words])
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("0*.png"))}
 
 
@@ -110,9 +110,7 @@ def test_a_concept_of_ones_own() -> None:
     assert run("mug", "--suite", "two.txt").exit_code == 1
     done = run("mug", "--suite", "two.txt", "--concept", "mug")
     assert done.exit_code == 0, done.output
-    assert (
-        json.loads(Path("evaluations/mug-two/report.json").read_text())["about"]["references"]["mug"]["pictures"] == 1
-    )
+    assert json.loads(Path("evaluations/mug-two/report.json").read_text())["about"]["references"]["mug"]["images"] == 1
 
 
 @pytest.mark.usefixtures("here")
@@ -124,38 +122,38 @@ def test_defaults_suit_the_base() -> None:
 @pytest.mark.usefixtures("here")
 def test_ctrl_c_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("dog", "--suite", "two.txt", "--out", "whole").exit_code == 0
-    write = series_module.write_picture
+    write = series_module.write_image
 
-    def write_one(picture: Image.Image, path: Path) -> None:
+    def write_one(image: Image.Image, path: Path) -> None:
         if path.name == "000-1.png":
             signal.raise_signal(signal.SIGINT)
-        write(picture, path)
+        write(image, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(series_module, "write_picture", write_one)
+        patch.setattr(series_module, "write_image", write_one)
         stopped = run("dog", "--suite", "two.txt", "--out", "out")
     assert stopped.exit_code == 130
     assert "stopped; what was made is kept in out, go on with: sbora-diffusion eval " in stopped.stderr
-    assert len(pictures(Path("out"))) == 2
+    assert len(images(Path("out"))) == 2
     again = run("dog", "--suite", "two.txt", "--out", "out")
     assert again.exit_code == 0, again.output
-    assert pictures(Path("out")) == pictures(Path("whole"))
+    assert images(Path("out")) == images(Path("whole"))
     for name in ("report.md", "grid-dog.png"):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 def test_kill_and_again(here: Path) -> None:
-    """Killed just before the second picture got its name: the first is kept, of the second nothing is taken for one."""
+    """Killed just before the second image got its name: the first is kept, of the second nothing is taken for one."""
     words = ["eval", "dog", "--suite", "two.txt", "--encoder", "clip", *QUICK, "--out"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *words, "out"], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list(pictures(here / "out")) == ["pictures/single/dog/000-0.png"]
-    kept = (here / "out/pictures/single/dog/000-0.png").stat().st_mtime_ns
+    assert list(images(here / "out")) == ["images/single/dog/000-0.png"]
+    kept = (here / "out/images/single/dog/000-0.png").stat().st_mtime_ns
     assert run(*words[1:4], "--out", "out").exit_code == 0
     assert run(*words[1:4], "--out", "whole").exit_code == 0
-    assert pictures(here / "out") == pictures(here / "whole")
-    assert (here / "out/pictures/single/dog/000-0.png").stat().st_mtime_ns == kept
-    assert not list((here / "out/pictures/single/dog").glob(".*"))
+    assert images(here / "out") == images(here / "whole")
+    assert (here / "out/images/single/dog/000-0.png").stat().st_mtime_ns == kept
+    assert not list((here / "out/images/single/dog").glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -168,17 +166,17 @@ def test_kill_and_again(here: Path) -> None:
         ("dog --suite nosuch", "no suite and no file 'nosuch'"),
         ("dog --suite empty.txt", "the suite empty has no prompts"),
         ("dog --suite odd.txt", "unknown placeholder {token}"),
-        ("dog --suite pairs.txt", "speaks of 2 concepts in one picture, got 1"),
-        ("mug --suite two.txt", "the pictures of mug are not known"),
+        ("dog --suite pairs.txt", "speaks of 2 concepts in one image, got 1"),
+        ("mug --suite two.txt", "the images of mug are not known"),
         ("dog --suite two.txt --concept nosuch", "no concept and no folder 'nosuch'"),
-        ("dog --suite two.txt --out taken", "taken has pictures, but no evaluation.json"),
+        ("dog --suite two.txt --out taken", "taken has images, but no evaluation.json"),
         ("dog --suite two.txt --set seeds=0", "got 1 adapters and 0 seeds"),
         ("dog --suite two.txt --set steps=0", "got steps=0"),
         ("dog --suite two.txt --base OTHER", "trained for"),
     ],
 )
 def test_bad_input(here: Path, tmp_path: Path, words: str, message: str) -> None:
-    (here / "taken/pictures").mkdir(parents=True)
+    (here / "taken/images").mkdir(parents=True)
     (here / "empty.txt").write_text("\n")
     (here / "odd.txt").write_text("a {token}\n")
     other = save_tiny_pipeline(tmp_path / "other", seed=1) if "OTHER" in words else here
@@ -190,13 +188,13 @@ def test_bad_input(here: Path, tmp_path: Path, words: str, message: str) -> None
     assert not Path("evaluations").exists()
 
 
-def test_a_damaged_picture_and_another_evaluation(here: Path) -> None:
+def test_a_damaged_image_and_another_evaluation(here: Path) -> None:
     assert run("dog", "--suite", "two.txt", "--out", "out").exit_code == 0
-    (here / "out/pictures/single/dog/001-1.png").write_bytes(b"half")
+    (here / "out/images/single/dog/001-1.png").write_bytes(b"half")
     damaged = run("dog", "--suite", "two.txt", "--out", "out")
     assert damaged.exit_code == 1
-    assert "error: cannot read out/pictures/single/dog/001-1.png" in damaged.stderr
-    shutil.rmtree(here / "out/pictures/single/dog")
+    assert "error: cannot read out/images/single/dog/001-1.png" in damaged.stderr
+    shutil.rmtree(here / "out/images/single/dog")
     assert run("dog", "--suite", "two.txt", "--out", "out").exit_code == 0
     other = run("cat", "--suite", "two.txt", "--out", "out")
     assert other.exit_code == 1

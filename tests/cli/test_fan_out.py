@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.training.fan_out import COMMAND, _again, in_a_process
 
 from ..tiny_pipeline import save_tiny_pipeline
@@ -92,7 +92,7 @@ def test_nothing_starts_after_a_mistake(here: Path, base: Path, words: tuple[str
 
 
 def test_force_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
-    config, other = (TrainConfig.from_recipe("emoji64", "sbora-fa", {"steps": steps}) for steps in ("5", "6"))
+    config, other = (configure("emoji64", "sbora-fa", {"steps": steps}) for steps in ("5", "6"))
     assert _again(tmp_path, config, True) == ["--force"]
     (tmp_path / "checkpoint.pt").touch()
     (tmp_path / "run.json").write_text(json.dumps({"config": config.to_dict()}))

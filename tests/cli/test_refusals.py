@@ -37,7 +37,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
     ("words", "message"),
     [
         ("train --concept nosuch", "nosuch"),
-        ("train --concept empty", "no picture in empty"),
+        ("train --concept empty", "no image in empty"),
         ("train --concept unreadable --base TINY", "unreadable/a.png"),
         ("train --concept horse --base nosuch", "could not load base model 'nosuch'"),
         ("train --concept horse --base TINY --rank 200", "got rank 200, expected at most 32"),

@@ -131,7 +131,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return ours, load_encoder(f"open_clip:{architecture(request.param)}/{folder / 'tiny.pt'}")
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Noise with a colour of its own, of every size in `SIZES`."""
     generator = np.random.default_rng(0)
     noise = (generator.random((height, width, 3)) * generator.random(3) * 255 for width, height in SIZES)
@@ -139,7 +139,7 @@ def pictures() -> list[Image.Image]:
 
 
 def test_images_agree(pair: tuple[Encoder, Encoder]) -> None:
-    ours, theirs = (encoder.images(pictures()) for encoder in pair)
+    ours, theirs = (encoder.images(images()) for encoder in pair)
     assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert told_apart(ours)
 
@@ -159,8 +159,8 @@ def told_apart(embeddings: Tensor) -> bool:
 def test_preprocessing_is_open_clips_own(size: int) -> None:
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     transform: Any = open_clip.image_transform(size, is_train=False, mean=mean, std=std)
-    for picture in pictures():
-        assert_close(preprocess([picture], size, mean, std)[0], transform(picture), rtol=0, atol=1e-6)
+    for image in images():
+        assert_close(preprocess([image], size, mean, std)[0], transform(image), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["open_clip:no-such-model/openai", "open_clip:ViT-B-32/no-such-weights"])

@@ -1,4 +1,4 @@
-"""Pictures whose numbers are not sRGB: the embedded ICC profile counts, and a broken one does no harm."""
+"""Images whose numbers are not sRGB: the embedded ICC profile counts, and a broken one does no harm."""
 
 import struct
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 
 D50 = (0.9642, 1.0, 0.8249)
 SRGB_COLOURS = [(0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)]  # XYZ at D50
@@ -73,12 +73,12 @@ def encoded(light: np.ndarray) -> np.ndarray:
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def load(path: Path, picture: Image.Image, icc: bytes, kind: str = "PNG", **options: int) -> tuple[int, ...]:
+def load(path: Path, image: Image.Image, icc: bytes, kind: str = "PNG", **options: int) -> tuple[int, ...]:
     """The colour in the middle after a trip through a file."""
-    picture.save(path, kind, icc_profile=icc, **options)
+    image.save(path, kind, icc_profile=icc, **options)
     with Image.open(path) as stored:
         assert stored.info["icc_profile"] == icc
-    loaded = load_picture(path)
+    loaded = load_image(path)
     assert loaded.mode == "RGB"
     pixel = loaded.getpixel((20, 20))
     assert isinstance(pixel, tuple)

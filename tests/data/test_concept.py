@@ -9,10 +9,10 @@ from sbora_diffusion.data.concept import default_roots, known_concepts, load_con
 from sbora_diffusion.utils.errors import SboraError
 
 
-def folder_of(folder: Path, *pictures: str, toml: str | None = None, **texts: str) -> Path:
-    """A folder of plain pictures; `texts` are .txt files by stem."""
+def folder_of(folder: Path, *images: str, toml: str | None = None, **texts: str) -> Path:
+    """A folder of plain images; `texts` are .txt files by stem."""
     folder.mkdir(parents=True)
-    for name in pictures:
+    for name in images:
         (folder / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 40)).save(folder / name)
     for stem, text in texts.items():
@@ -23,15 +23,15 @@ def folder_of(folder: Path, *pictures: str, toml: str | None = None, **texts: st
 
 
 def captions(folder: Path) -> list[str]:
-    return [picture.caption for picture in load_concept(str(folder), []).pictures]
+    return [image.caption for image in load_concept(str(folder), []).images]
 
 
 def test_folder_without_description(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "Red_Teapot 2", "b.png", "a.JPG", "c.webp")
     concept = load_concept(str(folder), [])
     assert (concept.name, concept.token, concept.class_noun) == ("red_teapot-2", "<red_teapot-2>", "red teapot")
-    assert [picture.path.name for picture in concept.pictures] == ["a.JPG", "b.png", "c.webp"]
-    assert {picture.caption for picture in concept.pictures} == {"a photo of a <red_teapot-2>"}
+    assert [image.path.name for image in concept.images] == ["a.JPG", "b.png", "c.webp"]
+    assert {image.caption for image in concept.images} == {"a photo of a <red_teapot-2>"}
 
 
 def test_class_noun_argument_wins(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_other_alphabets(tmp_path: Path) -> None:
     assert (concept.token, concept.class_noun) == ("<мой-пёс>", "мой пёс")
 
 
-def test_hidden_and_other_files_are_no_pictures(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_no_images(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "dog", "a.png", ".b.png", notes="not a caption")
     (folder / "c.png").mkdir()
     assert captions(folder) == ["a photo of a <dog>"]
@@ -75,11 +75,11 @@ def test_lookup_prefers_the_first_root_and_a_name_to_a_folder(tmp_path: Path, mo
     assert load_concept("dog", [tmp_path / "nothing"]).class_noun == "own"
 
 
-def test_pictures_of_other_kinds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_of_other_kinds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(tmp_path / "dog", "a.png")
     for name in ("IMG_1.HEIC", "b.tiff", "notes.txt", ".c.gif"):
         (folder / name).touch()
-    assert [picture.path.name for picture in load_concept(str(folder), []).pictures] == ["a.png"]
+    assert [image.path.name for image in load_concept(str(folder), []).images] == ["a.png"]
     assert [line.message for line in caplog.records if line.levelname == "WARNING"] == [
         "left out, for they are not JPEG, PNG or WebP: IMG_1.HEIC, b.tiff"
     ]
@@ -90,7 +90,7 @@ def test_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(folder)
     assert load_concept(".", [tmp_path]).token == "<dog>"
     monkeypatch.chdir(tmp_path / "dog")
-    with pytest.raises(SboraError, match="no picture in"):
+    with pytest.raises(SboraError, match="no image in"):
         load_concept("..", [tmp_path])
 
 
@@ -122,7 +122,7 @@ DEFECTS = {
     "empty": ('class_noun = " "', r"class_noun in .* must be a string that is not empty"),
     "list": ("captions = [1]", r"captions in .* must be a table, got \[1\]"),
     "caption-type": ('[captions]\n"a.png" = 1', r"the caption of a\.png in .* must be a string, got 1"),
-    "caption-of-none": ('[captions]\n"z.png" = "a <dog>"', r"has a caption for z\.png, but there is no such picture"),
+    "caption-of-none": ('[captions]\n"z.png" = "a <dog>"', r"has a caption for z\.png, but there is no such image"),
     "no-token": ('template = "a dog"', r"caption of .*a\.png lacks the token <no-token>: 'a dog'"),
     "bare-token": ('token = "dog"', r"the token of .* is 'dog'; allowed is one word"),
     "two-words": ('token = "<my dog>"', r"is '<my dog>'; allowed is one word"),
@@ -144,18 +144,18 @@ def test_folder_name_without_words(tmp_path: Path) -> None:
         load_concept(str(folder_of(tmp_path / "!!!", "a.png")), [], "dog")
 
 
-def test_no_pictures(tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match=r"no picture in .*: got nothing") as caught:
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match=r"no image in .*: got nothing") as caught:
         load_concept(str(folder_of(tmp_path / "dog")), [])
-    assert caught.value.hint == "put pictures there; allowed are .jpg, .jpeg, .png, .webp"
+    assert caught.value.hint == "put images there; allowed are .jpg, .jpeg, .png, .webp"
     folder = folder_of(tmp_path / "cat", notes="")
     (folder / "cat.heic").touch()
     with pytest.raises(SboraError, match=r"got cat\.heic, notes\.txt"):
         load_concept(str(folder), [])
 
 
-def test_two_pictures_with_one_caption_file(tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match=r"2 pictures share the caption file .*a\.txt"):
+def test_two_images_with_one_caption_file(tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match=r"2 images share the caption file .*a\.txt"):
         load_concept(str(folder_of(tmp_path / "dog", "a.png", "a.jpg", a="a <dog>")), [])
     assert len(captions(folder_of(tmp_path / "cat", "a.png", "a.jpg"))) == 2
     toml = '[captions]\n"a.png" = "a <cow>"'

@@ -11,7 +11,7 @@ from sbora_diffusion.data.batches import Sample, prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.latents import encode
 from sbora_diffusion.data.masks import load_mask
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.losses.attention import AttentionLoss
 from sbora_diffusion.training.train import train
@@ -22,12 +22,12 @@ from ..helpers import INTERVAL, run_of, short_config
 from ..training.test_train import result
 
 
-def test_masks_are_cut_as_their_pictures_are(base: Base, concept: Concept) -> None:
-    for picture in concept.pictures:  # 40 x 60: the square that the model sees begins 10 pixels from the top
+def test_masks_are_cut_as_their_images_are(base: Base, concept: Concept) -> None:
+    for image in concept.images:  # 40 x 60: the square that the model sees begins 10 pixels from the top
         mask = Image.new("L", (40, 60), 255)
         mask.paste(0, (0, 0, 40, 30))
-        mask.save(picture.path.with_suffix(".mask.png"))
-    [shots] = encode(base, concept.pictures, short_config(masked_loss="1", crops="1", smallest_crop="1"))
+        mask.save(image.path.with_suffix(".mask.png"))
+    [shots] = encode(base, concept.images, short_config(masked_loss="1", crops="1", smallest_crop="1"))
     assert shots.masks is not None
     assert shots.masks.shape == (2, 1, *shots.latents.shape[-2:])
     half = shots.masks.shape[-2] // 2
@@ -67,7 +67,7 @@ def test_where_a_mask_comes_from(tmp_path: Path) -> None:
     assert found is not None
     assert found.getpixel((0, 0)) == 200
     Image.new("L", (41, 40), 200).save(folder / "a.mask.png")
-    with pytest.raises(SboraError, match=r"has \(41, 40\) pixels, its picture \(40, 40\)"):
+    with pytest.raises(SboraError, match=r"has \(41, 40\) pixels, its image \(40, 40\)"):
         load_mask(folder / "a.jpg")
     Image.new("L", (40, 40), 0).save(folder / "a.mask.png")
     with pytest.raises(SboraError, match="all black"):
@@ -83,7 +83,7 @@ def test_where_a_mask_comes_from(tmp_path: Path) -> None:
         assert (found.getpixel((3, 3)), found.getpixel((30, 3))) == expected
 
 
-def test_masks_of_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_of_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (90, 90, 4), np.uint8)
     Image.fromarray(noise, "RGBA").save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -96,16 +96,16 @@ def test_masks_of_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_any_mask_all_is_learned(base: Base, concept: Concept, caplog: pytest.LogCaptureFixture) -> None:
-    [shots] = encode(base, concept.pictures, short_config(masked_loss="1"))
+    [shots] = encode(base, concept.images, short_config(masked_loss="1"))
     assert shots.masks is None
-    assert "no picture has a mask" in caplog.text
+    assert "no image has a mask" in caplog.text
     caplog.clear()
     assert encode(base, [], short_config(masked_loss="1")) == []  # nothing is held out
     assert not caplog.text
 
 
 def test_other_masks_are_another_training(base: Base, tall: Concept, tmp_path: Path) -> None:
-    config, file = short_config(masked_loss="1"), tall.pictures[2].path.with_suffix(".mask.png")
+    config, file = short_config(masked_loss="1"), tall.images[2].path.with_suffix(".mask.png")
     Image.new("L", (60, 40), 255).save(file)
     stopped = train(tall, base, INTERVAL, config, tmp_path / "run")
     for _ in range(3):
@@ -123,7 +123,7 @@ def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
     for weight in ("0.0001", "300"):
         config = short_config(attention_weight=weight, steps="25", learning_rate="3e-2", token_learning_rate="3e-2")
         data = prepare_data(tall, base, config)
-        with live_concept(tall, base, INTERVAL, config) as live:
+        with injected_concept(tall, base, INTERVAL, config) as live:
             run = Run(live, data, config, base)
             for step in range(25):
                 run.advance(step)
@@ -133,7 +133,7 @@ def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
 
 def test_attention_of_tokens_with_an_embedding_a_layer(base: Base, tall: Concept, tmp_path: Path) -> None:
     config = short_config("mix-of-show", rank="4")
-    assert config.attention_weight > 0
+    assert config.loss.attention_weight > 0
     logs = list(train(tall, base, None, config, tmp_path / "run"))
     assert result(logs).spec.method == "mix-of-show"
 
@@ -146,13 +146,13 @@ def test_attention_is_watched_in_the_samples_pass_alone(
     monkeypatch.setattr(
         AttentionLoss, "observe", lambda loss, *watched: (seen.append(len(watched[1])), observe(loss, *watched))
     )
-    config = short_config(attention_weight="0.1", class_pictures="3", batch_size="2", prior_batch="3")
+    config = short_config(attention_weight="0.1", class_images="3", batch_size="2", prior_batch="3")
     run_of(base, tall, config)
     cross = [key for key in base.pipeline.unet.attn_processors if "attn2" in key]
     assert seen == [2 + 3] * len(cross)
 
 
-@pytest.mark.parametrize("more", [{}, {"buckets": "1", "class_pictures": "3"}])
+@pytest.mark.parametrize("more", [{}, {"buckets": "1", "class_images": "3"}])
 def test_checkpointing_watches_the_attention_too(base: Base, tall: Concept, more: dict[str, str]) -> None:
     learned = [
         run_of(base, tall, short_config(attention_weight="10", gradient_checkpointing=switch, **more))[1]

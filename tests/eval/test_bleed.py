@@ -11,7 +11,7 @@ from PIL import Image
 
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import instruct, reference_pictures
+from sbora_diffusion.evaluation.scores import instruct, reference_images
 from sbora_diffusion.models.base import load_base
 
 from ..inference.test_bake import concept
@@ -31,7 +31,7 @@ def studio(tmp_path: Path) -> bleed.Studio:
         adapters[name] = replace(adapter, spec=replace(adapter.spec, recipe=recipe))
     judge = instruct(
         load_encoder(str(save_tiny_clip(tmp_path / "clip"))),
-        reference_pictures([load_concept(name, default_roots()) for name in NAMES]),
+        reference_images([load_concept(name, default_roots()) for name in NAMES]),
         None,
     )
     return bleed.Studio(base, judge, adapters, [0, 1])
@@ -42,7 +42,7 @@ def test_every_pair_once(studio: bleed.Studio, tmp_path: Path) -> None:
     bleed.run(tmp_path / "pairs", NAMES, 2, lambda: studio, out)
     summary = json.loads(out.read_bytes())
     assert [row["condition"] for row in summary["rows"]] == list(bleed.CONDITIONS)
-    assert (summary["pairs"], summary["pictures a condition"]) == (1, 8)
+    assert (summary["pairs"], summary["images a condition"]) == (1, 8)
     told = json.loads((tmp_path / "pairs" / "dog+penguin.json").read_bytes())
     assert all(torch.tensor(cell["scores"]).shape == (4, 2, 2, 2) for cell in told.values())
     assert len({json.dumps(cell["scores"]) for cell in told.values()}) == len(bleed.CONDITIONS)

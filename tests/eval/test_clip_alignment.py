@@ -1,4 +1,4 @@
-"""The script that scores anybody's folder of pictures, run as people run it."""
+"""The script that scores anybody's folder of images, run as people run it."""
 
 import json
 import subprocess
@@ -21,23 +21,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """Two pictures, and references of a dog and of a cat."""
-    for number, name in enumerate(("pictures/000-0.png", "pictures/001-0.png", "dog/a.jpg", "cat/images/a.png")):
+    """Two images, and references of a dog and of a cat."""
+    for number, name in enumerate(("images/000-0.png", "images/001-0.png", "dog/a.jpg", "cat/images/a.png")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 50), (60 * number, 255 - 60 * number, 90)).save(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("A <TOK>, in the snow\nAn angry <TOK>\n")
     return tmp_path
 
 
-def run(here: Path, clip: Path, pictures: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, pictures, "--encoder", clip, *WORDS.split()]
+def run(here: Path, clip: Path, images: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPT, images, "--encoder", clip, *WORDS.split()]
     return subprocess.run(command, cwd=here, capture_output=True, text=True)
 
 
-def test_a_folder_of_pictures(here: Path, clip: Path) -> None:
-    done = run(here, clip, "pictures")
+def test_a_folder_of_images(here: Path, clip: Path) -> None:
+    done = run(here, clip, "images")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"# pictures against dog, judged by {clip}\n")
+    assert done.stdout.startswith(f"# images against dog, judged by {clip}\n")
     assert done.stdout.endswith("\nscores.json\n")
     content = json.loads((here / "scores.json").read_text())
     assert content["about"]["command"].endswith(WORDS)

@@ -15,8 +15,8 @@ import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.train import train
 
 from ..tiny_pipeline import save_tiny_pipeline
@@ -75,7 +75,7 @@ def test_variant_by_variant(tmp_path: Path) -> None:
 def test_columns_are_chosen_disjoint_and_are_what_a_training_writes(base: Base, kind: str, tmp_path: Path) -> None:
     from chosen_columns import choose, chosen_columns
 
-    config, path = TrainConfig.from_recipe("emoji64", "sbora-fa", QUICK), tmp_path / "columns.pt"
+    config, path = configure("emoji64", "sbora-fa", QUICK), tmp_path / "columns.pt"
     choose(kind, ["dog", "cat"], base, config, path)
     chosen = torch.load(path, weights_only=True)
     for key, (_, width) in base.layer_shapes.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.data.concept import Concept, Picture
+from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.suite import Prompt, Suite
 from sbora_diffusion.models.base import Base, load_base
@@ -41,7 +41,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> list[Concept]:
 
 @pytest.fixture(scope="session")
 def adapters(base: Base) -> list[Adapter]:
-    """Of rex and tom, with random weights that change the pictures visibly."""
+    """Of rex and tom, with random weights that change the images visibly."""
     return [make_adapter(base, name, 4 * number) for number, name in enumerate(("rex", "tom"))]
 
 
@@ -61,22 +61,22 @@ def make_adapter(base: Base, name: str, start: int, token: str = "") -> Adapter:
 
 
 def _concept(folder: Path, name: str, colour: str) -> Concept:
-    pictures = []
+    images = []
     for number in range(2):
         path = folder / f"{name}-{number}.png"
         Image.new("RGB", (40, 40), tuple(value + 20 * number for value in COLOURS[colour])).save(path)
-        pictures.append(Picture(path=path, caption=f"a <{name}>"))
-    return Concept(name=name, token=f"<{name}>", class_noun="dog", pictures=tuple(pictures))
+        images.append(ConceptImage(path=path, caption=f"a <{name}>"))
+    return Concept(name=name, token=f"<{name}>", class_noun="dog", images=tuple(images))
 
 
 @pytest.fixture(scope="session")
 def judge() -> Encoder:
-    """Embeds a picture as its mean colour, a text as the sum of the colours that it names."""
+    """Embeds an image as its mean colour, a text as the sum of the colours that it names."""
     return Encoder(id="colours", weights="0" * 16, embed_images=_mean_colours, embed_texts=_named_colours)
 
 
-def _mean_colours(pictures: Sequence[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(picture)).float().mean((0, 1)) for picture in pictures])
+def _mean_colours(images: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)).float().mean((0, 1)) for image in images])
 
 
 def _named_colours(texts: Sequence[str]) -> Tensor:

@@ -38,7 +38,13 @@ def fill(folder: Path, told: Comparison) -> None:
 def test_a_variants_settings_arrive() -> None:
     told = comparison(settings={"steps": "7"})
     config = told.config("lora:rank=2,learning_rate=1e-2", 5)
-    assert (config.method, config.rank, config.learning_rate, config.seed, config.steps) == ("lora", 2, 1e-2, 5, 7)
+    assert (config.method.name, config.method.rank, config.optim.learning_rate, config.seed, config.optim.steps) == (
+        "lora",
+        2,
+        1e-2,
+        5,
+        7,
+    )
     with pytest.raises(SboraError, match="expected method or method:key=value"):
         told.config("lora:rank", 0)
     with pytest.raises(SboraError, match="unknown method"):
@@ -95,7 +101,7 @@ def test_what_cannot_be_compared(given: dict, words: str) -> None:
         comparison(**given)
 
 
-def test_cells_of_one_table_saw_the_same_prompts_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_one_table_saw_the_same_prompts_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prompts, out = tmp_path / "mine.txt", tmp_path / "out"
     out.mkdir()

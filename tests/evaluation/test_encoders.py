@@ -68,21 +68,21 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_clip(tmp_path_factory.mktemp("clip"), tiny_clip())
 
 
-def picture(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
+def image(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def normalised(pictures: list[Image.Image]) -> Tensor:
-    """Pictures of the right size, as the model sees them, value by value."""
-    values = np.stack([(np.asarray(p) / 255 - np.array(MEAN)) / np.array(STD) for p in pictures])
+def normalised(images: list[Image.Image]) -> Tensor:
+    """Images of the right size, as the model sees them, value by value."""
+    values = np.stack([(np.asarray(p) / 255 - np.array(MEAN)) / np.array(STD) for p in images])
     return torch.from_numpy(values.transpose(0, 3, 1, 2)).float()
 
 
 def test_images_are_the_models_own_embeddings(clip_folder: str) -> None:
-    pictures = [picture(seed) for seed in range(3)]
-    embeddings = load_encoder(clip_folder).images(pictures)
+    images = [image(seed) for seed in range(3)]
+    embeddings = load_encoder(clip_folder).images(images)
     with torch.no_grad():
-        expected = tiny_clip()(input_ids=torch.tensor([[1]]), pixel_values=normalised(pictures)).image_embeds
+        expected = tiny_clip()(input_ids=torch.tensor([[1]]), pixel_values=normalised(images)).image_embeds
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-6)
     assert (embeddings.dtype, embeddings.shape) == (torch.float32, (3, 8))
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3))
@@ -108,10 +108,10 @@ def test_a_long_text_is_cut(clip_folder: str) -> None:
 
 def test_batches_change_nothing(clip_folder: str) -> None:
     encoder = load_encoder(clip_folder)
-    pictures = [picture(seed, 20 + seed) for seed in range(encoders.BATCH + 3)]
+    images = [image(seed, 20 + seed) for seed in range(encoders.BATCH + 3)]
     texts = ["x" * (seed % 9 + 1) for seed in range(encoders.BATCH + 3)]
-    alone = torch.cat([encoder.images([each]) for each in pictures])
-    torch.testing.assert_close(encoder.images(pictures), alone, rtol=0, atol=2e-6)
+    alone = torch.cat([encoder.images([each]) for each in images])
+    torch.testing.assert_close(encoder.images(images), alone, rtol=0, atol=2e-6)
     alone = torch.cat([encoder.texts([each]) for each in texts])
     torch.testing.assert_close(encoder.texts(texts), alone, rtol=0, atol=2e-6)
 
@@ -119,7 +119,7 @@ def test_batches_change_nothing(clip_folder: str) -> None:
 @pytest.mark.parametrize(("longer", "offset"), [(16, 0), (17, 0), (18, 1), (19, 2), (20, 2), (21, 2), (23, 4)])
 def test_preprocessing_cuts_the_central_square(longer: int, offset: int) -> None:
     """As torchvision rounds: halves to the even neighbour."""
-    wide = picture(0, width=longer)
+    wide = image(0, width=longer)
     square = wide.crop((offset, 0, offset + SIZE, SIZE))
     tall = wide.transpose(Image.Transpose.TRANSPOSE)
     expected = normalised([square])
@@ -137,8 +137,8 @@ def test_preprocessing_scales_the_short_side_without_aliasing() -> None:
     torch.testing.assert_close(pixels[1, :, -6:], torch.ones(SIZE, 6), rtol=0, atol=0.01)
 
 
-def test_grey_pictures_and_palettes_are_read_as_rgb(clip_folder: str) -> None:
-    grey = picture(0, 20, 30).convert("L")
+def test_grey_images_and_palettes_are_read_as_rgb(clip_folder: str) -> None:
+    grey = image(0, 20, 30).convert("L")
     encoder = load_encoder(clip_folder)
     torch.testing.assert_close(encoder.images([grey]), encoder.images([grey.convert("RGB")]), rtol=0, atol=0)
 
@@ -154,7 +154,7 @@ def test_the_digest_is_of_names_shapes_and_values(clip_folder: str, tmp_path: Pa
     assert load_encoder(save_clip(tmp_path / "changed", changed)).weights != encoder.weights
     half = load_encoder(save_clip(tmp_path / "half", tiny_clip().half()))
     assert half.weights == load_encoder(save_clip(tmp_path / "again", tiny_clip().half().float())).weights
-    assert half.images([picture(0)]).dtype == torch.float32
+    assert half.images([image(0)]).dtype == torch.float32
 
 
 def test_vit_gives_its_class_token(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_vit_gives_its_class_token(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
     vision = load_vision(str(tmp_path))
-    pictures = [picture(0), picture(1)]
+    images = [image(0), image(1)]
     with torch.no_grad():
-        hidden = model(pixel_values=normalised(pictures)).last_hidden_state
-    torch.testing.assert_close(vision.images(pictures), F.normalize(hidden[:, 0], dim=-1), rtol=0, atol=1e-6)
+        hidden = model(pixel_values=normalised(images)).last_hidden_state
+    torch.testing.assert_close(vision.images(images), F.normalize(hidden[:, 0], dim=-1), rtol=0, atol=1e-6)
     assert vision.id == str(tmp_path)
     assert vision.weights == load_vision(str(tmp_path)).weights  # the pooler, random each time, does not count
 
@@ -182,9 +182,9 @@ def test_a_model_without_class_token_gives_its_pooler(tmp_path: Path) -> None:
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
     ).save_pretrained(tmp_path)
     with torch.no_grad():
-        maps = model(pixel_values=normalised([picture(0)])).last_hidden_state  # (1, 8, height, width)
+        maps = model(pixel_values=normalised([image(0)])).last_hidden_state  # (1, 8, height, width)
     expected = F.normalize(maps.mean((2, 3)), dim=-1)
-    torch.testing.assert_close(load_vision(str(tmp_path)).images([picture(0)]), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(load_vision(str(tmp_path)).images([image(0)]), expected, rtol=0, atol=1e-6)
 
 
 def test_what_is_no_vision_model(clip_folder: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_emoji_clip_comes_with_the_package(clip_folder: str, tmp_path: Path, mon
     monkeypatch.setattr(encoders, "files", lambda package: tmp_path / package)
     with pytest.raises(SboraError, match="emoji-clip weights are not in this installation"):
         load_encoder("emoji-clip")
-    save_clip(tmp_path / "sbora_diffusion" / "emoji64" / "clip", tiny_clip())
+    save_clip(tmp_path / "sbora_diffusion" / "emoji" / "clip", tiny_clip())
     encoder = load_encoder("emoji-clip")
     assert (encoder.id, encoder.weights) == ("emoji-clip", load_encoder(clip_folder).weights)
 

@@ -20,7 +20,7 @@ from sbora_diffusion.evaluation import series as series_module
 from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.evaluate import evaluate, quick_score
 from sbora_diffusion.evaluation.results import Report
-from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_images, score
 from sbora_diffusion.evaluation.series import merged_token, plan
 from sbora_diffusion.evaluation.suite import Suite
 from sbora_diffusion.inference.generate import applied, generate
@@ -64,25 +64,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_one_concept(run: Evaluate, base: Base, adapters: list[Adapter], tmp_path: Path) -> None:
     seen = []
-    report = run(on_picture=lambda done, total: seen.append((done, total)))
+    report = run(on_image=lambda done, total: seen.append((done, total)))
     (result,) = report.results
     assert (result.model, result.concept, result.shown) == ("single", "rex", ("rex",))
     assert result.prompts == ("a red <rex>", "a <rex> on a blue background", "a green <rex>")
     assert {values.shape for values in result.scores.values()} == {(3, 2)}
     assert seen == [(0, 6), (4, 6), (6, 6)]
     names = [f"single/rex/{prompt:03d}-{seed}.png" for prompt in range(3) for seed in SEEDS]
-    assert list(contents(tmp_path / "out/pictures")) == names
+    assert list(contents(tmp_path / "out/images")) == names
     with applied(base, adapters[:1]):
         (expected,) = generate(base, ["a green <rex>"], seeds=[1], steps=2, guidance=3.0)
-    with Image.open(tmp_path / "out/pictures/single/rex/002-1.png") as picture:
-        assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # in a batch or alone
+    with Image.open(tmp_path / "out/images/single/rex/002-1.png") as image:
+        assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1  # in a batch or alone
 
 
-def test_scores_are_those_of_the_pictures(run: Evaluate, judge: Encoder, concepts: list[Concept]) -> None:
+def test_scores_are_those_of_the_images(run: Evaluate, judge: Encoder, concepts: list[Concept]) -> None:
     (result,) = run().results
-    with Image.open(result.pictures[1][0]) as picture:
-        judged = instruct(judge, reference_pictures(concepts), None)
-        alone = score([picture.copy()], [result.prompts[1]], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+    with Image.open(result.images[1][0]) as image:
+        judged = instruct(judge, reference_images(concepts), None)
+        alone = score([image.copy()], [result.prompts[1]], judged, {"<rex>": "dog"}, ["rex"])["rex"]
     for metric, values in result.scores.items():
         assert values[1, 0].item() == pytest.approx(alone[metric].item(), abs=1e-6)
 
@@ -106,7 +106,7 @@ def test_merged_against_single(run: Evaluate, adapters: list[Adapter]) -> None:
     same = run(merged=merge(adapters, [1, 0], "sum"))
     assert [(result.model, result.concept) for result in same.results] == [("single", "rex"), ("merged", "rex")]
     single, merged = same.results
-    assert contents(single.pictures[0][0].parent) == contents(merged.pictures[0][0].parent)
+    assert contents(single.images[0][0].parent) == contents(merged.images[0][0].parent)
     assert all(change.mean == change.low == change.high == 0 for change in same.retention()["rex"].values())
     half = run(merged=merge(adapters, [0.5, 0], "sum"), force=True)
     assert half.retention()["rex"]["image"].mean == pytest.approx(
@@ -154,23 +154,23 @@ def test_an_interrupted_evaluation_goes_on(run: Evaluate, monkeypatch: pytest.Mo
     whole = run(folder=tmp_path / "whole")
     written = []
 
-    def write_four(picture: Image.Image, path: Path) -> None:
+    def write_four(image: Image.Image, path: Path) -> None:
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(path)
-        picture.save(path.parent.mkdir(parents=True, exist_ok=True) or path)
+        image.save(path.parent.mkdir(parents=True, exist_ok=True) or path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(series_module, "write_picture", write_four)
+        patch.setattr(series_module, "write_image", write_four)
         with pytest.raises(KeyboardInterrupt):
             run()
     before = {path: path.stat().st_mtime_ns for path in written}
     assert len(before) == 3
     seen = []
-    resumed = run(on_picture=lambda done, total: seen.append((done, total)))
+    resumed = run(on_image=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 6), (4, 6), (6, 6)]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert contents(tmp_path / "out/pictures") == contents(tmp_path / "whole/pictures")
+    assert contents(tmp_path / "out/images") == contents(tmp_path / "whole/images")
     for metric, values in resumed.results[0].scores.items():
         assert torch.equal(values, whole.results[0].scores[metric])
 
@@ -192,20 +192,20 @@ def test_another_evaluation_in_the_folder(run: Evaluate, adapters: list[Adapter]
     run(adapters=adapters[1:], force=True)
 
 
-def test_a_damaged_picture(run: Evaluate) -> None:
+def test_a_damaged_image(run: Evaluate) -> None:
     (result,) = run().results
-    result.pictures[0][1].write_bytes(b"\x89PNG")
+    result.images[0][1].write_bytes(b"\x89PNG")
     with pytest.raises(SboraError, match=r"cannot read .*000-1.png"):
         run()
 
 
-def test_other_pictures_than_the_trained_ones(
+def test_other_images_than_the_trained_ones(
     run: Evaluate, adapters: list[Adapter], caplog: pytest.LogCaptureFixture
 ) -> None:
-    trained = replace(adapters[0].spec, recipe={"pictures": "f00d"})
+    trained = replace(adapters[0].spec, recipe={"images": "f00d"})
     with caplog.at_level(logging.WARNING):
         run(adapters=[Adapter(trained, adapters[0].factors, adapters[0].tokens)])
-    assert "rex was trained with other pictures" in caplog.text
+    assert "rex was trained with other images" in caplog.text
 
 
 def test_what_cannot_be_evaluated(
@@ -220,11 +220,11 @@ def test_what_cannot_be_evaluated(
         ({"batch_size": 0}, "got batch_size=0"),
         ({"sampling": Sampling(steps=0, guidance=3.0)}, "got steps=0"),
         ({"sampling": Sampling(steps=2, guidance=math.nan)}, "got guidance=nan"),
-        ({"concepts": concepts[1:]}, "the pictures of rex are not known"),
+        ({"concepts": concepts[1:]}, "the images of rex are not known"),
         ({"adapters": [stranger]}, "trained for"),
         ({"merged": Adapter(replace(both.spec, base_fingerprint="f00d"), both.factors, both.tokens)}, "trained for"),
         ({"adapters": [rex, rex]}, "two adapters of one name: rex, rex"),
-        ({"suite": joint_suite}, "speaks of 2 concepts in one picture, got 1: <rex>"),
+        ({"suite": joint_suite}, "speaks of 2 concepts in one image, got 1: <rex>"),
         ({"adapters": adapters, "merged": rex}, "'rex' has not learned <tom> as 'tom' has"),
     ):
         with pytest.raises(SboraError, match=message):
@@ -242,12 +242,12 @@ def test_quick_score_of_what_is_in_the_model(
     with applied(base, adapters[:1]):
         strong = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
         jobs = [(prompt, seed) for prompt in prompts for seed in SEEDS]
-        pictures = generate(base, [p for p, _ in jobs], seeds=[seed for _, seed in jobs], steps=2, guidance=3.0)
+        images = generate(base, [p for p, _ in jobs], seeds=[seed for _, seed in jobs], steps=2, guidance=3.0)
     with applied(base, adapters[:1], [0.1]):
         weak = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
     assert torch.equal(torch.get_rng_state(), random)
-    judged = instruct(judge, reference_pictures(concepts[:1]), None)
-    expected = score(pictures, [p for p, _ in jobs], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+    judged = instruct(judge, reference_images(concepts[:1]), None)
+    expected = score(images, [p for p, _ in jobs], judged, {"<rex>": "dog"}, ["rex"])["rex"]
     assert strong == pytest.approx({metric: values.mean().item() for metric, values in expected.items()}, abs=1e-6)
     assert strong.keys() == METRICS.keys() - {"vision", "success"}
     assert strong["image"] != weak["image"]

@@ -1,4 +1,4 @@
-"""Folders of pictures that others made, by number and by name, and what is wrong with some."""
+"""Folders of images that others made, by number and by name, and what is wrong with some."""
 
 import json
 import shutil
@@ -19,12 +19,12 @@ TEXTS = ["A red dog", "A blue dog at night"]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two red and two blue pictures of two prompts, and references of a red thing and of a blue one."""
+    """Two red and two blue images of two prompts, and references of a red thing and of a blue one."""
     for name, colour in {
-        "pictures/000-0.png": "red",
-        "pictures/000-1.webp": "blue",
-        "pictures/001-0.jpg": "blue",
-        "pictures/001-1.png": "red",
+        "images/000-0.png": "red",
+        "images/000-1.webp": "blue",
+        "images/001-0.jpg": "blue",
+        "images/001-1.png": "red",
         "ruby/images/a.png": "red",
         "sky/a.png": "blue",
     }.items():
@@ -36,14 +36,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def score(judge: Encoder, prompts: str, references: list[str], nouns: list[str]) -> tuple[Result, ...]:
-    return score_folder(Path("pictures"), prompts, [Path(name) for name in references], nouns, judge).results
+    return score_folder(Path("images"), prompts, [Path(name) for name in references], nouns, judge).results
 
 
 @pytest.mark.usefixtures("here")
-def test_pictures_by_number(judge: Encoder) -> None:
+def test_images_by_number(judge: Encoder) -> None:
     (result,) = score(judge, "prompts.txt", ["ruby", "sky"], ["dog"])
-    assert (result.model, result.concept, result.prompts) == ("pictures", "ruby", tuple(TEXTS))
-    assert [[path.name for path in row] for row in result.pictures] == [
+    assert (result.model, result.concept, result.prompts) == ("images", "ruby", tuple(TEXTS))
+    assert [[path.name for path in row] for row in result.images] == [
         ["000-0.png", "000-1.webp"],
         ["001-0.jpg", "001-1.png"],
     ]
@@ -51,14 +51,14 @@ def test_pictures_by_number(judge: Encoder) -> None:
     assert result.scores["image"][0, 0].item() == pytest.approx(1)
 
 
-def test_pictures_by_name_score_the_same(here: Path, judge: Encoder) -> None:
-    """The layout of CLIPScore and of Custom Diffusion's evaluation: a JSON file tells what each picture shows."""
+def test_images_by_name_score_the_same(here: Path, judge: Encoder) -> None:
+    """The layout of CLIPScore and of Custom Diffusion's evaluation: a JSON file tells what each image shows."""
     captions = {"000-0.png": TEXTS[0], "000-1": TEXTS[0], "001-0": TEXTS[1], "001-1.png": TEXTS[1], "more": "x"}
     (here / "captions.json").write_text(json.dumps(captions))
     (named,) = score(judge, "captions.json", ["ruby"], [])
     (numbered,) = score(judge, "prompts.txt", ["ruby/images"], ["dog"])
     assert named.concept == numbered.concept == "ruby"
-    assert named.pictures == numbered.pictures
+    assert named.images == numbered.images
     assert {key: values.tolist() for key, values in named.scores.items()} == {
         key: values.tolist() for key, values in numbered.scores.items()
     }
@@ -71,14 +71,14 @@ def test_masks_are_no_references(here: Path, judge: Encoder) -> None:
     assert score(judge, "prompts.txt", ["ruby"], ["dog"])[0].scores["image"].equal(before)
 
 
-def test_prompts_with_unequal_numbers_of_pictures(here: Path, judge: Encoder) -> None:
-    (here / "pictures/001-1.png").unlink()
+def test_prompts_with_unequal_numbers_of_images(here: Path, judge: Encoder) -> None:
+    (here / "images/001-1.png").unlink()
     (result,) = score(judge, "prompts.txt", ["ruby"], ["dog"])
     assert result.prompts == (TEXTS[0], TEXTS[0], TEXTS[1])
     assert result.scores["image"].shape == (3, 1)
 
 
-def test_two_concepts_in_a_picture(here: Path, judge: Encoder) -> None:
+def test_two_concepts_in_a_image(here: Path, judge: Encoder) -> None:
     (here / "pairs.txt").write_text("a {0} and a {1}\na {1} and a {0}\n")
     results = score(judge, "pairs.txt", ["ruby", "sky"], ["dog", "cat"])
     assert [(result.concept, result.shown) for result in results] == [
@@ -91,10 +91,10 @@ def test_two_concepts_in_a_picture(here: Path, judge: Encoder) -> None:
 @pytest.mark.parametrize(
     ("prompts", "references", "nouns", "message"),
     [
-        ("prompts.txt", ["ruby"], [], "speaks of 1 concepts in one picture, got 0"),
+        ("prompts.txt", ["ruby"], [], "speaks of 1 concepts in one image, got 0"),
         ("nosuch", ["ruby"], ["dog"], "no suite and no file 'nosuch'"),
         ("prompts.txt", ["nosuch"], ["dog"], "no folder .*nosuch"),
-        ("prompts.txt", ["empty"], ["dog"], "no picture in .*empty"),
+        ("prompts.txt", ["empty"], ["dog"], "no image in .*empty"),
         ("prompts.txt", [], ["dog"], "got the folders of references none, expected"),
         ("prompts.txt", ["ruby", "ruby"], ["dog"], "got the folders of references ruby, ruby, expected"),
         ("one.txt", ["ruby"], ["dog"], "the name 001-0.jpg tells no prompt, expected .* from 0 to 0"),
@@ -112,6 +112,6 @@ def test_bad_input(
     (here / "bad.json").write_text("{")
     (here / "empty").mkdir()
     shutil.copytree(here / "sky", here / "damaged")
-    (here / "damaged/a.png").write_bytes(b"no picture")
+    (here / "damaged/a.png").write_bytes(b"no image")
     with pytest.raises(SboraError, match=message):
         score(judge, prompts, references, nouns)

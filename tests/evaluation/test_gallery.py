@@ -1,4 +1,4 @@
-"""A folder of pictures belongs to one evaluation, and holds no half picture whatever happens."""
+"""A folder of images belongs to one evaluation, and holds no half image whatever happens."""
 
 import json
 import subprocess
@@ -9,23 +9,23 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from sbora_diffusion.evaluation.gallery import claimed, read_picture, write_picture
+from sbora_diffusion.evaluation.gallery import claimed, read_image, write_image
 from sbora_diffusion.utils.errors import SboraError
 
 IDENTITY = {"suite": "emoji64 f00d", "adapter dog": "abc"}
 RED = Image.new("RGB", (5, 7), (200, 10, 20))
 
 
-def leave_pictures(folder: Path, identity: dict[str, str] = IDENTITY) -> Path:
-    with claimed(folder, identity) as pictures:
-        write_picture(RED, pictures / "single/dog/000-0.png")
-    return pictures / "single/dog/000-0.png"
+def leave_images(folder: Path, identity: dict[str, str] = IDENTITY) -> Path:
+    with claimed(folder, identity) as images:
+        write_image(RED, images / "single/dog/000-0.png")
+    return images / "single/dog/000-0.png"
 
 
-def test_pictures_stay(tmp_path: Path) -> None:
-    path = leave_pictures(tmp_path / "out")
-    with claimed(tmp_path / "out", dict(reversed(IDENTITY.items()))) as pictures:
-        assert read_picture(pictures / "single/dog/000-0.png").tobytes() == RED.tobytes()
+def test_images_stay(tmp_path: Path) -> None:
+    path = leave_images(tmp_path / "out")
+    with claimed(tmp_path / "out", dict(reversed(IDENTITY.items()))) as images:
+        assert read_image(images / "single/dog/000-0.png").tobytes() == RED.tobytes()
     assert [entry.name for entry in path.parent.iterdir()] == ["000-0.png"]
 
 
@@ -38,9 +38,9 @@ def test_pictures_stay(tmp_path: Path) -> None:
     ],
 )
 def test_another_evaluation(tmp_path: Path, identity: dict[str, str], message: str) -> None:
-    path = leave_pictures(tmp_path)
+    path = leave_images(tmp_path)
     with pytest.raises(SboraError, match=f"holds another evaluation: it differs in {message}"):
-        leave_pictures(tmp_path, identity)
+        leave_images(tmp_path, identity)
     assert path.exists()
     with claimed(tmp_path, identity, force=True):
         assert not path.exists()
@@ -49,22 +49,22 @@ def test_another_evaluation(tmp_path: Path, identity: dict[str, str], message: s
 
 @pytest.mark.parametrize(("content", "message"), [(None, "tells whose they are"), ("[1]", "damaged"), ("{", "damaged")])
 def test_nobody_knows_whose(tmp_path: Path, content: str | None, message: str) -> None:
-    leave_pictures(tmp_path)
+    leave_images(tmp_path)
     (tmp_path / "evaluation.json").unlink()
     if content:
         (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(SboraError, match=message):
-        leave_pictures(tmp_path)
+        leave_images(tmp_path)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     with FileLock(tmp_path / ".lock"), pytest.raises(SboraError, match="another evaluation is running"):
-        leave_pictures(tmp_path)
-    leave_pictures(tmp_path)
+        leave_images(tmp_path)
+    leave_images(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "half", "jpeg"])
-def test_damaged_pictures(tmp_path: Path, content: bytes | str) -> None:
+@pytest.mark.parametrize("content", [b"", b"no image", "half", "jpeg"])
+def test_damaged_images(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "000-0.png"
     Image.effect_noise((64, 64), 50).save(path, format="jpeg" if content == "jpeg" else "png")
     if content == "half":
@@ -72,10 +72,10 @@ def test_damaged_pictures(tmp_path: Path, content: bytes | str) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
     with pytest.raises(SboraError, match=r"cannot read .*000-0.png") as caught:
-        read_picture(path)
+        read_image(path)
     assert caught.value.hint == "delete it and run the evaluation again"
     with pytest.raises(SboraError, match=r"cannot read .*nosuch.png"):
-        read_picture(tmp_path / "nosuch.png")
+        read_image(tmp_path / "nosuch.png")
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace"])
@@ -85,12 +85,12 @@ def test_killed_while_writing(tmp_path: Path, moment: str) -> None:
     script = f"""
 import os, pathlib, signal
 from PIL import Image
-from sbora_diffusion.evaluation.gallery import write_picture
+from sbora_diffusion.evaluation.gallery import write_image
 {module}.{function} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-write_picture(Image.new("RGB", (5, 7)), pathlib.Path({str(tmp_path / "000-0.png")!r}))
+write_image(Image.new("RGB", (5, 7)), pathlib.Path({str(tmp_path / "000-0.png")!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "000-0.png").exists()
-    write_picture(RED, tmp_path / "000-0.png")
+    write_image(RED, tmp_path / "000-0.png")
     assert [path.name for path in tmp_path.iterdir()] == ["000-0.png"]

@@ -18,14 +18,14 @@ RED = Image.new("RGB", (40, 40), "red")
 
 
 def result(model: str, concept: str, shown: tuple[str, ...], folder: Path, shift: float = 0.0) -> Result:
-    files = tuple(tuple(folder / f"pictures/{model}/{n:03d}-{seed}.png" for seed in range(3)) for n in range(2))
+    files = tuple(tuple(folder / f"images/{model}/{n:03d}-{seed}.png" for seed in range(3)) for n in range(2))
     for number, path in enumerate(path for row in files for path in row):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (0, 40 * number, 200)).save(path)
     scores = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.7, 0.9]])
     success = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     values = {"text_mos": scores + shift, "text_cd": scores * 2, "image": scores**2, "success": success}
-    return Result(model=model, concept=concept, shown=shown, prompts=PROMPTS, pictures=files, scores=values)
+    return Result(model=model, concept=concept, shown=shown, prompts=PROMPTS, images=files, scores=values)
 
 
 def make_report(*results: Result) -> Report:
@@ -40,7 +40,7 @@ def make_report(*results: Result) -> Report:
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    """The merge is better by 0.1 in every picture's text alignment."""
+    """The merge is better by 0.1 in every image's text alignment."""
     return make_report(
         result("single", "dog", ("dog",), tmp_path), result("merged", "dog", ("dog",), tmp_path, shift=0.1)
     )
@@ -59,7 +59,7 @@ def test_estimates(report: Report) -> None:
 
 
 def test_retention_is_of_pairs(report: Report, joint: Report) -> None:
-    """Where each picture gains the same, the interval has no width, however much the pictures differ."""
+    """Where each image gains the same, the interval has no width, however much the images differ."""
     change = report.retention()["dog"]
     for end in (change["text_mos"].low, change["text_mos"].mean, change["text_mos"].high):
         assert end == pytest.approx(0.1, abs=1e-6)
@@ -74,8 +74,8 @@ def test_json_holds_everything(report: Report, tmp_path: Path) -> None:
     merged = content["results"][1]
     assert (merged["model"], merged["concept"], merged["n"]) == ("merged", "dog", 6)
     assert merged["prompts"][1]["prompt"] == "a <dog> | a <cat>"
-    expected = {"file": "pictures/merged/001-2.png", "text_mos": 1.0, "text_cd": 1.8, "image": 0.81, "success": 1.0}
-    assert merged["prompts"][1]["pictures"][2] == pytest.approx(expected)
+    expected = {"file": "images/merged/001-2.png", "text_mos": 1.0, "text_cd": 1.8, "image": 0.81, "success": 1.0}
+    assert merged["prompts"][1]["images"][2] == pytest.approx(expected)
     assert merged["prompts"][0]["mean"]["success"] == pytest.approx(2 / 3, abs=1e-6)
     assert merged["estimates"]["text_mos"]["mean"] == pytest.approx(0.55)
     assert content["retention"]["dog"]["text_mos"]["mean"] == pytest.approx(0.1, abs=1e-6)
@@ -111,8 +111,8 @@ def test_write_report(report: Report, joint: Report, tmp_path: Path) -> None:
         assert page.width > 6 * 160
 
 
-def test_grid_shows_the_pictures(report: Report, joint: Report) -> None:
-    """Four references, then each prompt's three pictures of both models side by side."""
+def test_grid_shows_the_images(report: Report, joint: Report) -> None:
+    """Four references, then each prompt's three images of both models side by side."""
     page = np.asarray(grid(report.results, report.references))
     size, left, top = 160, 6, 6 + 32
     step, row = size + 6, size + 32 + 6

@@ -1,4 +1,4 @@
-"""Every score of a picture against numbers computed by hand, and who may be mistaken for whom."""
+"""Every score of an image against numbers computed by hand, and who may be mistaken for whom."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
-from sbora_diffusion.evaluation.scores import METRICS, Judge, instruct, reference_pictures, score
+from sbora_diffusion.evaluation.scores import METRICS, Judge, instruct, reference_images, score
 from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import COLOURS
@@ -27,10 +27,10 @@ def cosine(one: tuple[int, ...] | np.ndarray, other: tuple[int, ...] | np.ndarra
 
 @pytest.fixture
 def instructed(judge: Encoder, concepts: list[Concept]) -> Judge:
-    return instruct(judge, reference_pictures(concepts), None)
+    return instruct(judge, reference_images(concepts), None)
 
 
-def test_scores_of_one_picture(instructed: Judge) -> None:
+def test_scores_of_one_image(instructed: Judge) -> None:
     scores = score([plain("red")], ["a green <rex>"], instructed, TOKENS, ["rex"])["rex"]
     red, green, dog, other = (np.array(c) for c in (COLOURS["red"], COLOURS["green"], COLOURS["dog"], (1, 1, 1)))
     expected = {
@@ -47,16 +47,16 @@ def test_scores_of_one_picture(instructed: Judge) -> None:
 
 
 def test_success_means_ranked_first(instructed: Judge) -> None:
-    pictures = [plain(colour) for colour in ("red", "blue", "green")]
-    scores = score(pictures, ["a <rex>"] * 3, instructed, TOKENS, ["rex"])
+    images = [plain(colour) for colour in ("red", "blue", "green")]
+    scores = score(images, ["a <rex>"] * 3, instructed, TOKENS, ["rex"])
     assert scores["rex"]["success"].tolist() == [1, 0, 0]
 
 
-def test_concepts_of_one_picture_do_not_compete(instructed: Judge) -> None:
-    """What shows rex alone is a success for rex, and the green picture for nobody."""
+def test_concepts_of_one_image_do_not_compete(instructed: Judge) -> None:
+    """What shows rex alone is a success for rex, and the green image for nobody."""
     purple = Image.new("RGB", (8, 8), (130, 50, 120))
-    pictures = [purple, plain("red"), plain("green")]
-    scores = score(pictures, ["a <rex> and a <tom>"] * 3, instructed, TOKENS, ["rex", "tom"])
+    images = [purple, plain("red"), plain("green")]
+    scores = score(images, ["a <rex> and a <tom>"] * 3, instructed, TOKENS, ["rex", "tom"])
     assert scores["rex"]["success"].tolist() == [1, 1, 0]
     assert scores["tom"]["success"].tolist() == [1, 0, 0]
     assert scores["rex"]["text_mos"].equal(scores["tom"]["text_mos"])
@@ -64,13 +64,13 @@ def test_concepts_of_one_picture_do_not_compete(instructed: Judge) -> None:
 
 
 def test_no_success_without_others(judge: Encoder, concepts: list[Concept]) -> None:
-    alone = instruct(judge, reference_pictures(concepts[:1]), None)
+    alone = instruct(judge, reference_images(concepts[:1]), None)
     assert "success" not in score([plain("blue")], ["a <rex>"], alone, TOKENS, ["rex"])["rex"]
 
 
-def test_a_second_judge_of_pictures(judge: Encoder, concepts: list[Concept]) -> None:
-    vision = ImageEncoder(id="v", weights="", embed_images=lambda pictures: judge.images(pictures).flip(1) ** 2)
-    both = instruct(judge, reference_pictures(concepts), vision)
+def test_a_second_judge_of_images(judge: Encoder, concepts: list[Concept]) -> None:
+    vision = ImageEncoder(id="v", weights="", embed_images=lambda images: judge.images(images).flip(1) ** 2)
+    both = instruct(judge, reference_images(concepts), vision)
     scores = score([plain("blue")], ["a <rex>"], both, TOKENS, ["rex"])["rex"]
     blue, red = (np.array(COLOURS[name], float) for name in ("blue", "red"))
     assert scores["vision"].item() == pytest.approx(
@@ -78,8 +78,8 @@ def test_a_second_judge_of_pictures(judge: Encoder, concepts: list[Concept]) -> 
     )
 
 
-def test_many_pictures_few_in_memory(instructed: Judge) -> None:
-    """Pictures come one by one, and the scores of each are its own."""
+def test_many_images_few_in_memory(instructed: Judge) -> None:
+    """Images come one by one, and the scores of each are its own."""
     taken = []
 
     def stream() -> Iterator[Image.Image]:
@@ -97,9 +97,9 @@ def test_many_pictures_few_in_memory(instructed: Judge) -> None:
 
 
 def test_what_cannot_be_scored(judge: Encoder, instructed: Judge) -> None:
-    with pytest.raises(SboraError, match="got 1 pictures and 2 prompts"):
+    with pytest.raises(SboraError, match="got 1 images and 2 prompts"):
         score([plain("red")], ["a <rex>", "a <rex>"], instructed, TOKENS, ["rex"])
-    with pytest.raises(SboraError, match="got 0 pictures and 0 prompts"):
+    with pytest.raises(SboraError, match="got 0 images and 0 prompts"):
         score([], [], instructed, TOKENS, ["rex"])
-    with pytest.raises(SboraError, match="the concept rex has no reference pictures"):
+    with pytest.raises(SboraError, match="the concept rex has no reference images"):
         instruct(judge, {"rex": []}, None)

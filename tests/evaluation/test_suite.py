@@ -26,7 +26,7 @@ prompt_list = [
 'a red {0} {1}'.format(unique_token, class_token)
 ]
 
-Live Subject Prompts
+InjectedConcept Subject Prompts
 
 prompt_list = [
 'a {0} {1} in a chef outfit'.format(unique_token, class_token)
@@ -50,7 +50,7 @@ def test_our_suites_have_twenty_different_prompts(name: str) -> None:
 
 
 def test_the_emoji64_suites_use_words_of_its_world() -> None:
-    folder = Path(__file__).parents[2] / "sbora_diffusion/emoji"
+    folder = Path(__file__).parents[2] / "tools/emoji"
     world = tomllib.loads((folder / "world.toml").read_text())
     nouns = [
         entry if isinstance(entry, str) else entry["name"] for tier in world["subjects"]["tiers"][:2] for entry in tier
@@ -73,9 +73,9 @@ def test_joint_suites_put_each_concept_first_as_often() -> None:
 def test_bind() -> None:
     assert load_suite("emoji64").bind(["<dog-2>"])[0] == "a <dog-2> on the grass"
     assert load_suite("emoji64-joint").bind(["<dog>", "<cat>"])[1] == "a <cat> and a <dog> on the grass"
-    with pytest.raises(SboraError, match="emoji64-joint speaks of 2 concepts in one picture, got 1: <dog>"):
+    with pytest.raises(SboraError, match="emoji64-joint speaks of 2 concepts in one image, got 1: <dog>"):
         load_suite("emoji64-joint").bind(["<dog>"])
-    with pytest.raises(SboraError, match="speaks of 1 concepts in one picture, got 2"):
+    with pytest.raises(SboraError, match="speaks of 1 concepts in one image, got 2"):
         load_suite("emoji64").bind(["<dog>", "<cat>"])
 
 

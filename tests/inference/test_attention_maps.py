@@ -18,7 +18,7 @@ def test_the_grid_of_a_layer(positions: int, size: tuple[int, int], expected: tu
 
 @pytest.fixture
 def attention() -> Attention:
-    """Queries are the picture's positions and keys the texts as they are."""
+    """Queries are the image's positions and keys the texts as they are."""
     layer = Attention(query_dim=4, cross_attention_dim=4, heads=2, dim_head=2)
     for part in (layer.to_q, layer.to_k):
         assert isinstance(part, nn.Linear)
@@ -29,12 +29,12 @@ def attention() -> Attention:
 def test_each_concept_where_its_token_is(attention: Attention) -> None:
     """Token 1 is sought by the left half, token 2 by the right one; row 0 of the batch does not count."""
     left, right = torch.tensor([1.0, 0, 1, 0]), torch.tensor([0.0, 1, 0, 1])
-    picture = torch.stack([left, left, right, right]).repeat(4, 1)  # 4 × 4 positions
+    image = torch.stack([left, left, right, right]).repeat(4, 1)  # 4 × 4 positions
     text = torch.stack([torch.zeros(4), left, right])
     maps = AttentionMaps({"rex": [1], "tom": [2]}, (8, 8))
     maps.renew()
     assert maps.mask("rex", 16) is None
-    maps.observe(attention, torch.stack([-picture, picture]), torch.stack([text, text]), slice(1, 2))
+    maps.observe(attention, torch.stack([-image, image]), torch.stack([text, text]), slice(1, 2))
     assert maps.mask("rex", 16) is None  # from the next step on
     maps.renew()
     rex, tom = maps.mask("rex", 16), maps.mask("tom", 16)
@@ -53,10 +53,10 @@ def test_one_concept_acts_fully_above_its_mean(attention: Attention) -> None:
     maps = AttentionMaps({"rex": [0]}, (2, 2))
     wanted = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
     logits = (wanted / (1 - wanted)).log()  # of a softmax against a second token of zeros
-    picture = (logits / 16 / attention.scale).reshape(4, 1) * torch.tensor([1.0, 0, 1, 0])
+    image = (logits / 16 / attention.scale).reshape(4, 1) * torch.tensor([1.0, 0, 1, 0])
     text = torch.tensor([[1.0, 0, 1, 0], [0.0, 0, 0, 0]])
     with torch.no_grad():
-        maps.observe(attention, picture[None], text[None], slice(None))
+        maps.observe(attention, image[None], text[None], slice(None))
     maps.renew()
     found = maps.mask("rex", 4)
     assert found is not None

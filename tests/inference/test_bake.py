@@ -63,8 +63,8 @@ def test_a_baked_pipeline_draws_the_same_without_our_code(base: Base, tmp_path: 
     assert bake(base, adapters, [1.0, 0.5], tmp_path / "baked") == ["<rex>", "<tom>"]
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "baked", safety_checker=None)
-    for prompt, picture in zip(prompts, expected, strict=True):
-        assert np.array_equal(draw_plain(pipeline, prompt), picture)
+    for prompt, image in zip(prompts, expected, strict=True):
+        assert np.array_equal(draw_plain(pipeline, prompt), image)
     again = load_base(str(tmp_path / "baked"))
     assert np.array_equal(draw(again, prompts[0]), expected[0])
     with pytest.raises(SboraError, match="was trained for"), applied(again, adapters[:1]):

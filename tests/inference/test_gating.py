@@ -37,18 +37,18 @@ def adapters(base: Base) -> list[Adapter]:
 
 
 def draw(base: Base, prompt: str, adapters: Sequence[Adapter], **settings: Any) -> np.ndarray:
-    pictures = generate_regions(base, prompt, (), adapters, **({"seeds": [0, 1], "steps": 3} | settings))
-    return np.stack([np.asarray(picture) for picture in pictures])
+    images = generate_regions(base, prompt, (), adapters, **({"seeds": [0, 1], "steps": 3} | settings))
+    return np.stack([np.asarray(image) for image in images])
 
 
 def draw_base(base: Base, prompt: str, **settings: Any) -> np.ndarray:
-    pictures = generate(base, [prompt] * 2, **({"seeds": [0, 1], "steps": 3} | settings))
-    return np.stack([np.asarray(picture) for picture in pictures])
+    images = generate(base, [prompt] * 2, **({"seeds": [0, 1], "steps": 3} | settings))
+    return np.stack([np.asarray(image) for image in images])
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_prompt_that_names_none_gives_the_base_models_picture(
+def test_a_prompt_that_names_none_gives_the_base_models_image(
     base: Base, adapters: list[Adapter], number: int, guidance: float
 ) -> None:
     expected = draw_base(base, "a dog", guidance=guidance, negative_prompt="cat")
@@ -57,7 +57,7 @@ def test_a_prompt_that_names_none_gives_the_base_models_picture(
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_naming_one_gives_the_picture_of_that_one_alone(base: Base, adapters: list[Adapter], which: int) -> None:
+def test_naming_one_gives_the_image_of_that_one_alone(base: Base, adapters: list[Adapter], which: int) -> None:
     prompt = f"a <{adapters[which].spec.name}>"
     alone = draw(base, prompt, [adapters[which]])
     assert np.array_equal(draw(base, prompt, adapters), alone)

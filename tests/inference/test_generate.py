@@ -1,4 +1,4 @@
-"""Generation: the base model comes back bit for bit, pictures depend on their own seed only, mistakes are named."""
+"""Generation: the base model comes back bit for bit, images depend on their own seed only, mistakes are named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.inference.generate import WrittenConcepts, applied, generate
+from sbora_diffusion.inference.generate import ConceptPatcher, applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
@@ -27,8 +27,8 @@ def adapters(base: Base, concept: Concept, tmp_path: Path) -> list[Adapter]:
     """Two trained concepts in neighbouring intervals."""
     found = []
     for number, name in enumerate(("rex", "tom")):
-        renamed = replace(concept, name=name, token=f"<{name}>", pictures=tuple(
-            replace(picture, caption=picture.caption.replace("rex", name)) for picture in concept.pictures
+        renamed = replace(concept, name=name, token=f"<{name}>", images=tuple(
+            replace(image, caption=image.caption.replace("rex", name)) for image in concept.images
         ))  # fmt: skip
         config = short_config(seed=str(number), learning_rate="5e-2")
         *_, last = train(renamed, base, Interval(4 * number, 4), config, tmp_path / name)
@@ -87,7 +87,7 @@ def test_a_refused_change_changes_nothing(base: Base, adapters: list[Adapter]) -
         key.replace("<tom>", "a</w>"): value for key, value in tom.tokens.items()
     })  # fmt: skip
     with applied(base, [rex]) as concepts:
-        state, picture = weights(base), draw(base, "a <rex>")
+        state, image = weights(base), draw(base, "a <rex>")
         for change, message in (
             (lambda: concepts.write([tom, rex]), "two adapters bring the name 'rex'"),
             (lambda: concepts.write([other]), "the base model knows the token"),
@@ -100,14 +100,14 @@ def test_a_refused_change_changes_nothing(base: Base, adapters: list[Adapter]) -
                 change()
             assert concepts.strengths == {"rex": 1.0}
             assert same(weights(base), state)
-            assert np.array_equal(draw(base, "a <rex>"), picture)
+            assert np.array_equal(draw(base, "a <rex>"), image)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_thousand_random_cycles_restore_the_pipeline(base: Base, adapters: list[Adapter], dtype: torch.dtype) -> None:
     assert base.fingerprint == adapters[0].spec.base_fingerprint
     base.pipeline.to(dtype)
-    original, random, concepts = weights(base), Random(0), WrittenConcepts(base)
+    original, random, concepts = weights(base), Random(0), ConceptPatcher(base)
     tokenizer, embedding = base.pipeline.tokenizer, base.pipeline.text_encoder.get_input_embeddings()
     chosen = [
         replace(adapter, spec=replace(adapter.spec, name=f"{adapter.spec.name}{number}", tokens={}), tokens={})
@@ -150,12 +150,12 @@ def test_an_error_inside_takes_the_concepts_out_too(base: Base, adapters: list[A
 
 
 def test_order_does_not_matter_and_a_merge_is_the_same(base: Base, adapters: list[Adapter]) -> None:
-    pictures = []
+    images = []
     for chosen in (adapters, adapters[::-1], [merge(adapters, [1.0, 1.0], "sum")]):
         with applied(base, chosen):
-            pictures.append(draw(base, "a <rex> and a <tom>"))
-    assert np.array_equal(pictures[0], pictures[1])
-    assert np.array_equal(pictures[0], pictures[2])
+            images.append(draw(base, "a <rex> and a <tom>"))
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
 
 
 def test_strength_zero_is_the_base_with_the_token(base: Base, adapters: list[Adapter]) -> None:
@@ -166,7 +166,7 @@ def test_strength_zero_is_the_base_with_the_token(base: Base, adapters: list[Ada
         assert not np.array_equal(draw(base, "a dog"), plain)
 
 
-def test_a_picture_depends_on_its_own_seed(base: Base) -> None:
+def test_a_image_depends_on_its_own_seed(base: Base) -> None:
     together = generate(base, ["a", "b", "a"], seeds=[3, 4, 5], steps=2)
     assert_close(together[1], generate(base, ["b"], seeds=[4], steps=2)[0])
     assert not np.array_equal(np.asarray(together[0]), np.asarray(together[2]))

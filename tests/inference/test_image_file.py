@@ -1,4 +1,4 @@
-"""Settings that travel inside pictures."""
+"""Settings that travel inside images."""
 
 import errno
 import io
@@ -24,15 +24,15 @@ MADE = Settings(
     concepts={"dog": 0.75, "cat": 1.0},
     regions=("0,0,0.5,1: a <dog>",),
 )
-PICTURE = Image.new("RGB", (8, 8), "red")
+IMAGE = Image.new("RGB", (8, 8), "red")
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    path = save_numbered(PICTURE, tmp_path / "new", MADE)
+    path = save_numbered(IMAGE, tmp_path / "new", MADE)
     assert path.name == "0001-a-dog-ünd-ein.png"
     assert read_settings(path) == MADE
     with Image.open(path) as file:
-        assert file.convert("RGB").tobytes() == PICTURE.tobytes()
+        assert file.convert("RGB").tobytes() == IMAGE.tobytes()
 
 
 @settings(max_examples=30, deadline=None)
@@ -41,13 +41,11 @@ def test_any_text_comes_back(prompt: str, strength: float, tmp_path_factory: pyt
     made = Settings(
         base="b", prompt=prompt, negative_prompt=prompt, seed=0, steps=1, guidance=1.0, concepts={"x": strength}
     )
-    assert read_settings(save_numbered(PICTURE, tmp_path_factory.mktemp("any"), made)) == made
+    assert read_settings(save_numbered(IMAGE, tmp_path_factory.mktemp("any"), made)) == made
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_picture_is_there_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
-) -> None:
+def test_a_image_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
     """Also where it is to take a name that another process has just given away."""
     link = os.link
 
@@ -60,7 +58,7 @@ def test_a_picture_is_there_whole_or_not_at_all(
         assert read_settings(target) == MADE
 
     monkeypatch.setattr("os.link", taken_first)
-    assert save_numbered(PICTURE, tmp_path, MADE).name == "0002-a-dog-ünd-ein.png"
+    assert save_numbered(IMAGE, tmp_path, MADE).name == "0002-a-dog-ünd-ein.png"
     assert [path.name[:5] for path in sorted(tmp_path.iterdir())] == ["0001-", "0002-"]
     assert (tmp_path / "0001-a-dog-ünd-ein.png").read_bytes() == b"theirs"
 
@@ -71,7 +69,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_numbered(PICTURE, tmp_path, MADE)
+        save_numbered(IMAGE, tmp_path, MADE)
     assert not list(tmp_path.iterdir())
 
 
@@ -95,19 +93,19 @@ def test_a_full_disk_without_hard_links_leaves_nothing_behind(tmp_path: Path, mo
     monkeypatch.setattr("os.link", no_links)
     monkeypatch.setattr("pathlib.Path.open", open_full)
     with pytest.raises(OSError, match="No space"):
-        save_numbered(PICTURE, tmp_path, MADE)
+        save_numbered(IMAGE, tmp_path, MADE)
     assert not list(tmp_path.iterdir())
 
 
 def test_numbers_go_on_and_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "0041-other.png").write_bytes(b"kept")
-    assert save_numbered(PICTURE, tmp_path, MADE).name.startswith("0042-")
-    assert save_numbered(PICTURE, tmp_path, MADE).name.startswith("0043-")
+    assert save_numbered(IMAGE, tmp_path, MADE).name.startswith("0042-")
+    assert save_numbered(IMAGE, tmp_path, MADE).name.startswith("0043-")
     assert (tmp_path / "0041-other.png").read_bytes() == b"kept"
 
 
-def test_a_picture_of_somebody_else(tmp_path: Path) -> None:
-    PICTURE.save(tmp_path / "other.png")
+def test_a_image_of_somebody_else(tmp_path: Path) -> None:
+    IMAGE.save(tmp_path / "other.png")
     with pytest.raises(SboraError, match=r"other\.png has no settings in it"):
         read_settings(tmp_path / "other.png")
     (tmp_path / "text.png").write_text("hello")
@@ -119,6 +117,6 @@ def test_a_picture_of_somebody_else(tmp_path: Path) -> None:
 def test_damaged_settings(text: str, tmp_path: Path) -> None:
     info = PngInfo()
     info.add_itxt("sbora", text)
-    PICTURE.save(tmp_path / "odd.png", pnginfo=info)
+    IMAGE.save(tmp_path / "odd.png", pnginfo=info)
     with pytest.raises(SboraError, match=r"the settings in odd\.png are damaged"):
         read_settings(tmp_path / "odd.png")

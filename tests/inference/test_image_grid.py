@@ -1,4 +1,4 @@
-"""Sheets: every picture is there, in its place, at the right size."""
+"""Sheets: every image is there, in its place, at the right size."""
 
 import numpy as np
 from PIL import Image
@@ -6,7 +6,7 @@ from PIL import Image
 from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 
 
-def test_pictures_stand_in_rows_and_columns() -> None:
+def test_images_stand_in_rows_and_columns() -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("L", (500, 400), 255)
     page = np.asarray(
         sheet([("first", [("a", red), ("b", red)]), ("second", [("a very long label " * 9, blue)])], cell=64)

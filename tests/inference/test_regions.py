@@ -36,8 +36,8 @@ def adapters(base: Base) -> list[Adapter]:
 
 
 def draw(base: Base, prompt: str, regions: Sequence[Region], adapters: Sequence[Adapter] = ()) -> np.ndarray:
-    pictures = generate_regions(base, prompt, regions, adapters, seeds=[0, 1], steps=3)
-    return np.stack([np.asarray(picture, int) for picture in pictures])
+    images = generate_regions(base, prompt, regions, adapters, seeds=[0, 1], steps=3)
+    return np.stack([np.asarray(image, int) for image in images])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_weights_with_hard_borders() -> None:
 
 
 def test_soft_borders() -> None:
-    """A straight slope around the border of .5, none at the picture's own border; everything adds up to one."""
+    """A straight slope around the border of .5, none at the image's own border; everything adds up to one."""
     left, right = Region(box=LEFT, prompt="a", feather=0.5), Region(box=RIGHT, prompt="b", feather=0.5)
     rest, of_left = region_weights([left], (3, 8))
     expected = torch.tensor([1, 1, 0.875, 0.625, 0.375, 0.125, 0, 0]).expand(3, -1)
@@ -103,7 +103,7 @@ def test_soft_borders() -> None:
 
 
 def test_no_region_is_plain(base: Base) -> None:
-    expected = np.stack([np.asarray(picture) for picture in generate(base, ["a dog"] * 2, seeds=[0, 1], steps=3)])
+    expected = np.stack([np.asarray(image) for image in generate(base, ["a dog"] * 2, seeds=[0, 1], steps=3)])
     assert np.array_equal(draw(base, "a dog", ()), expected)
 
 

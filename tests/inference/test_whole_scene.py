@@ -23,7 +23,7 @@ def test_a_noun_has_the_article_it_needs() -> None:
     assert prompt == "an octopus and a cat on the beach"
 
 
-def test_nothing_is_said_of_the_whole_picture() -> None:
+def test_nothing_is_said_of_the_whole_image() -> None:
     prompt, (left, right) = whole_scene("", [LEFT, RIGHT], NOUNS)
     assert (prompt, left.prompt, right.prompt) == ("a dog and a cat", "a <dog> and a cat", "a dog and a <cat>")
 

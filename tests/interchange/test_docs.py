@@ -31,15 +31,15 @@ def test_stable_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: s
     monkeypatch.chdir(tmp_path)
     base = load_base(str(save_tiny_pipeline(tmp_path / "BASE")))
     adapter = random_adapter(base.layer_shapes, std=0.1, base_fingerprint=base.fingerprint)
-    plain = picture(DRAW, {"pipeline": base.pipeline})
+    plain = image(DRAW, {"pipeline": base.pipeline})
     with applied(base, [adapter]):
-        expected = picture(DRAW, {"pipeline": base.pipeline})
+        expected = image(DRAW, {"pipeline": base.pipeline})
     assert np.abs(plain - expected).max() > 5
     export(adapter, base.layer_shapes, to, Path(f"exports/dog-{to}"), resolution=16, date="")
-    assert np.abs(picture(code, {}) - expected).max() <= 1  # of 255: what is nearly the same may be rounded apart
+    assert np.abs(image(code, {}) - expected).max() <= 1  # of 255: what is nearly the same may be rounded apart
 
 
-def picture(code: str, names: dict[str, Any]) -> np.ndarray:
+def image(code: str, names: dict[str, Any]) -> np.ndarray:
     """The dog.png that some code writes."""
     exec(code, names)
     with Image.open("dog.png") as saved:

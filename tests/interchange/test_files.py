@@ -141,7 +141,7 @@ def test_what_files_say_of_the_base(
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_format_says_where_it_is_from(tmp_path: Path, to: str) -> None:
-    recipe = {"steps": 7, "learning_rate": 1e-3, "text_encoder_learning_rate": 1e-4, "seed": 3, "pictures": "abcd"}
+    recipe = {"steps": 7, "learning_rate": 1e-3, "text_encoder_learning_rate": 1e-4, "seed": 3, "images": "abcd"}
     merged = random_adapter(recipe=recipe, parents=("rex", "tom"), tokens={"<rex>": "dog", "<tom>": "dog"})
     write(merged, tmp_path, to)
     file = {"diffusers": "pytorch_lora_weights", "kohya": "dog", "peft": "unet/adapter_model"}[to]
@@ -152,7 +152,7 @@ def test_every_format_says_where_it_is_from(tmp_path: Path, to: str) -> None:
     rates = [metadata[key] for key in ("ss_unet_lr", "ss_text_encoder_lr", "ss_seed", "ss_steps")]
     assert rates == ["0.001", "0.0001", "3", "7"]
     spec = Spec.from_json(metadata["sbora.spec"])
-    assert (spec.base_fingerprint, spec.recipe["pictures"]) == ("f00d", "abcd")
+    assert (spec.base_fingerprint, spec.recipe["images"]) == ("f00d", "abcd")
 
 
 def test_a_peft_folder(tmp_path: Path) -> None:

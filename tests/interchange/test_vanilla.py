@@ -60,7 +60,7 @@ def draw(pipeline: Any, prompt: str = PROMPT) -> np.ndarray:
     return pipeline(prompt, height=16, width=16, generator=generator, **options).images[0]
 
 
-def assert_same_picture(got: np.ndarray, expected: np.ndarray, plain: np.ndarray) -> None:
+def assert_same_image(got: np.ndarray, expected: np.ndarray, plain: np.ndarray) -> None:
     assert np.isfinite(got).all()
     assert np.abs(plain - expected).max() > 1e-3  # it is not that nothing happens
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
@@ -93,7 +93,7 @@ def test_stable_diffusion(sd: Path, tmp_path: Path, side: Side, to: str, name: s
     for token in ("dog", "cat"):
         loaded = f"<{token}>" if to == "kohya" else None
         pipeline.load_textual_inversion(str(tmp_path / f"embeddings/{token}.safetensors"), token=loaded)
-    assert_same_picture(draw(pipeline), expected, plain)
+    assert_same_image(draw(pipeline), expected, plain)
 
 
 @each_side
@@ -123,7 +123,7 @@ def test_stable_diffusion_xl(sdxl: Path, tmp_path: Path, side: Side, to: str, na
             ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
         ):
             pipeline.load_textual_inversion(pair[key], f"<{token}>", tokenizer, encoder)
-    assert_same_picture(draw(pipeline), expected, plain)
+    assert_same_image(draw(pipeline), expected, plain)
 
 
 def add_tokens(tokenizer: Any, encoder: Any, adapters: Sequence[Adapter], component: str) -> None:

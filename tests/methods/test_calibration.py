@@ -10,7 +10,7 @@ from torch import nn
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.inference.generate import applied
-from sbora_diffusion.methods.calibration import PRIOR_PROMPTS, DrawnInputs, own_prompts, recorded_inputs
+from sbora_diffusion.methods.calibration import PRIOR_PROMPTS, SampledInputs, own_prompts, recorded_inputs
 from sbora_diffusion.models.base import Base
 
 from ..evaluation.conftest import make_adapter
@@ -24,7 +24,7 @@ def adapters(base: Base) -> list[Adapter]:
 def test_moments_are_those_of_the_concepts_own_model(base: Base, adapters: list[Adapter]) -> None:
     dog = adapters[0]
     columns = {key: torch.tensor([0, 2, 5]) for key in dog.factors}
-    drawn = DrawnInputs(base, adapters, steps=2, seeds=1)
+    drawn = SampledInputs(base, adapters, steps=2, seeds=1)
     found = drawn(dog, columns)
     seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in base.layers.values()}
     hooks = [
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_concepts_own_model(base: Base, adapters: list[
 
 def test_fused_from_drawn_inputs(base: Base, adapters: list[Adapter]) -> None:
     before = {key: layer.weight.clone() for key, layer in base.layers.items()}
-    inputs = DrawnInputs(base, adapters, steps=1, seeds=1)
+    inputs = SampledInputs(base, adapters, steps=1, seeds=1)
     one, other = fuse(adapters, [1, 1], inputs), fuse(adapters[::-1], [1, 1], inputs)
     assert one.to_bytes() == other.to_bytes()
     assert all(torch.equal(layer.weight, before[key]) for key, layer in base.layers.items())
@@ -59,7 +59,7 @@ def test_recipes_that_say_nothing(base: Base, adapters: list[Adapter], recipe: d
     silent = [replace(adapter, spec=replace(adapter.spec, recipe=recipe)) for adapter in adapters]
     nameless = replace(silent[0], spec=replace(silent[0].spec, tokens={}), tokens={})
     assert own_prompts(nameless) == list(PRIOR_PROMPTS)
-    fused = fuse([nameless, silent[1]], [1, 1], DrawnInputs(base, [nameless, silent[1]], steps=1, seeds=1))
+    fused = fuse([nameless, silent[1]], [1, 1], SampledInputs(base, [nameless, silent[1]], steps=1, seeds=1))
     assert all(factor.weight.isfinite().all() for factor in fused.factors.values())
 
 

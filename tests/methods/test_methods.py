@@ -11,12 +11,12 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.methods.inject import injected, orthogonal_matrix
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.methods.merging import merge_by_method, prior_states, word_states
 from sbora_diffusion.methods.registry import METHODS, find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
@@ -52,15 +52,15 @@ def expected_count(base: Base, method: str, config: TrainConfig) -> int:
         ),
         "textual-inversion": 0,
     }
-    layers = len(cross_attentions(base)) if config.layerwise_tokens else 1
-    return per_layer[method] + layers * config.token_vectors * HIDDEN
+    layers = len(cross_attentions(base)) if config.method.layerwise_tokens else 1
+    return per_layer[method] + layers * config.method.token_vectors * HIDDEN
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_these_parameters_train(base: Base, concept: Concept, method: str) -> None:
     config = short(method)
     base.layers  # noqa: B018  # found before the injection, as a training does
-    with live_concept(concept, base, interval(method), config) as live:
+    with injected_concept(concept, base, interval(method), config) as live:
         assert sum(p.numel() for p in live.parameters()) == expected_count(base, method, config)
         assert all(p.requires_grad for p in live.parameters())
         ours = {id(p) for p in live.parameters()}
@@ -109,7 +109,7 @@ def test_the_file_draws_what_the_training_drew(base: Base, concept: Concept, met
     config = short(method)
     base.layers  # noqa: B018
     generator = torch.Generator().manual_seed(5)
-    with live_concept(concept, base, interval(method), config) as live:
+    with injected_concept(concept, base, interval(method), config) as live:
         with torch.no_grad():
             for parameter in live.parameters():
                 parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
@@ -148,7 +148,7 @@ def as_adapter(base: Base, name: str, method: str, config: TrainConfig, learned:
         recipe={"guidance": 3.0},
         format=2,
         method=method,
-        embedding_layers=len(cross_attentions(base)) if config.layerwise_tokens else 0,
+        embedding_layers=len(cross_attentions(base)) if config.method.layerwise_tokens else 0,
     )
     return Adapter(spec, factors, {f"text_encoder.<{name}>": rows["text_encoder"]}, dense)
 
@@ -157,7 +157,7 @@ def random_adapter(base: Base, concept: Concept, name: str, method: str, seed: i
     config = short(method)
     base.layers  # noqa: B018
     generator = torch.Generator().manual_seed(seed)
-    with live_concept(concept, base, interval(method), config) as live, torch.no_grad():
+    with injected_concept(concept, base, interval(method), config) as live, torch.no_grad():
         for parameter in live.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         return as_adapter(base, name, method, config, live.learned())
@@ -197,7 +197,7 @@ def test_layers_read_their_own_embedding(base: Base, concept: Concept) -> None:
     count = len(cross_attentions(base))
     assert count > 1
     seen: list[list[Tensor]] = []
-    with live_concept(concept, base, None, short("textual-inversion", layerwise_tokens="1")) as live:
+    with injected_concept(concept, base, None, short("textual-inversion", layerwise_tokens="1")) as live:
         hooks = [
             layer.to_k.register_forward_pre_hook(lambda _, inputs: seen[-1].append(inputs[0]))  # type: ignore[union-attr, operator]
             for layer in cross_attentions(base)
@@ -267,10 +267,10 @@ def test_mix_of_show_fuses_by_gradient(base: Base, concept: Concept) -> None:
     """A single concept is its own optimum; two of them end below the objective of their mean."""
     from sbora_diffusion.adapters.baseline_merges import fuse_by_gradient
     from sbora_diffusion.adapters.fuse import objective
-    from sbora_diffusion.methods.calibration import DrawnInputs
+    from sbora_diffusion.methods.calibration import SampledInputs
 
     dog, cat = (random_adapter(base, concept, name, "mix-of-show", seed) for seed, name in enumerate(("dog", "cat")))
-    drawn = DrawnInputs(base, [dog, cat], steps=1, seeds=1)
+    drawn = SampledInputs(base, [dog, cat], steps=1, seeds=1)
     every = {key: torch.arange(shape[1]) for key, shape in base.layer_shapes.items()}
     moments = [drawn(adapter, every) for adapter in (dog, cat)]
     merged = fuse_by_gradient([dog, cat], [1, 1], moments)
@@ -320,16 +320,16 @@ def test_but_they_are_applied_together(base: Base, concept: Concept) -> None:
 
 
 def test_erasure_is_the_relative_output_on_the_prior_rows(base: Base, concept: Concept) -> None:
-    from sbora_diffusion.training.losses.output_erasure import Erasure
+    from sbora_diffusion.training.losses.output_erasure import OutputErasure
 
     base.layers  # noqa: B018
     config = short("blocklora")
-    with live_concept(concept, base, Interval(0, RANK), config) as live:
+    with injected_concept(concept, base, Interval(0, RANK), config) as live:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in live.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        erasure, seen = Erasure(base, live.layers), {}
+        erasure, seen = OutputErasure(base, live.layers), {}
         key = next(iter(base.layers))
         hook = base.layers[key].register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
         with erasure.recording(1):

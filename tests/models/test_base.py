@@ -11,12 +11,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from sbora_diffusion.inference.bake import bake
 from sbora_diffusion.inference.generate import generate
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models import loading
 from sbora_diffusion.models.base import Base, load_base, load_unplaced
 from sbora_diffusion.models.families.base import Sampling
 from sbora_diffusion.models.families.registry import FAMILIES
 from sbora_diffusion.models.loading import full_name, recipe_base, usual_sampling
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -75,10 +75,10 @@ def test_recipes_and_sampling_are_chosen_by_family(base: Base, tiny_folder: Path
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
-def test_pictures_are_drawn_as_previews_are(kind: str) -> None:
+def test_images_are_drawn_as_previews_are(kind: str) -> None:
     (family,) = (family for family in FAMILIES if family.name == kind)
-    recipe = TrainConfig.from_recipe(kind, "sbora-fa", {})
-    assert family.sampling == Sampling(steps=recipe.sampling_steps, guidance=recipe.guidance)
+    recipe = configure(kind, "sbora-fa", {})
+    assert family.sampling == Sampling(steps=recipe.output.sampling_steps, guidance=recipe.output.guidance)
 
 
 def test_the_usual_sampling_is_what_nobody_asks_for(base: Base) -> None:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,13 @@ from typer.testing import CliRunner
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.data.batches import Sample, Samples, prepare_data
+from sbora_diffusion.data.batches import BatchSampler, Sample, prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models import distributed as processes
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.distributed import ALONE, Processes
+from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
 from sbora_diffusion.training.checkpoint import read_log
 from sbora_diffusion.training.trainer import Run
 from sbora_diffusion.utils.errors import SboraError
@@ -122,18 +121,18 @@ def test_the_first_alone_has_columns(trained: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"buckets": "1", "masked_loss": "1", "noise_offset": "0.1"}])
 def test_the_shares_are_what_one_process_draws(base: Base, tall: Concept, settings: dict[str, str]) -> None:
-    more = {"shuffle_tags": "1", "caption_dropout": "0.4", "min_snr_gamma": "5", "class_pictures": "2", "flip": "0.5"}
+    more = {"shuffle_tags": "1", "caption_dropout": "0.4", "min_snr_gamma": "5", "class_images": "2", "flip": "0.5"}
     config = short_config(batch_size="2", prior_batch="1", **more, **settings)
-    whole = replace(config, batch_size=6, prior_batch=3)
+    whole = config.with_settings(batch_size=6, prior_batch=3)
     data = prepare_data(tall, base, config)
     for seed in range(3):
-        expected = drawn(Samples(data, base, whole, ALONE), seed)
-        parts = [drawn(Samples(data, base, config, Processes(index, 3)), seed) for index in range(3)]
+        expected = drawn(BatchSampler(data, base, whole, SINGLE_PROCESS), seed)
+        parts = [drawn(BatchSampler(data, base, config, Processes(index, 3)), seed) for index in range(3)]
         for one, shares in zip(expected, zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat(shares), one)
 
 
-def drawn(samples: Samples, seed: int) -> list[torch.Tensor]:
+def drawn(samples: BatchSampler, seed: int) -> list[torch.Tensor]:
     """Everything that is in the batches of a step."""
     generator = torch.Generator().manual_seed(seed)
     batches = samples.of_concept(generator), samples.of_prior(generator), samples.of_class(generator)
@@ -174,7 +173,7 @@ def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setti
     config = short_config(**setting)
     data = prepare_data(tall, base, config)
     with (
-        live_concept(tall, base, INTERVAL, config) as live,
+        injected_concept(tall, base, INTERVAL, config) as live,
         pytest.raises(SboraError, match="erasure_weight and attention_weight look at whole batches"),
     ):
         Run(live, data, config, base, Processes(0, 2))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sbora_diffusion.data import latents
-from sbora_diffusion.data.batches import Samples, prepare_data
+from sbora_diffusion.data.batches import BatchSampler, prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.distributed import ALONE
+from sbora_diffusion.models.distributed import SINGLE_PROCESS
 from sbora_diffusion.models.tokens import class_embedding
 from sbora_diffusion.training.train import train
 
@@ -19,10 +19,10 @@ from ..training.test_train import result
 TOGETHER = {
     "buckets, no prior": {"buckets": "1", "prior_batch": "0"},
     "buckets, no prior, text encoder alone": {"buckets": "1", "prior_batch": "0", "text_encoder_learning_rate": "0"},
-    "buckets, attention, class": {"buckets": "1", "attention_weight": "0.1", "class_pictures": "3"},
+    "buckets, attention, class": {"buckets": "1", "attention_weight": "0.1", "class_images": "3"},
     "attention, no prior, masks": {"attention_weight": "0.1", "prior_batch": "0", "masked_loss": "1"},
     "attention, checkpointing": {"attention_weight": "0.1", "gradient_checkpointing": "1"},
-    "all": {"attention_weight": "0.1", "gradient_checkpointing": "1", "buckets": "1", "class_pictures": "3"},
+    "all": {"attention_weight": "0.1", "gradient_checkpointing": "1", "buckets": "1", "class_images": "3"},
 }
 
 
@@ -39,7 +39,7 @@ def test_a_token_alone_waits_where_all_captions_are_dropped(
     base: Base, concept: Concept, tmp_path: Path, precision: str
 ) -> None:
     config = short_config("textual-inversion", caption_dropout="1", precision=precision)
-    before = class_embedding(base, concept.class_noun, config.token_vectors)
+    before = class_embedding(base, concept.class_noun, config.method.token_vectors)
     logs = list(train(concept, base, None, config, tmp_path / "run"))
     for key, rows in result(logs).tokens.items():
         assert torch.equal(rows, before[key.split(".")[0]])
@@ -53,14 +53,14 @@ def test_the_class_is_held_in_place_in_its_own_shape(base: Base, tall: Concept) 
     assert square[0] == square[1]
     said = base.tokenizer(base.learners[0]).batch_decode(data.prior[0].ids, skip_special_tokens=True)
     assert all("dog" in caption for caption in said)
-    samples, generator = Samples(data, base, config, ALONE), torch.Generator().manual_seed(0)
+    samples, generator = BatchSampler(data, base, config, SINGLE_PROCESS), torch.Generator().manual_seed(0)
     assert {tuple(samples.of_prior(generator).noisy.shape[2:]) for _ in range(20)} == {wide, square}
 
 
-def test_many_pictures_are_asked_about_in_parts(base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = short_config(class_pictures="20", validation_pictures="1", validation_every="1")
+def test_many_images_are_asked_about_in_parts(base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_config(class_images="20", validation_images="1", validation_every="1")
     whole = prepare_data(tall, base, config)
-    monkeypatch.setattr(latents, "AT_ONCE", 1)
+    monkeypatch.setattr(latents, "MAX_BATCH_ELEMENTS", 1)
     rows: list[int] = []
     hook = base.denoiser.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     parts = prepare_data(tall, base, config)
@@ -69,4 +69,4 @@ def test_many_pictures_are_asked_about_in_parts(base: Base, tall: Concept, monke
     assert whole.of_class
     assert parts.of_class
     torch.testing.assert_close(parts.of_class.latents, whole.of_class.latents, rtol=1e-3, atol=1e-4)
-    assert [len(part.t) for part in Samples(parts, base, config, ALONE).held_out()] == [8] * 4
+    assert [len(part.t) for part in BatchSampler(parts, base, config, SINGLE_PROCESS).held_out()] == [8] * 4

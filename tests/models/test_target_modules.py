@@ -13,10 +13,11 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.target_modules import adapted_layers, blocks_before
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.train import train
 from sbora_diffusion.training.trainer import Run
 from sbora_diffusion.utils.errors import SboraError
@@ -35,7 +36,7 @@ def emoji64() -> Base:
 
 
 def recipe(**settings: str) -> TrainConfig:
-    return TrainConfig.from_recipe("emoji64", "sbora-fa", settings)
+    return configure("emoji64", "sbora-fa", settings)
 
 
 def test_layers_by_the_beginnings_of_their_names(emoji64: Base) -> None:
@@ -87,7 +88,7 @@ def without_gradients(base: Base, blocks: list[str]) -> Iterator[None]:
 def one_step(base: Base, concept: Concept, config: TrainConfig) -> dict[str, Tensor]:
     """What is trained, after one step."""
     data = prepare_data(concept, base, config)
-    with live_concept(concept, base, Interval(0, 4), config) as live:
+    with injected_concept(concept, base, Interval(0, 4), config) as live:
         Run(live, data, config, base).advance(0)
         factors, _, tokens = live.learned()
     return {key: factor.weight for key, factor in factors.items()} | tokens
@@ -99,7 +100,7 @@ def test_what_is_learned_is_what_no_grad_below_gives(
 ) -> None:
     if kind == "sdxl":
         base = load_base(str(save_tiny_sdxl(tmp_path / kind)))
-    settings = {"layerwise_tokens": layerwise, "quiet_weight": "0", "steps": "1", "warmup_steps": "0"}
+    settings = {"layerwise_tokens": layerwise, "output_penalty": "0", "steps": "1", "warmup_steps": "0"}
     found = one_step(base, concept, short_config(**settings, **UP))
     everywhere = short_config(**settings)
     with without_gradients(base, blocks_before(base, short_config(**UP))):

@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.file import Adapter, read_spec
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import default_roots
 from sbora_diffusion.inference.image_file import read_settings
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.methods.registry import configure
 
 from .conftest import PHONE, needed
 
@@ -52,7 +52,7 @@ def fewer_steps(page: "Page") -> None:
 
 
 def drawn(page: "Page", number: int, note: str = "note") -> None:
-    """All pictures are there; only the note tells, Gradio's word for screen readers is "In queue: 1 of 1"."""
+    """All images are there; only the note tells, Gradio's word for screen readers is "In queue: 1 of 1"."""
     page.wait_for_function(f"document.querySelector('#{note}').innerText.startsWith('{number} of {number}')")
 
 
@@ -183,8 +183,8 @@ def test_concepts_of_boxes_without_a_pointer(page: "Page", here: Path) -> None:
 
 def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) -> None:
     tab(page, "Train")
-    pictures = sorted((default_roots()[1] / "tiger" / "images").iterdir())[:3]
-    page.locator("#pictures input[type=file]").set_input_files(pictures)
+    images = sorted((default_roots()[1] / "tiger" / "images").iterdir())[:3]
+    page.locator("#images input[type=file]").set_input_files(images)
     page.wait_for_function("document.querySelector('#captions textarea').value.split('\\n').length === 3")
     field(page, "name").fill("stripes")
     field(page, "noun").fill("tiger")
@@ -221,14 +221,14 @@ def test_teach_stop_resume_and_use(page: "Page", here: Path, tiny_folder: Path) 
     draw(page, 1)
 
 
-def test_captions_stay_with_their_pictures(page: "Page", here: Path) -> None:
+def test_captions_stay_with_their_images(page: "Page", here: Path) -> None:
     tab(page, "Train")
     for number, colour in enumerate(("red", "green", "blue")):
         Image.new("RGB", (30, 20), colour).save(here / f"{number}.png")
-    page.locator("#pictures input[type=file]").set_input_files(sorted(here.glob("*.png")))
+    page.locator("#images input[type=file]").set_input_files(sorted(here.glob("*.png")))
     page.wait_for_function("document.querySelector('#captions textarea').value.split('\\n').length === 3")
     field(page, "captions").fill("a red <name>\na green <name>\na blue <name>")
-    page.locator("#pictures").get_by_label("Remove this file").first.click()
+    page.locator("#images").get_by_label("Remove this file").first.click()
     said(page, "captions", "a green <name>\\na blue <name>")
 
 
@@ -248,10 +248,7 @@ def test_another_recipe(page: "Page", here: Path) -> None:
     page.locator("#stop").click()
     page.locator("#status [data-state=stopped]").wait_for()
     told = json.loads((here / "runs/tiger/run.json").read_text())
-    assert (
-        told["config"]["quiet_weight"]
-        == TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "loud"}).quiet_weight
-    )
+    assert told["config"]["output_penalty"] == configure("emoji64", "sbora-fa", {"recipe": "loud"}).loss.output_penalty
 
 
 def test_what_training_refuses(page: "Page", here: Path) -> None:
@@ -261,13 +258,13 @@ def test_what_training_refuses(page: "Page", here: Path) -> None:
     field(page, "name").fill("dog")
     page.locator("#start").click()
     page.get_by_text("Dog is in the library already.", exact=False).wait_for(state="attached")
-    (here / "fake.png").write_text("not a picture")
-    page.locator("#pictures input[type=file]").set_input_files(here / "fake.png")
+    (here / "fake.png").write_text("not an image")
+    page.locator("#images input[type=file]").set_input_files(here / "fake.png")
     page.wait_for_function("document.querySelector('#captions textarea').value !== ''")
     field(page, "name").fill("fake")
     field(page, "noun").fill("mug")
     page.locator("#start").click()
-    page.get_by_text("cannot be read. Drop JPG, PNG or WebP pictures.", exact=False).wait_for(state="attached")
+    page.get_by_text("cannot be read. Drop JPG, PNG or WebP images.", exact=False).wait_for(state="attached")
     assert not (here / "concepts/fake").exists()
 
 
@@ -288,7 +285,7 @@ def test_merge(page: "Page", here: Path, how: str) -> None:
 
 
 def test_measure(page: "Page", here: Path) -> None:
-    """A concept alone, and in a merge: both in the table, the scatter and the pictures."""
+    """A concept alone, and in a merge: both in the table, the scatter and the images."""
     dog, cat = (Adapter.load(here / f"adapters/{name}.safetensors") for name in ("dog", "cat"))
     merge([dog, cat], [1.0, 1.0], "sum").save(here / "adapters/both.safetensors")
     tab(page, "Measure")

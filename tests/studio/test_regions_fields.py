@@ -1,4 +1,4 @@
-"""The fields of the Regions tab: chips write tokens, tokens switch chips on, a picture brings its boxes back."""
+"""The fields of the Regions tab: chips write tokens, tokens switch chips on, an image brings its boxes back."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def fields(tiny_folder: Path, boxes: list[dict[str, Any]], prompts: list[str], p
     return [boxes, str(tiny_folder), "at night", "red", 7, 2, 2.5, {"dog": 0.5, "other": 1.0}, *prompts, *picked]
 
 
-def test_a_picture_brings_all_fields_back(workshop: Workshop, tiny_folder: Path) -> None:
+def test_a_image_brings_all_fields_back(workshop: Workshop, tiny_folder: Path) -> None:
     boxes = [box(0, 5, 10, 40, 80), box(1, 55, 10, 33, 80)]
     given = fields(tiny_folder, boxes, ["a <dog>", "a cat", "", ""], [["dog"], ["cat"], [], []])
     *_, (gallery, note) = draw(workshop, 1, *given)
@@ -86,7 +86,7 @@ def test_what_cannot_be_drawn(workshop: Workshop, tiny_folder: Path, boxes: list
         list(draw(workshop, 1, *given))
 
 
-def test_a_picture_without_boxes(workshop: Workshop) -> None:
+def test_a_image_without_boxes(workshop: Workshop) -> None:
     *_, paths = workshop.draw(settings(workshop), 1)
     with pytest.raises(SboraError, match="has no regions"):
         read(workshop, str(paths[0]))

@@ -70,15 +70,15 @@ def test_a_dora_comes_whatever_was_switched_on_before(workshop: Workshop, tiny_f
     assert same(workshop.with_model(name, {}, weights), weights(load_base(name)))
 
 
-def test_pictures_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
+def test_images_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
     *_, paths = workshop.draw(settings(workshop), 6)
     assert [read_settings(path).seed for path in paths] == [3, 4, 5, 6, 7, 8]
     base = load_base(str(tiny_folder))
     with applied(base, [workshop.load("dog")]):
         expected = generate(base, ["a <dog>"] * 6, seeds=range(3, 9), steps=2, guidance=3.0)
-    for path, picture in zip(paths, expected, strict=True):
+    for path, image in zip(paths, expected, strict=True):
         with Image.open(path) as file:
-            assert file.tobytes() == picture.tobytes()
+            assert file.tobytes() == image.tobytes()
 
 
 def test_regions_are_those_of_the_command_line(workshop: Workshop, tiny_folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_regions_name_what_is_there(workshop: Workshop) -> None:
         list(workshop.draw_regions(settings(workshop), boxes, 1))
 
 
-def test_the_first_picture_comes_alone(workshop: Workshop) -> None:
+def test_the_first_image_comes_alone(workshop: Workshop) -> None:
     assert [len(paths) for paths in workshop.draw(settings(workshop), 7)] == [1, 5, 7]
 
 

@@ -1,4 +1,4 @@
-"""A concept's folder from dropped pictures, and the progress of its training."""
+"""A concept's folder from dropped images, and the progress of its training."""
 
 import time
 from collections.abc import Sequence
@@ -34,19 +34,19 @@ class Queue:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[tuple[Path, str]]:
+def images(tmp_path: Path) -> list[tuple[Path, str]]:
     for number, colour in enumerate(("red", "blue")):
         Image.new("RGB", (30, 20), colour).save(tmp_path / f"{number}.PNG")
     return [(tmp_path / "0.PNG", 'a <mug-1> "here" \\ 🫖\n'), (tmp_path / "1.PNG", "  ")]
 
 
-def test_a_folder_is_made(tmp_path: Path, pictures: list[tuple[Path, str]]) -> None:
-    concept = write_concept(tmp_path / "concepts", "mug-1", " mug ", pictures)
+def test_a_folder_is_made(tmp_path: Path, images: list[tuple[Path, str]]) -> None:
+    concept = write_concept(tmp_path / "concepts", "mug-1", " mug ", images)
     assert (concept.name, concept.token, concept.class_noun) == ("mug-1", "<mug-1>", "mug")
-    assert [picture.caption for picture in concept.pictures] == ['a <mug-1> "here" \\ 🫖', "a <mug-1>"]
-    assert concept.pictures[0].path.read_bytes() == (tmp_path / "0.PNG").read_bytes()
+    assert [image.caption for image in concept.images] == ['a <mug-1> "here" \\ 🫖', "a <mug-1>"]
+    assert concept.images[0].path.read_bytes() == (tmp_path / "0.PNG").read_bytes()
     with pytest.raises(SboraError, match="there is a concept mug-1 already"):
-        write_concept(tmp_path / "concepts", "mug-1", "mug", pictures)
+        write_concept(tmp_path / "concepts", "mug-1", "mug", images)
 
 
 @pytest.mark.parametrize(
@@ -61,36 +61,36 @@ def test_a_folder_is_made(tmp_path: Path, pictures: list[tuple[Path, str]]) -> N
         ("red <mug>", "", "r", ""),
     ],
 )
-def test_captions_follow_pictures_and_name(captions: str, files: str, before: str, expected: str) -> None:
-    """Pictures are letters here."""
+def test_captions_follow_images_and_name(captions: str, files: str, before: str, expected: str) -> None:
+    """Images are letters here."""
     assert "|".join(caption_lines(captions, files, before, "<mug>", "<cup>")) == expected
 
 
 @pytest.mark.parametrize("name", ["", "Mug", "../mug", "a/b", "mug.", "<mug>", "-mug", "m" * 41, "a b"])
-def test_names_that_will_not_do(tmp_path: Path, pictures: list[tuple[Path, str]], name: str) -> None:
+def test_names_that_will_not_do(tmp_path: Path, images: list[tuple[Path, str]], name: str) -> None:
     with pytest.raises(SboraError, match="got the name"):
-        write_concept(tmp_path / "concepts", name, "mug", pictures)
+        write_concept(tmp_path / "concepts", name, "mug", images)
     assert not (tmp_path / "concepts").exists()
 
 
-def test_nothing_is_left_of_what_is_refused(tmp_path: Path, pictures: list[tuple[Path, str]]) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
+def test_nothing_is_left_of_what_is_refused(tmp_path: Path, images: list[tuple[Path, str]]) -> None:
+    (tmp_path / "text.png").write_text("not an image")
     root = tmp_path / "concepts"
     for noun, given, message in (
-        ("", pictures, "there is no class"),
-        ("mug", [], "got 0 pictures"),
-        ("mug", pictures * 26, "got 52 pictures"),
+        ("", images, "there is no class"),
+        ("mug", [], "got 0 images"),
+        ("mug", images * 26, "got 52 images"),
         ("mug", [(tmp_path / "text.png", "")], r"text\.png cannot be read"),
-        ("mug", [(pictures[0][0], "a mug")], "lacks the token"),
+        ("mug", [(images[0][0], "a mug")], "lacks the token"),
     ):
         with pytest.raises(SboraError, match=message):
             write_concept(root, "mug", noun, given)
     assert not root.exists() or list(root.iterdir()) == []
 
 
-def test_a_training_goes_by_its_concepts_name(tmp_path: Path, pictures: list[tuple[Path, str]]) -> None:
+def test_a_training_goes_by_its_concepts_name(tmp_path: Path, images: list[tuple[Path, str]]) -> None:
     """Whatever its folder is called: the run folder goes by it, too."""
-    write_concept(tmp_path / "concepts", "mug", "mug", [(path, "") for path, _ in pictures])
+    write_concept(tmp_path / "concepts", "mug", "mug", [(path, "") for path, _ in images])
     (tmp_path / "concepts/mug").rename(tmp_path / "concepts/My_Photos")
     folders = Folders(adapters=tmp_path, runs=tmp_path / "runs", concepts=tmp_path / "concepts")
     workshop, queue = Workshop(folders), Queue()
@@ -112,13 +112,13 @@ def test_progress(tmp_path: Path) -> None:
     now = time.time()
     (tmp_path / "preview.png").touch()
     for step in range(1, 41):
-        picture = {20: "preview.png", 30: "lost.png"}.get(step)
+        image = {20: "preview.png", 30: "lost.png"}.get(step)
         append_log(
             tmp_path,
-            {"step": step, "steps": 100, "loss": 1 / step, "time": now - 2 * (40 - step), "picture": picture},
+            {"step": step, "steps": 100, "loss": 1 / step, "time": now - 2 * (40 - step), "image": image},
         )
     run = progress(tmp_path)
-    assert (run.step, run.steps, run.picture) == (40, 100, tmp_path / "preview.png")
+    assert (run.step, run.steps, run.image) == (40, 100, tmp_path / "preview.png")
     assert run.losses[1] == (2, 0.5)
     assert run.seconds_left == pytest.approx(120, abs=5)
 

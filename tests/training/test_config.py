@@ -4,8 +4,8 @@ from importlib.resources import files
 
 import pytest
 
-from sbora_diffusion.methods.registry import METHODS
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.methods.registry import METHODS, configure
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -14,35 +14,35 @@ def test_every_recipe_loads(recipe: str) -> None:
     base_id, _, rest = recipe.removesuffix(".toml").partition("-")
     method = next((method for method in METHODS if rest.startswith(method)), "lora")  # else of a base, by any method
     named = rest.removeprefix(method).removeprefix("-")
-    assert TrainConfig.from_recipe(base_id, method, {"recipe": named} if named else {}).method == method
+    assert configure(base_id, method, {"recipe": named} if named else {}).method == method
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_base_gets_the_default_recipe(method: str) -> None:
-    assert TrainConfig.from_recipe("sd", method, {}) == TrainConfig.from_recipe("default", method, {})
+    assert configure("sd", method, {}) == configure("default", method, {})
 
 
 def test_overrides_arrive_with_their_types() -> None:
     overrides = {"steps": "7", "learning_rate": "1e-4", "preview_prompts": "a {token}; two {token}"}
-    config = TrainConfig.from_recipe("emoji64", "sbora-fb", overrides)
-    assert (config.steps, config.learning_rate) == (7, 1e-4)
-    assert config.preview_prompts == ("a {token}", "two {token}")
+    config = configure("emoji64", "sbora-fb", overrides)
+    assert (config.optim.steps, config.optim.learning_rate) == (7, 1e-4)
+    assert config.output.preview_prompts == ("a {token}", "two {token}")
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
 def test_another_recipe_by_its_name() -> None:
-    usual = TrainConfig.from_recipe("emoji64", "sbora-fa", {})
-    loud = TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "loud", "steps": "7"})
-    assert loud.quiet_weight < usual.quiet_weight
-    assert loud.learning_rate > usual.learning_rate
-    assert (loud.steps, loud.blocks) == (7, usual.blocks)
-    measured = {"quiet_weight": "2", "learning_rate": "1.2e-2", "text_encoder_learning_rate": "3e-3", "steps": "7"}
+    usual = configure("emoji64", "sbora-fa", {})
+    loud = configure("emoji64", "sbora-fa", {"recipe": "loud", "steps": "7"})
+    assert loud.loss.output_penalty < usual.loss.output_penalty
+    assert loud.optim.learning_rate > usual.optim.learning_rate
+    assert (loud.optim.steps, loud.method.blocks) == (7, usual.method.blocks)
+    measured = {"output_penalty": "2", "learning_rate": "1.2e-2", "text_encoder_learning_rate": "3e-3", "steps": "7"}
     measured |= {"batch_size": "8", "prior_batch": "2"}
-    assert loud == TrainConfig.from_recipe("emoji64", "sbora-fa", measured)  # docs/comparison.md
+    assert loud == configure("emoji64", "sbora-fa", measured)  # docs/comparison.md
     with pytest.raises(SboraError, match="got recipe=quiet; sbora-fa on emoji64 has loud"):
-        TrainConfig.from_recipe("emoji64", "sbora-fa", {"recipe": "quiet"})
+        configure("emoji64", "sbora-fa", {"recipe": "quiet"})
     with pytest.raises(SboraError, match="lora on emoji64 has no other recipe"):
-        TrainConfig.from_recipe("emoji64", "lora", {"recipe": "loud"})
+        configure("emoji64", "lora", {"recipe": "loud"})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_another_recipe_by_its_name() -> None:
 )
 def test_mistakes_are_named(key: str, value: str, message: str) -> None:
     with pytest.raises(SboraError, match=message):
-        TrainConfig.from_recipe("emoji64", "sbora-fa", {key: value})
+        configure("emoji64", "sbora-fa", {key: value})
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_mistakes_are_named(key: str, value: str, message: str) -> None:
 )
 def test_what_was_meant_is_guessed(key: str, value: str, guessed: str) -> None:
     with pytest.raises(SboraError) as caught:
-        TrainConfig.from_recipe("emoji64", "sbora-fa", {key: value})
+        configure("emoji64", "sbora-fa", {key: value})
     assert str(caught.value.hint).startswith(f"did you mean {guessed}? choose from" if guessed else "choose from")
 
 
 def test_a_recipe_without_a_key_is_refused() -> None:
-    settings = TrainConfig.from_recipe("emoji64", "sbora-fa", {}).to_dict()
+    settings = configure("emoji64", "sbora-fa", {}).to_dict()
     del settings["rank"]
     with pytest.raises(SboraError, match="lacks \\['rank'\\]"):
         TrainConfig.from_dict(settings)

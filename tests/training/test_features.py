@@ -10,14 +10,14 @@ from torch import Tensor
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.buckets import bucket_of
 from sbora_diffusion.data.captions import names_a_side, shuffle_tags
-from sbora_diffusion.data.concept import Concept, Picture
+from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.data.latents import encode
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.noise import Diffusion
-from sbora_diffusion.training.ema import Averages
+from sbora_diffusion.training.ema import EMA
 from sbora_diffusion.training.optim import PACKAGES
-from sbora_diffusion.training.schedules import rate_factor
+from sbora_diffusion.training.schedules import learning_rate_factor
 from sbora_diffusion.training.train import StepLog, train
 from sbora_diffusion.training.trainer import Run
 from sbora_diffusion.utils.errors import SboraError
@@ -30,7 +30,7 @@ SETTINGS = {
     "attention": {"attention_weight": "0.1"},
     "bf16": {"precision": "bf16"},
     "buckets": {"buckets": "1"},
-    "class pictures": {"class_pictures": "3"},
+    "class images": {"class_images": "3"},
     "constant": {"scheduler": "constant"},
     "cosine": {"scheduler": "cosine"},
     "ema": {"ema": "0.9"},
@@ -42,7 +42,7 @@ SETTINGS = {
     "prodigy": {"optimizer": "prodigy", "scheduler": "constant"},
     "schedule-free": {"optimizer": "schedule-free", "scheduler": "constant"},
     "tags": {"shuffle_tags": "1"},
-    "validation": {"validation_pictures": "1", "validation_every": "2", "keep": "best"},
+    "validation": {"validation_images": "1", "validation_every": "2", "keep": "best"},
     "weight decay": {"weight_decay": "0.5"},
 }
 NO_EFFECT = ("checkpointing",)  # on what is learned, up to rounding
@@ -80,24 +80,24 @@ def test_a_look_at_the_result_changes_nothing(base: Base, concept: Concept, opti
     pytest.importorskip({"schedule-free": "schedulefree", "prodigy": "prodigyopt"}[optimizer])
     config = short_config(optimizer=optimizer, scheduler="constant")
     data = prepare_data(concept, base, config)
-    with live_concept(concept, base, INTERVAL, config) as live:
+    with injected_concept(concept, base, INTERVAL, config) as live:
         run = Run(live, data, config, base)
         for step in range(3):
             run.advance(step)
         before = [parameter.detach().clone() for parameter in live.parameters()]
-        with run.at_rest():
+        with run.eval_parameters():
             pass
         assert all(map(torch.equal, before, live.parameters()))
 
 
 def test_accumulation_is_the_mean_over_its_batches(base: Base, concept: Concept) -> None:
-    settings = {"max_grad_norm": "1e9", "quiet_weight": "0", "prior_batch": "0"}
+    settings = {"max_grad_norm": "1e9", "output_penalty": "0", "prior_batch": "0"}
     together = run_of(base, concept, short_config(accumulation="3", **settings))[1]
     apart = []
     for number in range(3):
         config = short_config(**settings)
         data = prepare_data(concept, base, config)
-        with live_concept(concept, base, INTERVAL, config) as live:
+        with injected_concept(concept, base, INTERVAL, config) as live:
             Run(live, data, config, base).advance(number)
             apart.append([p.grad.clone() for p in live.parameters() if p.grad is not None])
     for mean, parts in zip(together, zip(*apart, strict=True), strict=True):
@@ -146,15 +146,15 @@ def test_min_snr_weights_are_the_papers(base: Base, kind: str) -> None:
 
 def test_a_schedule_goes_where_it_should() -> None:
     for name, middle, last in (("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)):
-        config = short_config(steps="1000", warmup_steps="10", final_rate="0.1", scheduler=name)
-        assert rate_factor(0, config) == pytest.approx(0.1, rel=0.01)
-        assert rate_factor(500, config) == pytest.approx(middle, rel=0.01)
-        assert rate_factor(999, config) == pytest.approx(last, rel=0.02)
+        config = short_config(steps="1000", warmup_steps="10", final_learning_rate="0.1", scheduler=name)
+        assert learning_rate_factor(0, config) == pytest.approx(0.1, rel=0.01)
+        assert learning_rate_factor(500, config) == pytest.approx(middle, rel=0.01)
+        assert learning_rate_factor(999, config) == pytest.approx(last, rel=0.02)
 
 
 def test_averages_change_places_and_come_back() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
-    averages = Averages([parameter], decay=0.5)
+    averages = EMA([parameter], decay=0.5)
     expected = 0.0
     for step in range(1, 4):
         with torch.no_grad():
@@ -167,8 +167,8 @@ def test_averages_change_places_and_come_back() -> None:
     assert torch.equal(parameter.detach(), torch.full((2,), 3.0))
 
 
-def test_pictures_keep_their_proportions(base: Base, tall: Concept) -> None:
-    wide, square = (encode(base, tall.pictures, short_config(buckets=switch)) for switch in ("1", "0"))
+def test_images_keep_their_proportions(base: Base, tall: Concept) -> None:
+    wide, square = (encode(base, tall.images, short_config(buckets=switch)) for switch in ("1", "0"))
     assert len(square) == 1
     shapes = {tuple(shots.latents.shape[-2:]): len(shots.captions) for shots in wide}
     assert sum(shapes.values()) == len(square[0].captions)
@@ -185,10 +185,10 @@ def test_buckets(size: tuple[int, int], expected: tuple[int, int]) -> None:
 
 
 def test_mirrored_unless_the_caption_names_a_side(base: Base, tall: Concept) -> None:
-    [straight] = encode(base, tall.pictures[2:3], short_config(crops="1"))
-    [flipped] = encode(base, tall.pictures[2:3], short_config(crops="1", flip="1"))
+    [straight] = encode(base, tall.images[2:3], short_config(crops="1"))
+    [flipped] = encode(base, tall.images[2:3], short_config(crops="1", flip="1"))
     assert not torch.equal(straight.latents, flipped.latents)
-    sided = Picture(path=tall.pictures[2].path, caption="a <rex> on the left")
+    sided = ConceptImage(path=tall.images[2].path, caption="a <rex> on the left")
     [kept] = encode(base, [sided], short_config(crops="1", flip="1"))
     assert torch.equal(straight.latents, kept.latents)
     assert names_a_side("Leftmost <a>") > names_a_side("a <bright> leftover")
@@ -208,14 +208,14 @@ def test_text_encoder_at_rate_zero_is_left_alone(base: Base, concept: Concept, t
 
 
 def test_validation_is_told_and_the_best_is_kept(base: Base, tall: Concept, tmp_path: Path) -> None:
-    config = short_config(validation_pictures="1", validation_every="2", keep="best")
+    config = short_config(validation_images="1", validation_every="2", keep="best")
     logs = list(train(tall, base, INTERVAL, config, tmp_path / "run"))
     told = {log.step: log.validation for log in logs[:-1] if log.validation is not None}
     assert sorted(told) == [2, 4, 6]
     best = result(logs).spec.metrics
     assert told[int(best["best_step"])] == min(told.values()) == pytest.approx(best["validation_loss"])
-    with pytest.raises(SboraError, match="of 4 pictures: none is left"):
-        list(train(tall, base, INTERVAL, short_config(validation_pictures="4"), tmp_path / "other"))
+    with pytest.raises(SboraError, match="of 4 images: none is left"):
+        list(train(tall, base, INTERVAL, short_config(validation_images="4"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_validation_is_told_and_the_best_is_kept(base: Base, tall: Concept, tmp_
         ({"optimizer": "sgd"}, "choose from adamw, adamw-8bit"),
         ({"ema": "1"}, "below 1"),
         ({"ema": "0.9", "optimizer": "schedule-free"}, "averages the weights itself"),
-        ({"buckets": "1", "erasure_weight": "1", "quiet_weight": "0"}, "pictures of one shape"),
+        ({"buckets": "1", "erasure_weight": "1", "output_penalty": "0"}, "images of one shape"),
         ({"flip": "2"}, "from 0 to 1"),
         ({"method": "textual-inversion", "token_learning_rate": "0"}, "would learn nothing"),
         ({"prior_prompts": ""}, "prior prompts, of which there are none"),
         ({"masked_loss": "2"}, "expected 0 or 1"),
-        ({"validation_pictures": "1", "validation_every": "0"}, "never asked"),
+        ({"validation_images": "1", "validation_every": "0"}, "never asked"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, str], message: str) -> None:
@@ -259,7 +259,7 @@ def test_eight_bits_need_a_gpu(base: Base, concept: Concept, tmp_path: Path) -> 
 def test_gradients_that_are_not_finite_are_named(base: Base, concept: Concept) -> None:
     config = short_config()
     data = prepare_data(concept, base, config)
-    with live_concept(concept, base, INTERVAL, config) as live:
+    with injected_concept(concept, base, INTERVAL, config) as live:
         live.trained["text_encoder"][0].register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(SboraError, match="the gradients of the text_encoder are not finite at step 1"):
             Run(live, data, config, base).advance(0)

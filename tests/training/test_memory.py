@@ -10,7 +10,7 @@ from torch import Tensor
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.memory import Activations, activations, advice, estimate, is_out_of_memory
 from sbora_diffusion.training.train import train
@@ -48,9 +48,9 @@ def really_kept(base: Base, count: int) -> int:
     size, channels = base.family.latent_size(base.pipeline), base.pipeline.vae.config.latent_channels
     noisy = torch.randn(count, channels, size, size, requires_grad=True)
     with torch.no_grad():
-        text = base.read(base.tokenize(["a dog"] * count))
+        text = base.encode_text(base.tokenize(["a dog"] * count))
     with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
-        base.family.answer(base.pipeline, noisy, torch.full((count,), 500.0), text)
+        base.family.predict(base.pipeline, noisy, torch.full((count,), 500.0), text)
     return held.num_bytes
 
 
@@ -77,17 +77,17 @@ def test_checkpointing_keeps_less_as_told(base: Base) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-@pytest.mark.parametrize(("class_pictures", "blocks"), [("0", ""), ("2", ""), ("0", "up_blocks")])
+@pytest.mark.parametrize(("class_images", "blocks"), [("0", ""), ("2", ""), ("0", "up_blocks")])
 def test_a_real_step_keeps_what_is_estimated(
-    base: Base, concept: Concept, tmp_path: Path, kind: str, class_pictures: str, blocks: str
+    base: Base, concept: Concept, tmp_path: Path, kind: str, class_images: str, blocks: str
 ) -> None:
-    """Text encoders and class pictures included, but for what PEFT's layers and the losses keep besides."""
+    """Text encoders and class images included, but for what PEFT's layers and the losses keep besides."""
     if kind == "sdxl":
         base = load_base(str(save_tiny_sdxl(tmp_path / kind)))
-    settings = {"batch_size": "2", "prior_batch": "1", "sampling_steps": "1", "class_pictures": class_pictures}
+    settings = {"batch_size": "2", "prior_batch": "1", "sampling_steps": "1", "class_images": class_images}
     config = short_config(**settings, blocks=blocks)
     held, data = Held(base), prepare_data(concept, base, config)
-    with live_concept(concept, base, Interval(0, 4), config) as live:
+    with injected_concept(concept, base, Interval(0, 4), config) as live:
         run = Run(live, data, config, base)
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
             run.advance(0)
@@ -110,7 +110,7 @@ def test_estimates_follow_the_settings(base: Base) -> None:
     assert bytes_of(batch_size="3", prior_batch="1") == 4 * KEPT.everything
     assert bytes_of(batch_size="1", prior_batch="0", precision="bf16") == KEPT.everything // 2
     assert bytes_of(batch_size="2", prior_batch="0", gradient_checkpointing="1") == 2 * KEPT.checkpointed
-    assert bytes_of(batch_size="2", prior_batch="1", class_pictures="3") == 5 * KEPT.everything
+    assert bytes_of(batch_size="2", prior_batch="1", class_images="3") == 5 * KEPT.everything
 
 
 def test_advice_names_what_saves_most_first(base: Base) -> None:

@@ -1,4 +1,4 @@
-"""Loudness against responses computed the long way, and what its weight does in a training."""
+"""OutputPenalty against responses computed the long way, and what its weight does in a training."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.methods.calibration import recorded_inputs
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.target_modules import adapted_layers
-from sbora_diffusion.training.losses.output_penalty import Loudness
+from sbora_diffusion.training.losses.output_penalty import OutputPenalty
 from sbora_diffusion.training.trainer import Run
 
 from ..helpers import short_config
@@ -20,14 +20,14 @@ INTERVAL = Interval(4, 4)
 
 
 def ask(base: Base) -> None:
-    """Two prompts, one noisy picture each, in two calls."""
+    """Two prompts, one noisy image each, in two calls."""
     ids, size = base.tokenize(["a dog", "a red cat at sea"]), base.pipeline.unet.config.sample_size
     noisy = torch.randn(
         2, base.pipeline.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         for number in range(2):
-            base.predict(noisy[[number]], torch.tensor([500]), ids[[number]])
+            base.predict(noisy[[number]], torch.tensor([500]), base.encode_text(ids[[number]]))
 
 
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
@@ -45,8 +45,8 @@ def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, me
     for hook in hooks:
         hook.remove()
     weights = {key: layer.weight.clone() for key, layer in base.layers.items()}
-    with live_concept(concept, base, INTERVAL, short_config(method)) as live:
-        loudness = Loudness(base, live.layers, moments.means())
+    with injected_concept(concept, base, INTERVAL, short_config(method)) as live:
+        loudness = OutputPenalty(base, live.layers, moments.means())
         assert loudness() == 0
         shares = []
         for component, layers in live.layers.items():
@@ -61,20 +61,20 @@ def test_loudness_is_the_mean_relative_response(base: Base, concept: Concept, me
 
 
 def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> None:
-    found, moments = [], prepare_data(concept, base, short_config(quiet_weight="1")).moments
+    found, moments = [], prepare_data(concept, base, short_config(output_penalty="1")).moments
     for weight in ("0", "100"):
-        config = short_config(quiet_weight=weight, prior_batch="0")
+        config = short_config(output_penalty=weight, prior_batch="0")
         data = prepare_data(concept, base, config)
-        with live_concept(concept, base, INTERVAL, config) as live:
+        with injected_concept(concept, base, INTERVAL, config) as live:
             run = Run(live, data, config, base)
-            for step in range(config.steps):
+            for step in range(config.optim.steps):
                 run.advance(step)
-            found.append(Loudness(base, live.layers, moments)().item())
+            found.append(OutputPenalty(base, live.layers, moments)().item())
     assert found[1] < 0.8 * found[0]
 
 
 def test_recorded_is_what_is_to_be_quiet(base: Base, concept: Concept) -> None:
-    assert prepare_data(concept, base, short_config(quiet_weight="0")).moments == {}
-    config = short_config(quiet_weight="1", blocks="up_blocks")
+    assert prepare_data(concept, base, short_config(output_penalty="0")).moments == {}
+    config = short_config(output_penalty="1", blocks="up_blocks")
     quiet = [f"{part}.{name}" for part, names in adapted_layers(base, config).items() for name in names]
     assert sorted(prepare_data(concept, base, config).moments) == sorted(quiet)

@@ -40,5 +40,5 @@ def test_a_training_tells_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [entry["done"] for entry in log] == [False, False, False, True]
     assert all(entry["loss"] > 0 and entry["samples_per_second"] > 0 for entry in log)
     assert [entry["time"] for entry in log] == sorted(entry["time"] for entry in log)
-    assert [entry["picture"] for entry in log] == [None, "preview-000002.png", None, "before-after.png"]
-    assert all((runs / "dog" / entry["picture"]).is_file() for entry in log if entry["picture"])
+    assert [entry["image"] for entry in log] == [None, "preview-000002.png", None, "before-after.png"]
+    assert all((runs / "dog" / entry["image"]).is_file() for entry in log if entry["image"])

@@ -14,8 +14,8 @@ from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.latents import Batch
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.tokens import class_embedding
-from sbora_diffusion.training.config import TrainConfig
-from sbora_diffusion.training.schedules import rate_factor
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.schedules import learning_rate_factor
 from sbora_diffusion.training.train import StepLog, train
 from sbora_diffusion.training.trainer import Run
 from sbora_diffusion.utils.errors import SboraError
@@ -53,9 +53,9 @@ def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, 
     assert adapter.factors.keys() == base.layers.keys()
     for key, factor in adapter.factors.items():
         dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
-        assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.basis_seed))
+        assert torch.equal(factor.index, indices(key.split(".", 1)[1], dim, INTERVAL, config.method.basis_seed))
         assert factor.weight.abs().sum() > 0
-    start = class_embedding(base, concept.class_noun, config.token_vectors)["text_encoder"]
+    start = class_embedding(base, concept.class_noun, config.method.token_vectors)["text_encoder"]
     assert adapter.tokens["text_encoder.<rex>"].shape == start.shape
     assert not torch.equal(adapter.tokens["text_encoder.<rex>"], start)
     assert adapter.spec.tokens == {"<rex>": "dog"}
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(
     monkeypatch.setattr(Base, "predict", broken)
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
         next(train(concept, base, INTERVAL, config, tmp_path))
-    assert f"--set learning_rate={config.learning_rate / 10:.0e}" in (caught.value.hint or "")
+    assert f"--set learning_rate={config.optim.learning_rate / 10:.0e}" in (caught.value.hint or "")
 
 
 def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
@@ -175,8 +175,8 @@ def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
 
 
 def test_a_caption_that_hides_its_token_is_refused(base: Base, concept: Concept, tmp_path: Path) -> None:
-    long = replace(concept.pictures[0], caption="a photo" + " of a place" * 60 + f" with {concept.token}")
-    hidden = replace(concept, pictures=(long, *concept.pictures[1:]))
+    long = replace(concept.images[0], caption="a photo" + " of a place" * 60 + f" with {concept.token}")
+    hidden = replace(concept, images=(long, *concept.images[1:]))
     with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
         next(train(hidden, base, INTERVAL, short_config(), tmp_path))
 
@@ -197,11 +197,11 @@ def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) 
 def test_scores_come_on_time_and_the_best_step_is_kept(base: Base, concept: Concept, tmp_path: Path) -> None:
     """Scores that fall after step 2: what is kept is what a training of two steps at the same rates has learned."""
     given = iter([0.5, 0.9, 0.1])
-    config = short_config(eval_every="1", keep="best", steps="3", final_rate="1")
+    config = short_config(eval_every="1", keep="best", steps="3", final_learning_rate="1")
     scored = list(train(concept, base, INTERVAL, config, tmp_path / "a", score=lambda: {"overall": next(given)}))
     assert [log.scores for log in scored] == [{"overall": 0.5}, {"overall": 0.9}, {"overall": 0.1}, None]
     assert result(scored).spec.metrics["best_step"] == 2
-    two = short_config(steps="2", final_rate="1")
+    two = short_config(steps="2", final_learning_rate="1")
     assert_same(result(scored), result(list(train(concept, base, INTERVAL, two, tmp_path / "b"))))
 
 
@@ -232,7 +232,7 @@ def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp
     adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
     assert torch.equal(
         adapter.tokens["text_encoder.<rex>"],
-        class_embedding(base, concept.class_noun, config.token_vectors)["text_encoder"],
+        class_embedding(base, concept.class_noun, config.method.token_vectors)["text_encoder"],
     )
     moved = dict.fromkeys(base.adapted, False)
     for key, factor in adapter.factors.items():
@@ -241,8 +241,8 @@ def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp
 
 
 def test_rate_factor_warms_up_and_decays() -> None:
-    config = short_config(steps="100", warmup_steps="10", final_rate="0.1")
-    factors = [rate_factor(step, config) for step in range(100)]
+    config = short_config(steps="100", warmup_steps="10", final_learning_rate="0.1")
+    factors = [learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == pytest.approx(factors[9])
     assert factors[-1] == pytest.approx(0.109)

@@ -38,7 +38,7 @@ SVG_SETS = {"flat": "fluent-flat", "cartoon": "noto", "drawing": "twemoji"}
 
 @dataclass(frozen=True)
 class CutOut:
-    """What one picture shows; `width` and `height` are the fractions of the square that the subject fills."""
+    """What one image shows; `width` and `height` are the fractions of the square that the subject fills."""
 
     subject: str
     style: str
@@ -96,7 +96,7 @@ class Sources:
         self._codes = {entry["label"]: entry["hexcode"].lower() for entry in entries}
         self._sets = {style: self._icon_set(name) for style, name in SVG_SETS.items()}
 
-    def picture(self, label: str, style: str) -> Image.Image | None:
+    def image(self, label: str, style: str) -> Image.Image | None:
         """The RGBA art of a subject in a style, or None where that style has none."""
         if style != "3d":
             return self._svg(label, style)
@@ -166,7 +166,7 @@ def cut_out(image: Image.Image, size: int = SIZE) -> tuple[np.ndarray, float, fl
     """
     box = image.getchannel("A").point([255 * (value > 8) for value in range(256)]).getbbox()
     if box is None:
-        raise SboraError("got an empty (fully transparent) picture")
+        raise SboraError("got an empty (fully transparent) image")
     image = image.crop(box).convert("RGBa")
     scale = (size - 4) / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -202,11 +202,11 @@ def _render(sources: "Sources", subjects: Sequence[Subject], held_out: Sequence[
     world = load_world()
     for subject in subjects:
         for style in world.styles:
-            picture = sources.picture(subject.label, style)
-            if picture is None:
+            image = sources.image(subject.label, style)
+            if image is None:
                 log.warning("no %s art of %s", style, subject.name)
                 continue
-            pixels, width, height = cut_out(picture)
+            pixels, width, height = cut_out(image)
             images.append(pixels)
             held = world.held_out(subject.name, style) or subject.name in held_out
             cutouts.append(CutOut(subject.name, style, subject.tier, width, height, held))

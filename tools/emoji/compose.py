@@ -20,9 +20,9 @@ CENTRE = RESOLUTION / 2
 
 @dataclass(frozen=True, kw_only=True)
 class Variety:
-    """How much composed pictures differ: the curriculum widens it.
+    """How much composed images differ: the curriculum widens it.
 
-    Sizes and shifts are in pixels of the 64-pixel picture; the rest are probabilities.
+    Sizes and shifts are in pixels of the 64-pixel image; the rest are probabilities.
     """
 
     tiers: int = 1
@@ -36,7 +36,7 @@ class Variety:
 
 @dataclass(frozen=True)
 class Placed:
-    """One cut-out on the canvas: centre and size in pixels of the 64-pixel picture."""
+    """One cut-out on the canvas: centre and size in pixels of the 64-pixel image."""
 
     pixels: Tensor  # (4, 128, 128) uint8, premultiplied RGBA
     x: float
@@ -47,7 +47,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a picture will show; `subjects`, `style` and `place` are its true labels."""
+    """What an image will show; `subjects`, `style` and `place` are its true labels."""
 
     background: Tensor  # (3, 128, 128) uint8
     parts: tuple[Placed, ...]
@@ -71,8 +71,8 @@ class Backgrounds:
     def draw(self, name: str) -> tuple[Tensor, str]:
         """A (3, 128, 128) uint8 background and how a caption says it."""
         if name in self._pool:
-            picture = self._rng.choice(self._pool[name])
-            return (picture.flip(-1) if self._rng.random() < 0.5 else picture), self._world.scenes[name]
+            image = self._rng.choice(self._pool[name])
+            return (image.flip(-1) if self._rng.random() < 0.5 else image), self._world.scenes[name]
         colour = [min(255, max(0, value + self._rng.uniform(-6, 6))) for value in self._world.colours[name]]
         plain = torch.tensor(colour).to(torch.uint8).view(3, 1, 1).expand(3, scenes.SIZE, scenes.SIZE)
         return plain, f"on a {name} background"
@@ -89,7 +89,7 @@ def places(subjects: Sequence[str], style: str, *, withheld: bool) -> list[str]:
 
 
 class Composer:
-    """An endless, seeded source of captioned pictures; held-out art never enters unless it is passed in."""
+    """An endless, seeded source of captioned images; held-out art never enters unless it is passed in."""
 
     def __init__(self, art: Art, seed: int, variety: Variety, variants: int = 48) -> None:
         self.rng = Random(seed)
@@ -103,12 +103,12 @@ class Composer:
         }
 
     def batch(self, count: int) -> tuple[Tensor, list[Plan]]:
-        """`count` pictures, (count, 3, 64, 64) float32 in [-1, 1], and their plans."""
+        """`count` images, (count, 3, 64, 64) float32 in [-1, 1], and their plans."""
         plans = [self.plan() for _ in range(count)]
         return render(plans), plans
 
     def plan(self) -> Plan:
-        """Choose what the next picture shows, never a combination that is kept for tests."""
+        """Choose what the next image shows, never a combination that is kept for tests."""
         first = self.rng.randrange(len(self.cutouts))
         if self.rng.random() < self.variety.pairs:
             return self.plan_pair(first, self.rng.choice(self._by_style[self.cutouts[first].style]))
@@ -154,12 +154,12 @@ class Composer:
 
 def render(plans: Sequence[Plan]) -> Tensor:
     """Compose at 128 pixels, then halve: (len(plans), 3, 64, 64) float32 in [-1, 1]."""
-    pictures = torch.stack([plan.background for plan in plans]).float().div_(255)
+    images = torch.stack([plan.background for plan in plans]).float().div_(255)
     for layer in range(max(len(plan.parts) for plan in plans)):
         rows = [row for row, plan in enumerate(plans) if len(plan.parts) > layer]
         warped = _warp([plans[row].parts[layer] for row in rows])
-        pictures[rows] = warped[:, :3] + pictures[rows] * (1 - warped[:, 3:])
-    return F.avg_pool2d(pictures, 2) * 2 - 1
+        images[rows] = warped[:, :3] + images[rows] * (1 - warped[:, 3:])
+    return F.avg_pool2d(images, 2) * 2 - 1
 
 
 def _warp(parts: Sequence[Placed]) -> Tensor:
@@ -175,9 +175,9 @@ def _warp(parts: Sequence[Placed]) -> Tensor:
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def picture_grid(pictures: Tensor, columns: int, scale: int = 2) -> np.ndarray:
-    """Tile (n, 3, h, w) pictures in [-1, 1] into one (H, W, 3) uint8 sheet, each pixel repeated `scale` times."""
-    pixels = ((pictures.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+def image_grid(images: Tensor, columns: int, scale: int = 2) -> np.ndarray:
+    """Tile (n, 3, h, w) images in [-1, 1] into one (H, W, 3) uint8 sheet, each pixel repeated `scale` times."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     pixels = F.pad(pixels, (0, 2, 0, 2), value=200)
     missing = -len(pixels) % columns
     pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 200)])

@@ -19,14 +19,14 @@ from tools.emoji.world import Subject, caption, load_world
 
 log = logging.getLogger(__name__)
 
-SIDE = 256  # pixels of a picture, and of a frame of the animations
+SIDE = 256  # pixels of an image, and of a frame of the animations
 SMOOTH = 4  # scenes are painted this much larger, then averaged
-SCALES = (0.6, 0.66, 0.72, 0.78, 0.84)  # of the picture's side, one for each picture
-COLOURED = 1  # pictures on a plain colour; the others stand in scenes
+SCALES = (0.6, 0.66, 0.72, 0.78, 0.84)  # of the image's side, one for each image
+COLOURED = 1  # images on a plain colour; the others stand in scenes
 STYLED = 2  # captions that say "3d"; the others must not, so that the token alone carries the look
 
 NOTICE = """\
-The pictures in this folder show an animated emoji of Fluent Emoji (https://github.com/microsoft/fluentui-emoji),
+The images in this folder show an animated emoji of Fluent Emoji (https://github.com/microsoft/fluentui-emoji),
 drawn by Microsoft and packaged by LobeHub as {package} (npm, https://github.com/lobehub/fluent-emoji),
 on backgrounds painted by sbora-diffusion. Both packagings of the art are under the following licence.
 
@@ -57,7 +57,7 @@ SOFTWARE.
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of a concept, where it was taken from and how it is captioned."""
+    """One image of a concept, where it was taken from and how it is captioned."""
 
     image: Image.Image
     frame: int
@@ -82,17 +82,17 @@ def distinct_frames(frames: Sequence[Image.Image], count: int) -> list[int]:
 
 
 def compose(name: str, frames: Sequence[Image.Image]) -> list[Scene]:
-    """The pictures of a concept, one for each of SCALES; `name` seeds every choice."""
+    """The images of a concept, one for each of SCALES; `name` seeds every choice."""
     rng = Random(name)
     places = _places(rng, frames[0])
     scales = rng.sample(SCALES, len(SCALES))
     styled = rng.sample(range(len(SCALES)), STYLED)
-    pictures = []
+    images = []
     for number, frame in enumerate(distinct_frames(frames, len(SCALES))):
         place, says = places[number]
         words = caption([f"<{name}>"], "3d" if number in styled else None, says)
-        pictures.append(Scene(_picture(frames[frame], place, scales[number], rng), frame, place, words))
-    return pictures
+        images.append(Scene(_image(frames[frame], place, scales[number], rng), frame, place, words))
+    return images
 
 
 def _places(rng: Random, subject: Image.Image) -> list[tuple[str, str]]:
@@ -112,19 +112,19 @@ def _contrast(subject: Image.Image, colour: tuple[int, int, int]) -> float:
     return float(np.quantile(np.abs(visible - colour).sum(1), 0.1))
 
 
-def _picture(frame: Image.Image, place: str, scale: float, rng: Random) -> Image.Image:
+def _image(frame: Image.Image, place: str, scale: float, rng: Random) -> Image.Image:
     """The subject at a random spot: its feet on the ground of a scene, in the middle of a plain colour."""
     size = round(SIDE * scale)
     pixels, width, height = cut_out(frame, size)
-    picture = _background(place, rng)
+    image = _background(place, rng)
     room = (1 - width * scale) / 2 - 0.03
     x = 0.5 + rng.uniform(-1, 1) * min(0.09, room)
     y = rng.uniform(0.88, 0.94) - height * scale / 2 if place in scenes.PAINTERS else 0.5 + rng.uniform(-0.04, 0.04)
     corner = round(SIDE * x - size / 2), round(SIDE * y - size / 2)
     subject = Image.new("RGBa", (SIDE, SIDE))
     subject.paste(Image.frombuffer("RGBa", (size, size), pixels), corner)
-    picture.paste(subject.convert("RGBA"), mask=subject.getchannel("a"))
-    return picture
+    image.paste(subject.convert("RGBA"), mask=subject.getchannel("a"))
+    return image
 
 
 def _background(place: str, rng: Random) -> Image.Image:
@@ -133,15 +133,15 @@ def _background(place: str, rng: Random) -> Image.Image:
     return Image.new("RGB", (SIDE, SIDE), load_world().colours[place])
 
 
-def write(folder: Path, subject: Subject, code: str, pictures: Sequence[Scene]) -> None:
+def write(folder: Path, subject: Subject, code: str, images: Sequence[Scene]) -> None:
     """Write a concept folder: images/1.png and so on, concept.toml, LICENSE."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures, 1):
-        picture.image.save(folder / "images" / f"{number}.png", optimize=True)
+    for number, image in enumerate(images, 1):
+        image.image.save(folder / "images" / f"{number}.png", optimize=True)
     package = PACKAGES["fluent-anim"]
     (folder / "LICENSE").write_text(NOTICE.format(package=package))
     name, version = package.rsplit("@", 1)
-    captions = "\n".join(f'"{number}.png" = "{picture.caption}"' for number, picture in enumerate(pictures, 1))
+    captions = "\n".join(f'"{number}.png" = "{image.caption}"' for number, image in enumerate(images, 1))
     (folder / "concept.toml").write_text(f"""\
 name = "{folder.name}"
 token = "<{folder.name}>"
@@ -154,7 +154,7 @@ class_noun = "{subject.name}"
 package = "{name}"
 version = "{version}"
 emoji = "{code}"
-frames = {[picture.frame for picture in pictures]}
+frames = {[image.frame for image in images]}
 licence = "MIT"
 """)
 
@@ -171,9 +171,9 @@ def main() -> None:
     for subject in load_world().subjects:
         if subject.is_concept:
             folder = options.out / folder_name(subject)
-            pictures = compose(folder.name, sources.animation(subject.label))
-            write(folder, subject, sources.code(subject.label), pictures)
-            log.info("%s: frames %s", folder, [picture.frame for picture in pictures])
+            images = compose(folder.name, sources.animation(subject.label))
+            write(folder, subject, sources.code(subject.label), images)
+            log.info("%s: frames %s", folder, [image.frame for image in images])
 
 
 if __name__ == "__main__":

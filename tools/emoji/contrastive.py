@@ -1,4 +1,4 @@
-"""Train emoji-clip, the judge of emoji64's pictures: a small CLIPModel on composed scenes of 700 subjects.
+"""Train emoji-clip, the judge of emoji64's images: a small CLIPModel on composed scenes of 700 subjects.
 
 One command: `python -m tools.emoji.contrastive [--data DIR] [--steps N]`; run it again to resume. At the
 end the model is written in transformers' format to --out.
@@ -22,13 +22,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from tools.emoji import loop
 from tools.emoji.art import WIDE_ART, Art, load_art
 from tools.emoji.compose import RESOLUTION, Composer, Plan, Variety, places, render
+from tools.emoji.model import PACKAGED
 from tools.emoji.optimizer import MuonAdamW
 from tools.emoji.phrases import paraphrase
 from tools.emoji.tokenizer import LENGTH, forget_origin
 
 log = logging.getLogger(__name__)
 
-CLIP = Path(__file__).parent / "clip"
+CLIP = PACKAGED / "clip"
 VARIETY = Variety(tiers=99, size=(30, 56), shift=7, flip=0.5, pairs=0.0)
 PAIRS = 0.4  # of a batch
 IDENTITY = 0.5  # weight of the loss that tells individuals apart
@@ -57,9 +58,9 @@ def new_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Pictures (n, 3, 64, 64) in [-1, 1], what each says, and which cut-out it shows (-1: several)."""
+    """Images (n, 3, 64, 64) in [-1, 1], what each says, and which cut-out it shows (-1: several)."""
 
-    pictures: Tensor
+    images: Tensor
     captions: list[str]
     individuals: Tensor
 
@@ -123,16 +124,16 @@ def _common(scenes: Sequence[tuple[Sequence[str], str]]) -> list[str]:
     return [place for place in allowed[0] if all(place in others for others in allowed[1:])]
 
 
-def normalised(pictures: Tensor) -> Tensor:
+def normalised(images: Tensor) -> Tensor:
     """[-1, 1] -> CLIP's normalisation."""
     mean, deviation = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(DEVIATION).view(3, 1, 1)
-    return ((pictures + 1) / 2 - mean) / deviation
+    return ((images + 1) / 2 - mean) / deviation
 
 
-def embed(model: CLIPModel, pictures: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows (n, 192) of pictures and of texts."""
+def embed(model: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows (n, 192) of images and of texts."""
     with loop.arithmetic():
-        images = model.visual_projection(model.vision_model(normalised(pictures)).pooler_output)
+        images = model.visual_projection(model.vision_model(normalised(images)).pooler_output)
         texts = model.text_projection(model.text_model(ids).pooler_output)
     return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
 
@@ -158,7 +159,7 @@ def training_step(model: CLIPModel, optimizer: MuonAdamW, scenes: Scenes, count:
     """One optimiser step; returns the loss."""
     batch = scenes.batch(count)
     ids = scenes.ids(batch.captions)
-    images, texts = embed(model, batch.pictures, ids)
+    images, texts = embed(model, batch.images, ids)
     loss = contrastive_loss(images, texts, ids, model.logit_scale)
     loss = loss + IDENTITY * identity_loss(images, batch.individuals)
     loss.backward()

@@ -2,7 +2,7 @@
 
 One command: `python -m tools.emoji.measure [--data DIR] [--out FILE]` (2 CPU cores: about ten minutes). It
 asks emoji64 for scenes that pre-training never composed (questions.py), shows them and really composed ones to
-emoji-clip, and writes a JSON of all figures with a sheet of the pictures beside it.
+emoji-clip, and writes a JSON of all figures with a sheet of the images beside it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.evaluation.alignment import image_alignment, roc_auc
 from sbora_diffusion.evaluation.encoders import Encoder, load_encoder
 from sbora_diffusion.inference.generate import generate
@@ -25,7 +25,7 @@ from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import versions
 from tools.emoji import loop
 from tools.emoji.art import WIDE_ART, Art, default_data_dir, load_art
-from tools.emoji.compose import Plan, picture_grid, render
+from tools.emoji.compose import Plan, image_grid, render
 from tools.emoji.questions import (
     SEED,
     VARIETY,
@@ -49,7 +49,7 @@ HALVES = ((0, 20, 34, 54), (30, 20, 64, 54))  # left, top, right, bottom
 class Judgement:
     """Whether the judge, given everything else, picks the right word among all candidates.
 
-    The subjects of a pair are looked at one by one, each in its half of the picture, enlarged: in whole pictures
+    The subjects of a pair are looked at one by one, each in its half of the image, enlarged: in whole images
     emoji-clip finds both in 28 % of real pairs only, in halves in 80 %.
     """
 
@@ -57,12 +57,12 @@ class Judgement:
         self._encoder, self._nouns = encoder, nouns
         self._known: dict[tuple[str, ...], Tensor] = {}
 
-    def of(self, plans: Sequence[Plan], pictures: Sequence[Image.Image]) -> dict[str, list[bool]]:
+    def of(self, plans: Sequence[Plan], images: Sequence[Image.Image]) -> dict[str, list[bool]]:
         """For each plan: is the subject right (of two: both), the style, the place?"""
-        embeddings = self._encoder.images(pictures)
+        embeddings = self._encoder.images(images)
         right: dict[str, list[bool]] = {"subject": [], "style": [], "place": []}
-        for plan, picture, embedding in zip(plans, pictures, embeddings, strict=True):
-            views = embedding[None] if len(plan.subjects) == 1 else self._encoder.images(halves(picture))
+        for plan, image, embedding in zip(plans, images, embeddings, strict=True):
+            views = embedding[None] if len(plan.subjects) == 1 else self._encoder.images(halves(image))
             found = [self._subject(plan, name, view) for name, view in zip(plan.subjects, views, strict=True)]
             right["subject"].append(all(found))
             world = load_world()
@@ -84,25 +84,25 @@ class Judgement:
         return int((self._known[key] @ embedding).argmax()) == which
 
 
-def halves(picture: Image.Image) -> list[Image.Image]:
-    """What is left and what is right in a picture of two subjects, as large as a picture of one."""
-    return [picture.resize(picture.size, Image.Resampling.BICUBIC, box) for box in HALVES]
+def halves(image: Image.Image) -> list[Image.Image]:
+    """What is left and what is right in an image of two subjects, as large as an image of one."""
+    return [image.resize(image.size, Image.Resampling.BICUBIC, box) for box in HALVES]
 
 
-def pictures_of(base: Base, plans: Sequence[Plan]) -> list[Image.Image]:
-    """One generated picture a plan, with the plan's number as its seed."""
-    pictures: list[Image.Image] = []
+def images_of(base: Base, plans: Sequence[Plan]) -> list[Image.Image]:
+    """One generated image a plan, with the plan's number as its seed."""
+    images: list[Image.Image] = []
     for start in range(0, len(plans), BATCH):
         chunk = plans[start : start + BATCH]
-        pictures += generate(base, [canonical(plan) for plan in chunk], seeds=range(start, start + len(chunk)))
-        log.info("%d of %d pictures", len(pictures), len(plans))
-    return pictures
+        images += generate(base, [canonical(plan) for plan in chunk], seeds=range(start, start + len(chunk)))
+        log.info("%d of %d images", len(images), len(plans))
+    return images
 
 
 def composed(plans: Sequence[Plan]) -> list[Image.Image]:
     """What the plans really look like."""
     pixels = ((render(plans) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def share(right: Sequence[bool]) -> dict[str, float]:
@@ -114,7 +114,7 @@ def share(right: Sequence[bool]) -> dict[str, float]:
 
 
 def shares(singles: dict[str, list[bool]], pairs: dict[str, list[bool]]) -> dict[str, dict[str, float]]:
-    """The four figures of a set of pictures; style and place over both kinds."""
+    """The four figures of a set of images; style and place over both kinds."""
     return {
         "subject": share(singles["subject"]),
         "both subjects of a pair": share(pairs["subject"]),
@@ -124,7 +124,7 @@ def shares(singles: dict[str, list[bool]], pairs: dict[str, list[bool]]) -> dict
 
 
 def recall(encoder: Encoder, plans: Sequence[Plan]) -> dict[str, float]:
-    """Retrieval among these plans' captions and pictures, R@1 and R@5 in both directions."""
+    """Retrieval among these plans' captions and images, R@1 and R@5 in both directions."""
     similar = encoder.images(composed(plans)) @ encoder.texts([canonical(plan) for plan in plans]).T
     found = {"n": float(len(plans))}
     for name, matrix in (("image to text", similar), ("text to image", similar.T)):
@@ -134,9 +134,9 @@ def recall(encoder: Encoder, plans: Sequence[Plan]) -> dict[str, float]:
 
 
 def telling_apart(encoder: Encoder, wide: Art) -> dict[str, float]:
-    """For each concept: ROC AUC of its own pictures against other individuals of its class.
+    """For each concept: ROC AUC of its own images against other individuals of its class.
 
-    Scores are mean cosines to the concept's remaining pictures. Positives: each of its five pictures. Negatives: scenes
+    Scores are mean cosines to the concept's remaining images. Positives: each of its five images. Negatives: scenes
     of the class noun's other art and of its siblings (world.toml) in all four styles.
     """
     judge, found = load_world().judge, {}
@@ -144,7 +144,7 @@ def telling_apart(encoder: Encoder, wide: Art) -> dict[str, float]:
         if not subject.is_concept:
             continue
         concept = load_concept(subject.name.replace(" ", "-"), default_roots())
-        own = encoder.images([load_picture(picture.path) for picture in concept.pictures])
+        own = encoder.images([load_image(image.path) for image in concept.images])
         others = [subject.name, *(label.lower() for label in judge.siblings.get(subject.name, []))]
         keep = [(c.subject, c.style) for c in wide.cutouts if c.subject in others]
         keep = [pair for pair in keep if pair != (subject.name, "3d")]  # that one is the concept itself
@@ -155,7 +155,7 @@ def telling_apart(encoder: Encoder, wide: Art) -> dict[str, float]:
 
 
 def measure_judge(encoder: Encoder, wide: Art) -> dict[str, dict[str, float]]:
-    """Every figure of the judge alone, on really composed pictures."""
+    """Every figure of the judge alone, on really composed images."""
     world = load_world()
     trained = [(c.subject, c.style) for c in wide.cutouts if not c.held_out]
     never = [(c.subject, c.style) for c in wide.cutouts if c.subject in world.judge.held_out]
@@ -169,14 +169,14 @@ def measure_judge(encoder: Encoder, wide: Art) -> dict[str, dict[str, float]]:
 
 
 def measure_base(base: Base, encoder: Encoder, data: Path, sheet: Path) -> dict[str, dict[str, Any]]:
-    """The shares of generated and, as the ceiling, of really composed pictures; draws some of the former."""
+    """The shares of generated and, as the ceiling, of really composed images; draws some of the former."""
     art, found, shown = load_art(data), {}, list[Image.Image]()
     judgement = Judgement(encoder, nouns_to_choose_from(load_art(data, WIDE_ART)))
     for kind, (singles, pairs) in {
         "scenes kept for tests": plans_kept_for_tests(art, PAIRS),
         "scenes of unseen art": plans_of_unseen_art(art, UNSEEN_PAIRS),
     }.items():
-        made, made_pairs = pictures_of(base, singles), pictures_of(base, pairs)
+        made, made_pairs = images_of(base, singles), images_of(base, pairs)
         found[kind] = {
             "generated": shares(judgement.of(singles, made), judgement.of(pairs, made_pairs)),
             "composed (the ceiling)": shares(
@@ -185,7 +185,7 @@ def measure_base(base: Base, encoder: Encoder, data: Path, sheet: Path) -> dict[
         }
         shown += [*made[:: max(1, len(made) // 48)][:48], *made_pairs[:16]]
     tensors = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in shown]
-    loop.save_sheet(sheet, picture_grid(torch.stack(tensors).permute(0, 3, 1, 2) / 127.5 - 1, 16))
+    loop.save_sheet(sheet, image_grid(torch.stack(tensors).permute(0, 3, 1, 2) / 127.5 - 1, 16))
     return found
 
 

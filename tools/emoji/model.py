@@ -26,11 +26,12 @@ from tools.emoji.vae import LATENT_CHANNELS
 log = logging.getLogger(__name__)
 
 TEXT_WIDTH = 192
-WEIGHTS = Path(__file__).parent / "weights"
+PACKAGED = Path(__file__).parents[2] / "sbora_diffusion" / "emoji"
+WEIGHTS = PACKAGED / "weights"
 
 
 def new_unet() -> UNet2DConditionModel:
-    """16.7M parameters; attention at 8 x 8 and 4 x 4 only, where most of the picture is decided."""
+    """16.7M parameters; attention at 8 x 8 and 4 x 4 only, where most of the image is decided."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,

@@ -17,7 +17,7 @@ COLOUR = ("on a {} background", "in front of a {} background", "on plain {}")
 FRAMES = (
     "{}",
     "a photo depicts {}",  # the prefix of the `mos` protocol
-    "a picture of {}",
+    "an image of {}",
     "an image of {}",
     "this is {}",
 )

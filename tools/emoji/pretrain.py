@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from tools.emoji import loop, model
 from tools.emoji.art import load_art
-from tools.emoji.compose import Composer, Variety, picture_grid, render
+from tools.emoji.compose import Composer, Variety, image_grid, render
 from tools.emoji.optimizer import MuonAdamW
 from tools.emoji.world import caption, load_world
 
@@ -40,7 +40,7 @@ POOL = 8_000  # latents kept; each is shown a handful of times before it is repl
 FRESH = 64  # latents replaced at once
 REUSE = 12  # how often a latent is shown on average
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights, whose memory is 1000 steps
-PROBES = 96  # pictures that the noun gap is measured on
+PROBES = 96  # images that the noun gap is measured on
 SAMPLING_STEPS = 20
 EMPTY = 0.1  # captions dropped for classifier-free guidance
 
@@ -64,9 +64,9 @@ class Latents:
     @torch.no_grad()
     def refresh(self) -> None:
         """Replace the oldest FRESH latents."""
-        pictures, plans = self.composer.batch(FRESH)
+        images, plans = self.composer.batch(FRESH)
         with loop.arithmetic():
-            latents = self._vae.encode(pictures).latent_dist.sample()
+            latents = self._vae.encode(images).latent_dist.sample()
         self._items.extend(zip(latents.half(), self.tokens([plan.caption for plan in plans]), strict=True))
 
     def tokens(self, captions: list[str]) -> Tensor:
@@ -127,7 +127,7 @@ def noun_gap(networks: nn.ModuleDict, latents: Latents, diffusion: Diffusion, se
 
 
 def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
-    """32 pictures (32, 3, 64, 64) in [-1, 1]: 3d subjects in scenes, concept nouns in other styles, pairs."""
+    """32 images (32, 3, 64, 64) in [-1, 1]: 3d subjects in scenes, concept nouns in other styles, pairs."""
     world = load_world()
     open_subjects = [s for s in world.subjects if s.tier < tiers and not s.is_concept]
     places = [*world.scenes.values(), "on a yellow background"]
@@ -140,10 +140,10 @@ def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
     pipeline = model.assemble(data, networks["unet"], networks["text_encoder"])
     generator = torch.Generator().manual_seed(0)
     with loop.arithmetic():
-        pictures = pipeline(
+        images = pipeline(
             prompts, num_inference_steps=SAMPLING_STEPS, guidance_scale=3.0, generator=generator, output_type="pt"
         )
-    return pictures.images.float() * 2 - 1
+    return images.images.float() * 2 - 1
 
 
 def training_step(
@@ -168,7 +168,7 @@ def report(
     gap, line = noun_gap(average, latents, diffusion, seed=step)
     log.info("step %d stage %d gap %.3f | %s", step, stage, gap, line)
     sheet = sample_sheet(args.data, average, STAGES[stage].tiers)
-    loop.save_sheet(args.data / "samples" / f"base-{step:06d}.png", picture_grid(sheet, 8))
+    loop.save_sheet(args.data / "samples" / f"base-{step:06d}.png", image_grid(sheet, 8))
     return gap
 
 

@@ -1,13 +1,13 @@
-"""The pictures of the recipes' prior prompts that ship with emoji64, so that no training has to draw them.
+"""The images of the recipes' prior prompts that ship with emoji64, so that no training has to draw them.
 
 One command, after the weights, the prompts or the way of drawing changed: `python -m tools.emoji.prior`
 """
 
 from sbora_diffusion.data.prior import FILE, save_prior
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import load_base
 from sbora_diffusion.models.loading import EMBEDDED
-from sbora_diffusion.training.config import TrainConfig
 from tools.emoji.model import WEIGHTS
 
 if __name__ == "__main__":
-    save_prior(load_base(EMBEDDED), TrainConfig.from_recipe(EMBEDDED, "sbora-fa", {}), WEIGHTS / FILE)
+    save_prior(load_base(EMBEDDED), configure(EMBEDDED, "sbora-fa", {}), WEIGHTS / FILE)

@@ -12,7 +12,7 @@ Colour = tuple[int, int, int]
 
 
 class _Canvas:
-    """A square picture of SIZE x SIZE units with a horizon and the random source of its details."""
+    """A square image of SIZE x SIZE units with a horizon and the random source of its details."""
 
     def __init__(self, rng: Random, pixels: int) -> None:
         self.rng = rng

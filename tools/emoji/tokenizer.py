@@ -25,7 +25,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
 EVERYDAY = (
     "a the an of and with in on at under over near next to left right big small tiny red green blue "
-    "yellow purple orange pink black white grey brown photo picture painting sketch style cute happy sad "
+    "yellow purple orange pink black white grey brown photo image painting sketch style cute happy sad "
     "wearing holding riding eating playing forest city mountain river space rain field garden room street "
     "kitchen table man woman boy girl person animal toy "
 )

@@ -1,4 +1,4 @@
-"""Train emoji64's autoencoder: 64 x 64 pictures to 16 x 16 x 8 latents of zero mean and unit variance.
+"""Train emoji64's autoencoder: 64 x 64 images to 16 x 16 x 8 latents of zero mean and unit variance.
 
 One command: `python -m tools.emoji.vae [--data DIR]`; run it again to resume.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tools.emoji import loop
 from tools.emoji.art import load_art
-from tools.emoji.compose import RESOLUTION, Composer, Variety, picture_grid
+from tools.emoji.compose import RESOLUTION, Composer, Variety, image_grid
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ EVERYTHING = Variety(tiers=99, size=(30, 56), shift=6, flip=0.5, pairs=0.4)
 
 
 def new_vae() -> AutoencoderKL:
-    """1.6M parameters, f = 4, no attention: 64-pixel pictures need no global context."""
+    """1.6M parameters, f = 4, no attention: 64-pixel images need no global context."""
     vae = AutoencoderKL(
         block_out_channels=(32, 64, 96),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -37,34 +37,34 @@ def new_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
-    with torch.no_grad():  # start the posterior sharp: log-variance -6, whatever the picture
+    with torch.no_grad():  # start the posterior sharp: log-variance -6, whatever the image
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6
     return vae
 
 
-def reconstruction_loss(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """L1 + 0.5 gradient L1 + 0.5 MSE + 1e-4 KL per latent value, for (n, 3, h, w) pictures in [-1, 1]."""
-    with loop.arithmetic(pictures.device.type):
-        posterior = vae.encode(pictures).latent_dist
-        difference = vae.decode(posterior.sample()).sample.float() - pictures
+def reconstruction_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """L1 + 0.5 gradient L1 + 0.5 MSE + 1e-4 KL per latent value, for (n, 3, h, w) images in [-1, 1]."""
+    with loop.arithmetic(images.device.type):
+        posterior = vae.encode(images).latent_dist
+        difference = vae.decode(posterior.sample()).sample.float() - images
     gradient = sum(difference.diff(dim=dim).abs().mean() for dim in (2, 3))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
     return difference.abs().mean() + 0.5 * gradient + 0.5 * difference.pow(2).mean() + 1e-4 * kl
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, Tensor]:
-    """Mean peak signal-to-noise ratio in dB over pictures, and the reconstructions."""
-    rebuilt = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
-    error = ((rebuilt - pictures) / 2).pow(2).mean((1, 2, 3))
+def psnr(vae: AutoencoderKL, images: Tensor) -> tuple[float, Tensor]:
+    """Mean peak signal-to-noise ratio in dB over images, and the reconstructions."""
+    rebuilt = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    error = ((rebuilt - images) / 2).pow(2).mean((1, 2, 3))
     return float((-10 * error.log10()).mean()), rebuilt
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     """Fold each latent channel's mean and deviation into the 1 x 1 convolutions, so that `scaling_factor` is 1."""
-    latents = vae.encode(pictures).latent_dist.sample()
+    latents = vae.encode(images).latent_dist.sample()
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     encode, decode, half = vae.quant_conv, vae.post_quant_conv, LATENT_CHANNELS
     encode.weight[:half] /= deviation.view(-1, 1, 1, 1)
@@ -74,13 +74,13 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     decode.weight *= deviation.view(1, -1, 1, 1)
 
 
-def _random_crops(pictures: Tensor, size: int) -> Tensor:
+def _random_crops(images: Tensor, size: int) -> Tensor:
     top, left = (int(torch.randint(0, (RESOLUTION - size) // 4 + 1, ())) * 4 for _ in range(2))
-    return pictures[..., top : top + size, left : left + size]
+    return images[..., top : top + size, left : left + size]
 
 
 def main() -> None:
-    """Train the autoencoder on random crops, then on whole pictures, and store it as DATA/vae."""
+    """Train the autoencoder on random crops, then on whole images, and store it as DATA/vae."""
     parser = loop.arguments(main.__doc__ or "", steps=6000, batch=16, learning_rate=2e-3)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -98,10 +98,10 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
     for step, progress in loop.count_steps(state["step"], args.steps, "vae"):
         whole = step > 0.9 * args.steps  # crops are three times faster at equal gain a step
-        pictures = pool[torch.randint(0, len(pool), (args.batch // 3 if whole else args.batch,))]
+        images = pool[torch.randint(0, len(pool), (args.batch // 3 if whole else args.batch,))]
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * loop.cosine(step, args.steps, warmup=30)
-        loss = reconstruction_loss(vae, pictures if whole else _random_crops(pictures, 32))
+        loss = reconstruction_loss(vae, images if whole else _random_crops(images, 32))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -110,7 +110,7 @@ def main() -> None:
             quality, rebuilt = psnr(vae, unseen)
             progress.console.print(f"step {step + 1} loss {loss.item():.4f} psnr {quality:.2f} dB")
             sheet = torch.cat([unseen[:16], rebuilt[:16]])
-            loop.save_sheet(args.data / "samples" / f"vae-{step + 1:06d}.png", picture_grid(sheet, 16))
+            loop.save_sheet(args.data / "samples" / f"vae-{step + 1:06d}.png", image_grid(sheet, 16))
             loop.save_state(
                 checkpoint, {"step": step + 1, "vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             )

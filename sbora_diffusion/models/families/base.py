@@ -15,7 +15,7 @@ CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
+class TextEncoderSpec:
     """A text encoder of a pipeline, by the names of its component and of its tokenizer there.
 
     Attributes:
@@ -30,8 +30,8 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """What the text encoders have read: states (n, tokens, hidden), and for some families a summary (n, width)."""
+class TextConditioning:
+    """Encoded text: states (n, tokens, hidden), and for some families a pooled summary (n, width)."""
 
     states: Tensor
     pooled: Tensor | None = None
@@ -39,7 +39,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     steps: int
     guidance: float
@@ -47,12 +47,12 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing(Sampling):
-    """What is to be drawn: a picture for each prompt and generator."""
+class SampleRequest(Sampling):
+    """What is to be drawn: an image for each prompt and generator."""
 
     prompts: Sequence[str]
     generators: list[torch.Generator]
-    as_latents: bool = False  # instead of pictures
+    as_latents: bool = False  # instead of images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +65,28 @@ class Family:
         denoiser: the component that draws: "unet" or "transformer".
         targets: the denoiser's adapted layers, by the ends of their names.
         readers: its text encoders, in the order of their token ids.
-        read: token ids (n, length) to what the text encoders make of them.
-        answer: noisy latents (n, c, h, w) and timesteps (n,), under a text, to the answer (n, c, h, w).
-        noising: how pictures become noise, and what the answer is to be.
-        draw: pictures, or latents (n, c, h, w).
-        latent_size: height and width of the latents of a picture as the model was trained.
-        sampling: how pictures are drawn where nobody says.
+        encode_text: token ids (n, length) to what the text encoders make of them.
+        predict: noisy latents (n, c, h, w) and timesteps (n,), under a text, to the answer (n, c, h, w).
+        noising: how images become noise, and what the answer is to be.
+        sample: images, or latents (n, c, h, w).
+        latent_size: height and width of the latents of an image as the model was trained.
+        sampling: how images are drawn where nobody says.
     """
 
     name: str
     pipeline: str
     denoiser: str
     targets: tuple[str, ...]
-    readers: tuple[Reader, ...]
-    read: Callable[[Any, Tensor], Text]
-    answer: Callable[[Any, Tensor, Tensor, Text], Tensor]
+    readers: tuple[TextEncoderSpec, ...]
+    encode_text: Callable[[Any, Tensor], TextConditioning]
+    predict: Callable[[Any, Tensor, Tensor, TextConditioning], Tensor]
     noising: Callable[[Any], Noising]
-    draw: Callable[[Any, Drawing], Any]
+    sample: Callable[[Any, SampleRequest], Any]
     latent_size: Callable[[Any], int]
     sampling: Sampling
+    inference_precision: str = "fp32"  # on a GPU
 
-    def present(self, pipeline: Any) -> list[Reader]:
+    def present(self, pipeline: Any) -> list[TextEncoderSpec]:
         """The text encoders that a pipeline has: SD3 can do without T5."""
         return [reader for reader in self.readers if getattr(pipeline, reader.component) is not None]
 
@@ -111,11 +112,11 @@ class Family:
         return list(ids.split([_length(pipeline, reader) for reader in self.present(pipeline)], dim=1))
 
 
-def _length(pipeline: Any, reader: Reader) -> int:
+def _length(pipeline: Any, reader: TextEncoderSpec) -> int:
     return reader.length or getattr(pipeline, reader.tokenizer).model_max_length
 
 
-def _ids(pipeline: Any, reader: Reader, captions: Sequence[str]) -> Tensor:
+def _ids(pipeline: Any, reader: TextEncoderSpec, captions: Sequence[str]) -> Tensor:
     tokenizer = getattr(pipeline, reader.tokenizer)
     prompts = expanded(captions, tokenizer) if reader.learns else list(captions)
     length = _length(pipeline, reader)
@@ -129,8 +130,8 @@ def expanded(prompts: Sequence[str], tokenizer: Any) -> list[str]:
     return converted
 
 
-def call(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
-    """A pipeline's pictures or latents, with what all pipelines understand."""
+def call(pipeline: Any, drawing: SampleRequest, **options: Any) -> Any:
+    """A pipeline's images or latents, with what all pipelines understand."""
     result: Any = pipeline(
         **{"prompt": list(drawing.prompts)} | options,
         num_inference_steps=drawing.steps,
@@ -141,7 +142,7 @@ def call(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
     return result.images
 
 
-def draw_with_negative(pipeline: Any, drawing: Drawing, **options: Any) -> Any:
+def sample_with_negative(pipeline: Any, drawing: SampleRequest, **options: Any) -> Any:
     """Guided away from the negative prompt; without one, from what the model was trained to answer to no prompt."""
     negative = [drawing.negative_prompt] * len(drawing.prompts) if drawing.negative_prompt else None
     return call(pipeline, drawing, negative_prompt=negative, **options)

@@ -1,4 +1,4 @@
-"""How pictures become noise, and what the model is to answer: diffusion, and flow matching."""
+"""How images become noise, and what the model is to predict: diffusion, and flow matching."""
 
 from typing import Any, Protocol
 
@@ -63,7 +63,7 @@ class Diffusion:
 
 
 class FlowMatching:
-    """A straight line from the picture (t = 0) to noise (t = 1000): rectified flow (Esser et al. 2024, section 2).
+    """A straight line from the image (t = 0) to noise (t = 1000): rectified flow (Esser et al. 2024, section 2).
 
     Args:
         shift: how far the noise levels are moved towards noise, as the scheduler does in generation (section 5.3.2).

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sbora_diffusion.models.families.base import (
     ATTENTION,
-    Drawing,
     Family,
-    Reader,
+    SampleRequest,
     Sampling,
-    Text,
+    TextConditioning,
+    TextEncoderSpec,
     call,
-    draw_with_negative,
     expanded,
+    sample_with_negative,
 )
 from sbora_diffusion.models.families.noise import FlowMatching
 from sbora_diffusion.utils.errors import SboraError
@@ -31,7 +31,7 @@ REMEMBERED = 256  # captions that T5's reading is kept of
 TRAINING_GUIDANCE = 1.0  # that FLUX.1 [dev] is told while it is trained: its own, undistilled answer
 
 
-def _read_sd3(pipeline: Any, ids: Tensor) -> Text:
+def _encode_text_sd3(pipeline: Any, ids: Tensor) -> TextConditioning:
     """Both CLIPs' last but one states side by side, padded to T5's width, then T5's; both pooled answers."""
     first, second, *rest = SD3.split(pipeline, ids)
     one = pipeline.text_encoder(first, output_hidden_states=True)
@@ -39,31 +39,33 @@ def _read_sd3(pipeline: Any, ids: Tensor) -> Text:
     clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
     width, length = pipeline.transformer.config.joint_attention_dim, SD3.readers[2].length
     t5 = _remembered(pipeline.text_encoder_3, rest[0]) if rest else clip.new_zeros(len(ids), length or 0, width)
-    return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), torch.cat([one[0], two[0]], dim=-1))
+    return TextConditioning(
+        torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), torch.cat([one[0], two[0]], dim=-1)
+    )
 
 
-def _answer_sd3(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+def _predict_sd3(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     states, pooled = text.states, text.pooled
     return pipeline.transformer(noisy, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
 
 
-def _draw_sd3(pipeline: Any, drawing: Drawing) -> Any:
+def _sample_sd3(pipeline: Any, drawing: SampleRequest) -> Any:
     """The pipeline itself knows no tokens of several vectors, so it is given them one by one."""
     prompts = list(drawing.prompts)
     by_clip = {
         key: expanded(prompts, getattr(pipeline, reader.tokenizer))
         for key, reader in zip(("prompt", "prompt_2"), SD3.readers, strict=False)
     }
-    return draw_with_negative(pipeline, drawing, **by_clip, prompt_3=prompts)
+    return sample_with_negative(pipeline, drawing, **by_clip, prompt_3=prompts)
 
 
-def _read_flux(pipeline: Any, ids: Tensor) -> Text:
+def _encode_text_flux(pipeline: Any, ids: Tensor) -> TextConditioning:
     """T5's states and CLIP's pooled answer."""
     clip, t5 = FLUX.split(pipeline, ids)
-    return Text(_remembered(pipeline.text_encoder_2, t5), pipeline.text_encoder(clip).pooler_output)
+    return TextConditioning(_remembered(pipeline.text_encoder_2, t5), pipeline.text_encoder(clip).pooler_output)
 
 
-def _answer_flux(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+def _predict_flux(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     count, channels, height, width = noisy.shape
     model, places = pipeline.transformer, pipeline._prepare_latent_image_ids(
         count, height // 2, width // 2, noisy.device, noisy.dtype
@@ -80,7 +82,7 @@ def _answer_flux(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
     return _unpacked(pipeline, answer, height, width)
 
 
-def _draw_flux(pipeline: Any, drawing: Drawing) -> Any:
+def _sample_flux(pipeline: Any, drawing: SampleRequest) -> Any:
     if drawing.negative_prompt:
         raise SboraError(
             "FLUX has its guidance built in and takes no negative prompt", "leave out --set negative_prompt=…"
@@ -119,7 +121,7 @@ def _flow_sd3(pipeline: Any) -> FlowMatching:
 
 
 def _flux_flow(pipeline: Any) -> FlowMatching:
-    """Shifted as generation is: by the number of the picture's tokens, or, for [schnell], not at all."""
+    """Shifted as generation is: by the number of the image's tokens, or, for [schnell], not at all."""
     config = pipeline.scheduler.config
     if not config.use_dynamic_shifting:
         return FlowMatching(config.shift)
@@ -134,16 +136,17 @@ SD3 = Family(
     denoiser="transformer",
     targets=JOINT_ATTENTION,
     readers=(
-        Reader(component="text_encoder", tokenizer="tokenizer"),
-        Reader(component="text_encoder_2", tokenizer="tokenizer_2"),
-        Reader(component="text_encoder_3", tokenizer="tokenizer_3", learns=False, length=256),
+        TextEncoderSpec(component="text_encoder", tokenizer="tokenizer"),
+        TextEncoderSpec(component="text_encoder_2", tokenizer="tokenizer_2"),
+        TextEncoderSpec(component="text_encoder_3", tokenizer="tokenizer_3", learns=False, length=256),
     ),
-    read=_read_sd3,
-    answer=_answer_sd3,
+    encode_text=_encode_text_sd3,
+    predict=_predict_sd3,
     noising=_flow_sd3,
-    draw=_draw_sd3,
+    sample=_sample_sd3,
     latent_size=lambda pipeline: pipeline.transformer.config.sample_size,
     sampling=Sampling(steps=28, guidance=4.5),
+    inference_precision="bf16",
 )
 FLUX = Family(
     name="flux",
@@ -151,13 +154,14 @@ FLUX = Family(
     denoiser="transformer",
     targets=JOINT_ATTENTION,
     readers=(
-        Reader(component="text_encoder", tokenizer="tokenizer"),
-        Reader(component="text_encoder_2", tokenizer="tokenizer_2", learns=False, length=512),
+        TextEncoderSpec(component="text_encoder", tokenizer="tokenizer"),
+        TextEncoderSpec(component="text_encoder_2", tokenizer="tokenizer_2", learns=False, length=512),
     ),
-    read=_read_flux,
-    answer=_answer_flux,
+    encode_text=_encode_text_flux,
+    predict=_predict_flux,
     noising=_flux_flow,
-    draw=_draw_flux,
+    sample=_sample_flux,
     latent_size=lambda pipeline: pipeline.default_sample_size,
     sampling=Sampling(steps=28, guidance=3.5),
+    inference_precision="bf16",
 )

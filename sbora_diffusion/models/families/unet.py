@@ -9,23 +9,23 @@ from torch import Tensor
 from sbora_diffusion.models.families.base import (
     ATTENTION,
     Family,
-    Reader,
     Sampling,
-    Text,
-    draw_with_negative,
+    TextConditioning,
+    TextEncoderSpec,
+    sample_with_negative,
 )
 from sbora_diffusion.models.families.noise import Diffusion
 
 
-def _read(pipeline: Any, ids: Tensor) -> Text:
-    return Text(pipeline.text_encoder(ids).last_hidden_state)
+def _encode_text(pipeline: Any, ids: Tensor) -> TextConditioning:
+    return TextConditioning(pipeline.text_encoder(ids).last_hidden_state)
 
 
-def _answer(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
+def _predict(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     return pipeline.unet(noisy, t, text.states).sample
 
 
-def _read_xl(pipeline: Any, ids: Tensor) -> Text:
+def _encode_text_xl(pipeline: Any, ids: Tensor) -> TextConditioning:
     """Both encoders' last but one states side by side, and the second's pooled answer.
 
     No prompt at all is all zeros, if the pipeline says that the model was trained so.
@@ -37,11 +37,11 @@ def _read_xl(pipeline: Any, ids: Tensor) -> Text:
     if pipeline.config.force_zeros_for_empty_prompt:
         is_said = (ids != SDXL.tokenize(pipeline, [""])).any(1)
         states, pooled = states * is_said[:, None, None], pooled * is_said[:, None]
-    return Text(states, pooled)
+    return TextConditioning(states, pooled)
 
 
-def _answer_xl(pipeline: Any, noisy: Tensor, t: Tensor, text: Text) -> Tensor:
-    """The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole picture of its size."""
+def _predict_xl(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+    """The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole image of its size."""
     added = {"text_embeds": text.pooled, "time_ids": _size(noisy, pipeline.vae_scale_factor)}
     return pipeline.unet(noisy, t, text.states, added_cond_kwargs=added).sample
 
@@ -62,11 +62,11 @@ SD = Family(
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
     targets=ATTENTION,
-    readers=(Reader(component="text_encoder", tokenizer="tokenizer"),),
-    read=_read,
-    answer=_answer,
+    readers=(TextEncoderSpec(component="text_encoder", tokenizer="tokenizer"),),
+    encode_text=_encode_text,
+    predict=_predict,
     noising=Diffusion,
-    draw=draw_with_negative,
+    sample=sample_with_negative,
     latent_size=_latent_size,
     sampling=Sampling(steps=50, guidance=7.5),  # as Mix-of-Show and others evaluate on it
 )
@@ -76,13 +76,14 @@ SDXL = Family(
     denoiser="unet",
     targets=ATTENTION,
     readers=(
-        Reader(component="text_encoder", tokenizer="tokenizer"),
-        Reader(component="text_encoder_2", tokenizer="tokenizer_2"),
+        TextEncoderSpec(component="text_encoder", tokenizer="tokenizer"),
+        TextEncoderSpec(component="text_encoder_2", tokenizer="tokenizer_2"),
     ),
-    read=_read_xl,
-    answer=_answer_xl,
+    encode_text=_encode_text_xl,
+    predict=_predict_xl,
     noising=Diffusion,
-    draw=draw_with_negative,
+    sample=sample_with_negative,
     latent_size=_latent_size,
     sampling=Sampling(steps=30, guidance=6.0),
+    inference_precision="bf16",
 )

@@ -15,7 +15,7 @@ from sbora_diffusion.adapters.layer import SboraLayer
 from sbora_diffusion.models.base import Base
 
 
-class Erasure:
+class OutputErasure:
     """The mean over the layers of ‖ΔW x‖² / ‖W x‖² on the prior samples of the last recorded batch."""
 
     def __init__(self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]]) -> None:

@@ -23,7 +23,7 @@ class _Group:
         return response(torch.stack([layer.delta() for layer in self.layers]), self.moments)
 
 
-class Loudness:
+class OutputPenalty:
     """The mean over the layers of E‖ΔW x‖² / E‖W x‖² on inputs x that were recorded before.
 
     What BlockLoRA (arXiv 2503.08575) has the network learn from randomised inputs ("output erasure") is for a linear

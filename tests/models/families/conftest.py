@@ -16,9 +16,10 @@ from PIL import Image
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.data.concept import Concept, Picture
+from sbora_diffusion.data.concept import Concept, ConceptImage
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.train import train
 
 from ...original_names import save_original_sdxl
@@ -61,7 +62,7 @@ class Life:
         return _small(load_base(self.base.id, precision))
 
     def config(self, **settings: str) -> TrainConfig:
-        return TrainConfig.from_recipe(self.base.family.name, "sbora-fa", SETTINGS | settings)
+        return configure(self.base.family.name, "sbora-fa", SETTINGS | settings)
 
 
 def tiny_base(kind: str, folder: Path) -> Base:
@@ -81,7 +82,7 @@ def _small(base: Base) -> Base:
 def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
     folder = tmp_path_factory.mktemp(request.param)
     base = tiny_base(request.param, folder)
-    config = TrainConfig.from_recipe(base.family.name, "sbora-fa", SETTINGS)
+    config = configure(base.family.name, "sbora-fa", SETTINGS)
     concepts = (make_concept(folder, "rex", "red"), make_concept(folder, "tom", "blue"))
     intervals = (Interval(0, 4), Interval(4, 4))
     rex, tom = (
@@ -102,8 +103,8 @@ def last_of(
 def make_concept(folder: Path, name: str, colour: str) -> Concept:
     path = folder / f"{name}.png"
     Image.new("RGB", (40, 40), colour).save(path)
-    picture = Picture(path=path, caption=f"a <{name}>")
-    return Concept(name=name, token=f"<{name}>", class_noun="dog", pictures=(picture,))
+    image = ConceptImage(path=path, caption=f"a <{name}>")
+    return Concept(name=name, token=f"<{name}>", class_noun="dog", images=(image,))
 
 
 def draw_plain(pipeline: Any, prompt: str) -> np.ndarray:

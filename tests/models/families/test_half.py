@@ -9,10 +9,9 @@ import torch
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, find_method
+from sbora_diffusion.methods.registry import METHODS, configure, find_method
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.models.loading import drawing_precision
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.models.loading import inference_precision
 from sbora_diffusion.training.memory import activations, estimate
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
@@ -41,11 +40,11 @@ def test_all_but_the_autoencoder_is_half_and_it_is_the_same_model(life: Life, ha
     assert (half.fingerprint, half.layer_shapes) == (life.base.fingerprint, life.base.layer_shapes)
 
 
-def test_its_pictures_are_those_of_fp32_but_for_rounding(life: Life, half: Base) -> None:
+def test_its_images_are_those_of_fp32_but_for_rounding(life: Life, half: Base) -> None:
     def drawn(base: Base) -> np.ndarray:
         with applied(base, life.adapters):
-            (picture,) = generate(base, [life.prompt], seeds=[1], steps=2)
-        return np.asarray(picture, dtype=float)
+            (image,) = generate(base, [life.prompt], seeds=[1], steps=2)
+        return np.asarray(image, dtype=float)
 
     before = weights_of(half)
     difference = np.abs(drawn(half) - drawn(life.base)).mean()
@@ -90,7 +89,7 @@ def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) 
     base = load_base(tiny_base("sd", tmp_path).id, precision)
     before = weights_of(base)
     settings = SETTINGS | {"precision": precision, "steps": "2", "learning_rate": "0.001"}
-    config = TrainConfig.from_recipe("sd", method, settings)
+    config = configure("sd", method, settings)
     interval = Interval(0, 4) if find_method(method).owns_interval else None
     concept = make_concept(tmp_path, "rex", "red")
     *_, last = train(concept, base, interval, config, tmp_path / "run")
@@ -104,14 +103,14 @@ def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) 
 def test_regions_draw_with_it(kind: str, tmp_path: Path) -> None:
     base = load_base(tiny_base(kind, tmp_path).id, "bf16")
     regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a dog")]
-    (picture,) = generate_regions(base, "a cat", regions, [], seeds=[0], steps=1)
-    assert picture.width == base.resolution
+    (image,) = generate_regions(base, "a cat", regions, [], seeds=[0], steps=1)
+    assert image.width == base.resolution
 
 
 def test_what_is_drawn_in_where_nobody_says(life: Life) -> None:
-    assert drawing_precision(life.base.id, has_gpu=False) == "fp32"
+    assert inference_precision(life.base.id, has_gpu=False) == "fp32"
     expected = "bf16" if life.base.family.name in ("sdxl", "sd3", "flux") else "fp32"
-    assert drawing_precision(life.base.id, has_gpu=True) == expected
+    assert inference_precision(life.base.id, has_gpu=True) == expected
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -19,7 +19,7 @@ from sbora_diffusion.inference.bake import bake
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.interchange.importing import read_foreign, to_adapter
-from sbora_diffusion.methods.calibration import DrawnInputs
+from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
@@ -81,7 +81,7 @@ def test_the_file_and_the_merge_draw_what_was_written(life: Life, tmp_path: Path
     assert_same_adapter(Adapter.load(tmp_path / "rex.safetensors"), life.adapters[0])
     summed = merge(life.adapters, [1.0, 1.0], "sum")
     np.testing.assert_allclose(ours(life, [summed]), both, rtol=0, atol=TOLERANCE)
-    fused = fuse(life.adapters, [1.0, 1.0], DrawnInputs(life.base, life.adapters, steps=1, seeds=1))
+    fused = fuse(life.adapters, [1.0, 1.0], SampledInputs(life.base, life.adapters, steps=1, seeds=1))
     assert np.isfinite(ours(life, [fused])).all()
     assert fused.factors.keys() == summed.factors.keys()
     assert all(torch.equal(value, before[key]) for key, value in weights(life.base).items())
@@ -139,7 +139,7 @@ def test_baked_it_is_the_same_in_vanilla_diffusers(life: Life, tmp_path: Path) -
 def test_our_own_drawing_is_the_pipelines(life: Life) -> None:
     """The same latents, in the shape that training has them; tokens of two vectors are written out where need be."""
     with applied(life.base, life.adapters):
-        drawn = life.base.draw(["a <rex>"], seeds=[0], steps=2, guidance=3.0, as_latents=True)
+        drawn = life.base.sample(["a <rex>"], seeds=[0], steps=2, guidance=3.0, as_latents=True)
         words = {"prompt": "a <rex> <rex>_1", "prompt_3": "a <rex>"} if life.base.family.name == "sd3" else {}
         plain: Any = life.base.pipeline(
             **{"prompt": "a <rex>"} | words,

@@ -1,4 +1,4 @@
-"""Rows (sbora-fb) and plain LoRA in every family: from training to the picture that vanilla diffusers draws."""
+"""Rows (sbora-fb) and plain LoRA in every family: from training to the image that vanilla diffusers draws."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.methods.merging import merge_by_method
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
@@ -33,8 +33,8 @@ def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: str, tmp_path: Path) -> None:
     base, folder = known
     before = snapshot(base)
-    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": "", "quiet_weight": "0"}
-    config = TrainConfig.from_recipe(base.family.name, method, quick)
+    quick = SETTINGS | {"steps": "2", "save_every": "1", "prior_prompts": "", "output_penalty": "0"}
+    config = configure(base.family.name, method, quick)
     rex, tom = make_concept(tmp_path, "rex", "red"), make_concept(tmp_path, "tom", "blue")
     places = [Interval(0, 4), Interval(4, 4)] if method == "sbora-fb" else [None, None]
     adapters = [
@@ -80,7 +80,7 @@ def same_dense(one: Adapter, other: Adapter) -> bool:
 def test_custom_diffusion(known: tuple[Base, Path], tmp_path: Path) -> None:
     base, _ = known
     settings = SETTINGS | {"steps": "2", "token_vectors": "2", "layerwise_tokens": "0"}
-    config = TrainConfig.from_recipe(base.family.name, "custom-diffusion", settings)
+    config = configure(base.family.name, "custom-diffusion", settings)
     rex = make_concept(tmp_path, "rex", "red")
     if base.family.denoiser == "transformer":
         with pytest.raises(SboraError, match="custom-diffusion trains a U-Net's cross-attention"):
@@ -97,9 +97,9 @@ def test_custom_diffusion(known: tuple[Base, Path], tmp_path: Path) -> None:
 def test_negative_prompts(known: tuple[Base, Path]) -> None:
     base, _ = known
     settings = {"seeds": [0], "steps": 2, "guidance": 3.0, "as_latents": True}
-    plain = base.draw(["a dog"], **settings)
+    plain = base.sample(["a dog"], **settings)
     if base.family.name == "flux":
         with pytest.raises(SboraError, match="takes no negative prompt"):
-            base.draw(["a dog"], negative_prompt="a cat", **settings)
+            base.sample(["a dog"], negative_prompt="a cat", **settings)
         return
-    assert not torch.equal(base.draw(["a dog"], negative_prompt="a cat", **settings), plain)
+    assert not torch.equal(base.sample(["a dog"], negative_prompt="a cat", **settings), plain)

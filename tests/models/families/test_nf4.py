@@ -11,10 +11,9 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.whole import num_held
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, find_method
+from sbora_diffusion.methods.registry import METHODS, configure, find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.quantization import BYTES, packable
-from sbora_diffusion.training.config import TrainConfig
 from sbora_diffusion.training.memory import activations, advice, estimate
 from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
@@ -30,8 +29,8 @@ def packed(life: Life) -> Base:
 
 
 def drawn(base: Base, prompt: str) -> np.ndarray:
-    (picture,) = generate(base, [prompt], seeds=[1], steps=2)
-    return np.asarray(picture, dtype=float)
+    (image,) = generate(base, [prompt], seeds=[1], steps=2)
+    return np.asarray(image, dtype=float)
 
 
 def test_what_learns_nothing_is_packed_and_it_is_the_same_model(life: Life, packed: Base) -> None:
@@ -44,7 +43,7 @@ def test_what_learns_nothing_is_packed_and_it_is_the_same_model(life: Life, pack
     assert (packed.fingerprint, packed.layer_shapes) == (life.base.fingerprint, life.base.layer_shapes)
 
 
-def test_concepts_act_in_its_pictures_and_leave_no_trace(life: Life, packed: Base) -> None:
+def test_concepts_act_in_its_images_and_leave_no_trace(life: Life, packed: Base) -> None:
     before, plain = drawn(packed, "a cat"), drawn(packed, "a red house")
     with applied(packed, life.adapters) as written:
         with_both = drawn(packed, life.prompt)
@@ -88,10 +87,10 @@ def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None
     settings = SETTINGS | {"precision": "nf4", "steps": "2", "learning_rate": "0.001"}
     if find_method(method).needs_whole_weights or method == "blocklora":
         with pytest.raises(SboraError, match="reads whole weights, nf4 has none"):
-            TrainConfig.from_recipe("sd", method, settings)
+            configure("sd", method, settings)
         return
     base = load_base(tiny_base("sd", tmp_path).id, "nf4")
-    config = TrainConfig.from_recipe("sd", method, settings)
+    config = configure("sd", method, settings)
     interval = Interval(0, 4) if find_method(method).owns_interval else None
     *_, last = train(make_concept(tmp_path, "rex", "red"), base, interval, config, tmp_path / "run")
     assert last.adapter is not None
@@ -101,12 +100,12 @@ def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None
 
 def test_regions_draw_with_it(tmp_path: Path) -> None:
     base = load_base(tiny_base("sdxl", tmp_path).id, "nf4")
-    config = TrainConfig.from_recipe("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "2"})
+    config = configure("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "2"})
     *_, last = train(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
     assert last.adapter is not None
     regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a <rex>")]
-    (picture,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
-    assert picture.width == base.resolution
+    (image,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
+    assert image.width == base.resolution
 
 
 def test_not_in_shares() -> None:

@@ -16,7 +16,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_a_step_of_flow_from_the_target_arrives_at_the_picture() -> None:
+def test_a_step_of_flow_from_the_target_arrives_at_the_image() -> None:
     """The scheduler that draws takes the true answer straight back to the latents."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(1)
@@ -56,6 +56,6 @@ def test_v_prediction_is_salimans_and_hos() -> None:
     torch.testing.assert_close(diffusion.add(latents, noise, t), alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
 
 
-def test_a_scheduler_that_predicts_the_picture_is_refused() -> None:
+def test_a_scheduler_that_predicts_the_image_is_refused() -> None:
     with pytest.raises(SboraError, match="predicts 'sample'"):
         Diffusion(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="sample")))

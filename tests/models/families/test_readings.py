@@ -7,11 +7,11 @@ import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.methods.live import live_concept
+from sbora_diffusion.methods.live import injected_concept
+from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models import text_cache as readings
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.text_cache import Readings
-from sbora_diffusion.training.config import TrainConfig
+from sbora_diffusion.models.text_cache import TextEmbeddingCache
 
 from ...training.test_train import assert_same
 from .conftest import SETTINGS, last_of, make_concept, tiny_base
@@ -29,13 +29,13 @@ def test_kept_or_read_again_the_same_is_learned(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token_rate: str
 ) -> None:
     def trained(name: str) -> tuple[Adapter, int]:
-        config = TrainConfig.from_recipe(base.family.name, "sbora-fa", FROZEN | {"token_learning_rate": token_rate})
+        config = configure(base.family.name, "sbora-fa", FROZEN | {"token_learning_rate": token_rate})
         count = 0
 
         def counted(base: Base, ids: torch.Tensor) -> object:
             nonlocal count
             count += 1
-            return base.family.read(base.pipeline, ids)
+            return base.family.encode_text(base.pipeline, ids)
 
         with monkeypatch.context() as patch:
             patch.setattr(Base, "read", counted)
@@ -50,14 +50,14 @@ def test_kept_or_read_again_the_same_is_learned(
 
 def test_read_as_the_base_model_reads(base: Base, tmp_path: Path) -> None:
     """Learned tokens get their gradients; each row is its own caption's."""
-    config = TrainConfig.from_recipe(base.family.name, "sbora-fa", FROZEN)
-    with live_concept(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config) as live:
+    config = configure(base.family.name, "sbora-fa", FROZEN)
+    with injected_concept(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config) as live:
         ids = base.tokenize(["a cat", "a <rex>", "", "a cat", "<rex> in the snow"])
-        found, expected = Readings(base, learns_token=True)(ids), base.read(ids)
+        found, expected = TextEmbeddingCache(base, learns_token=True)(ids), base.encode_text(ids)
         torch.testing.assert_close(found.states, expected.states)
         assert (found.pooled is None) == (expected.pooled is None)
         if found.pooled is not None:
             torch.testing.assert_close(found.pooled, expected.pooled)
         found.states.sum().backward()
         assert all(rows.grad is not None and rows.grad.any() for rows in live.embeddings)
-        assert not Readings(base, learns_token=False)(ids).states.requires_grad
+        assert not TextEmbeddingCache(base, learns_token=False)(ids).states.requires_grad

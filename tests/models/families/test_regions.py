@@ -22,8 +22,8 @@ pytestmark = pytest.mark.parametrize(
 def draw(
     life: Life, prompt: str, regions: Sequence[Region], adapters: Sequence[Adapter], **settings: Any
 ) -> np.ndarray:
-    pictures = generate_regions(life.base, prompt, regions, adapters, seeds=[0, 1], steps=2, **settings)
-    return np.stack([np.asarray(picture) for picture in pictures])
+    images = generate_regions(life.base, prompt, regions, adapters, seeds=[0, 1], steps=2, **settings)
+    return np.stack([np.asarray(image) for image in images])
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 1.0}, {"negative_prompt": "cat"}])
@@ -32,7 +32,7 @@ def test_who_is_not_named_changes_nothing(life: Life, settings: dict[str, Any]) 
     assert np.array_equal(draw(life, "a dog", (), life.adapters, **settings), np.stack(list(map(np.asarray, plain))))
 
 
-def test_naming_one_gives_the_picture_of_that_one_alone(life: Life) -> None:
+def test_naming_one_gives_the_image_of_that_one_alone(life: Life) -> None:
     rex, tom = life.adapters
     alone = draw(life, "a <rex>", (), [rex])
     assert np.array_equal(draw(life, "a <rex>", (), [tom, rex]), alone)
@@ -40,7 +40,7 @@ def test_naming_one_gives_the_picture_of_that_one_alone(life: Life) -> None:
 
 
 def test_each_region_has_its_own(life: Life) -> None:
-    """Two side by side are not the picture without regions, nor the other way round; their order is nothing."""
+    """Two side by side are not the image without regions, nor the other way round; their order is nothing."""
     plain = draw(life, "a dog", (), life.adapters)
     named = [Region(box=box, prompt=f"a <{name}>") for box, name in ((LEFT, "rex"), (RIGHT, "tom"))]
     swapped = [Region(box=box, prompt=f"a <{name}>") for box, name in ((RIGHT, "rex"), (LEFT, "tom"))]

@@ -16,7 +16,7 @@ ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # of SDXL, SD3
 
 
 def summaries(base: Base, *prompts: str) -> Tensor:
-    pooled = base.read(base.tokenize(list(prompts))).pooled
+    pooled = base.encode_text(base.tokenize(list(prompts))).pooled
     assert pooled is not None
     return pooled
 

@@ -16,9 +16,9 @@ def art() -> Art:
     images, cutouts = [], []
     for number, (subject, tier, is_concept) in enumerate(SUBJECTS):
         for style in ("3d", "drawing"):
-            picture = np.zeros((SIZE, SIZE, 4), np.uint8)
-            picture[4:-4, 4:-4] = (60 * number, 200 if style == "3d" else 20, 90, 255)
-            images.append(picture)
+            image = np.zeros((SIZE, SIZE, 4), np.uint8)
+            image[4:-4, 4:-4] = (60 * number, 200 if style == "3d" else 20, 90, 255)
+            images.append(image)
             filled = (SIZE - 8) / SIZE
             cutouts.append(CutOut(subject, style, tier, filled, filled, is_concept and style == "3d"))
     return Art(np.stack(images), tuple(cutouts))

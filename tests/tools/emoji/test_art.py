@@ -74,13 +74,13 @@ def test_the_judges_art_is_wider(data: Path) -> None:
 
 
 def test_svg_art_is_drawn_and_cut_out(data: Path) -> None:
-    picture = Sources(data).picture("owl", "drawing")
-    assert picture is not None
-    pixels, width, height = cut_out(picture)
+    image = Sources(data).image("owl", "drawing")
+    assert image is not None
+    pixels, width, height = cut_out(image)
     assert (width, height) == (124 / 128, 62 / 128)
     assert tuple(pixels[64, 64]) == (255, 0, 0, 255)
     assert not pixels[:30].any()
-    assert Sources(data).picture("unicorn", "flat") is None
+    assert Sources(data).image("unicorn", "flat") is None
 
 
 def test_animation_frames_are_found_by_a_variant_of_the_code(data: Path) -> None:
@@ -94,9 +94,9 @@ def test_animation_frames_are_found_by_a_variant_of_the_code(data: Path) -> None
 
 
 def test_cut_out_crops_centres_and_premultiplies() -> None:
-    picture = Image.new("RGBA", (50, 50), (9, 9, 9, 8))  # almost invisible: cropped away
-    picture.paste((200, 100, 0, 128), (5, 10, 15, 30))
-    pixels, width, height = cut_out(picture, 64)
+    image = Image.new("RGBA", (50, 50), (9, 9, 9, 8))  # almost invisible: cropped away
+    image.paste((200, 100, 0, 128), (5, 10, 15, 30))
+    pixels, width, height = cut_out(image, 64)
     assert (width, height) == (30 / 64, 60 / 64)
     assert pixels.shape == (64, 64, 4)
     np.testing.assert_allclose(pixels[32, 32], (100, 50, 0, 128), atol=1)

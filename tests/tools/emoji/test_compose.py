@@ -1,4 +1,4 @@
-"""Composed pictures show what their captions say, where they say it, and repeat with their seed."""
+"""Composed images show what their captions say, where they say it, and repeat with their seed."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tools.emoji.art import Art
-from tools.emoji.compose import Composer, Placed, Plan, Variety, picture_grid, places, render
+from tools.emoji.compose import Composer, Placed, Plan, Variety, image_grid, places, render
 from tools.emoji.scenes import SIZE
 from tools.emoji.world import load_world
 
@@ -63,17 +63,17 @@ def test_about_a_tenth_of_all_combinations_is_kept_for_tests() -> None:
 
 
 def test_a_cut_out_lands_where_it_is_placed() -> None:
-    picture = placed(colour(255, 0, 0, 255), x=20, y=40, size=16)
+    image = placed(colour(255, 0, 0, 255), x=20, y=40, size=16)
     red = torch.tensor([1.0, -1, -1]).view(3, 1, 1)
-    assert torch.allclose(picture[:, 33:47, 13:27], red.expand(3, 14, 14), atol=1e-5)
+    assert torch.allclose(image[:, 33:47, 13:27], red.expand(3, 14, 14), atol=1e-5)
     outside = torch.ones(64, 64, dtype=torch.bool)
     outside[31:49, 11:29] = False
-    assert torch.equal(picture[:, outside], torch.ones(3, int(outside.sum())))
+    assert torch.equal(image[:, outside], torch.ones(3, int(outside.sum())))
 
 
 def test_transparency_is_premultiplied() -> None:
-    picture = placed(colour(102, 0, 0, 153))  # (1, 0, 0) at 40 % over (1, 1, 1), the alpha 60 %: 0.4 + 1 * (1 - 0.6)
-    middle = (picture[:, 32, 32] + 1) / 2
+    image = placed(colour(102, 0, 0, 153))  # (1, 0, 0) at 40 % over (1, 1, 1), the alpha 60 %: 0.4 + 1 * (1 - 0.6)
+    middle = (image[:, 32, 32] + 1) / 2
     torch.testing.assert_close(middle, torch.tensor([0.8, 0.4, 0.4]), atol=1e-5, rtol=0)
 
 
@@ -86,8 +86,8 @@ def test_flipping_mirrors() -> None:
 def test_the_second_part_covers_the_first() -> None:
     white = torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8)
     parts = tuple(Placed(colour(*rgba), 32, 32, 32, False) for rgba in ((255, 0, 0, 255), (0, 0, 255, 255)))
-    picture = render([Plan(white, parts, "", ("owl", "owl"), "3d", "white")])[0]
-    torch.testing.assert_close(picture[:, 32, 32], torch.tensor([-1.0, -1, 1]), atol=1e-5, rtol=0)
+    image = render([Plan(white, parts, "", ("owl", "owl"), "3d", "white")])[0]
+    torch.testing.assert_close(image[:, 32, 32], torch.tensor([-1.0, -1, 1]), atol=1e-5, rtol=0)
 
 
 def test_pairs_share_a_style_and_stand_in_the_order_of_the_caption(art: Art) -> None:
@@ -117,8 +117,8 @@ def test_captions_without_style(art: Art) -> None:
     assert "drawing" not in words
 
 
-def test_picture_grid_tiles_row_by_row() -> None:
-    pictures = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
-    sheet = picture_grid(pictures, columns=2, scale=3)
+def test_image_grid_tiles_row_by_row() -> None:
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
+    sheet = image_grid(images, columns=2, scale=3)
     assert (sheet.shape, sheet.dtype) == ((36, 36, 3), np.uint8)
     assert [int(sheet[y, x, 0]) for y, x in ((0, 0), (0, 18), (18, 0), (18, 18), (0, 12))] == [0, 128, 255, 200, 200]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sbora_diffusion.data.concept import load_concept
-from sbora_diffusion.data.images import load_picture
+from sbora_diffusion.data.images import load_image
 from tools.emoji.art import Sources, default_data_dir
 from tools.emoji.concepts import SIDE, compose, distinct_frames, folder_name, write
 from tools.emoji.world import Subject, load_world
@@ -32,14 +32,14 @@ def turning(poses: int, repeats: int) -> list[Image.Image]:
 def test_shipped_concept(name: str) -> None:
     concept = load_concept(name, [SHIPPED])
     assert (concept.name, concept.token, concept.class_noun) == (name, f"<{name}>", SUBJECTS[name].name)
-    captions = [picture.caption for picture in concept.pictures]
+    captions = [image.caption for image in concept.images]
     assert len(captions) == 5
     assert all(caption.count(concept.token) == 1 for caption in captions)
     assert len({caption.partition(concept.token)[2] for caption in captions}) == 5  # each in another place
     assert sum("3d" in caption for caption in captions) == 2
-    for picture in concept.pictures:
-        assert load_picture(picture.path).size == (SIDE, SIDE)
-        assert picture.path.stat().st_size < 60_000
+    for image in concept.images:
+        assert load_image(image.path).size == (SIDE, SIDE)
+        assert image.path.stat().st_size < 60_000
     source = tomllib.loads((SHIPPED / name / "concept.toml").read_text())["source"]
     assert len(set(source["frames"])) == 5
     assert source["licence"] == "MIT"
@@ -68,13 +68,13 @@ def test_composing_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert load_concept("clock", [tmp_path / "one"]).class_noun == "clock"
 
 
-def test_another_name_gives_other_pictures() -> None:
+def test_another_name_gives_other_images() -> None:
     frames = turning(5, 1)
     pairs = zip(compose("clock", frames), compose("watch", frames), strict=True)
     assert all(np.any(np.asarray(one.image) != np.asarray(other.image)) for one, other in pairs)
 
 
-def test_subjects_stay_inside_the_picture() -> None:
+def test_subjects_stay_inside_the_image() -> None:
     """A white disc on whatever ground: its top, bottom and sides are all there, at five sizes."""
     disc = Image.new("RGBA", (SIDE, SIDE))
     ImageDraw.Draw(disc).ellipse((8, 8, 248, 248), fill=(255, 0, 255))

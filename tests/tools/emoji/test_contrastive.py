@@ -39,7 +39,7 @@ def test_equal_captions_are_no_negatives_of_each_other() -> None:
 
 def test_identity_loss_knows_views_of_one_cut_out() -> None:
     images = unit(0.0, 0.5, 0.8, 1.2, 1.0)
-    individuals = torch.tensor([4, 4, 8, 8, -1])  # the pair's picture takes no part
+    individuals = torch.tensor([4, 4, 8, 8, -1])  # the pair's image takes no part
     angles, partner = (0.0, 0.5, 0.8, 1.2), (1, 0, 3, 2)
     terms = []
     for n, angle in enumerate(angles):
@@ -54,7 +54,7 @@ def test_batches_need_every_word(art: Art) -> None:
     plans: list[Plan] = []
     scenes.say = lambda plan: plans.append(plan) or plan.caption
     batch = scenes.batch(16)
-    assert len(batch.captions) == len(batch.pictures) == len(batch.individuals) == len(plans)
+    assert len(batch.captions) == len(batch.images) == len(batch.individuals) == len(plans)
     singles = batch.individuals[batch.individuals >= 0].tolist()
     assert all(singles.count(number) == 2 for number in singles)
     ring = plans[len(singles) :]

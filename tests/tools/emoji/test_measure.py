@@ -20,14 +20,14 @@ def bag_of_words(text: str) -> Tensor:
 
 
 def encoder(seen: str, left: str = "", right: str = "") -> Encoder:
-    """An encoder that reads the colour in a picture's middle: red says `left`, blue says `right`, others say `seen`."""
+    """An encoder that reads the colour in an image's middle: red says `left`, blue says `right`, others say `seen`."""
 
-    def read(picture: Image.Image) -> Tensor:
-        red, _, blue = picture.getpixel((32, 32))  # pyright: ignore[reportGeneralTypeIssues]
+    def read(image: Image.Image) -> Tensor:
+        red, _, blue = image.getpixel((32, 32))  # pyright: ignore[reportGeneralTypeIssues]
         return bag_of_words(left if red > 200 else right if blue > 200 else seen)
 
-    def embed_images(pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.stack([read(picture) for picture in pictures])
+    def embed_images(images: Sequence[Image.Image]) -> Tensor:
+        return torch.stack([read(image) for image in images])
 
     def embed_texts(texts: Sequence[str]) -> Tensor:
         return torch.stack([bag_of_words(text) + 1e-3 for text in texts])
@@ -41,10 +41,10 @@ def plan(*subjects: str) -> Plan:
 
 def two_sided() -> Image.Image:
     """Red on the left, blue on the right, black in between."""
-    picture = Image.new("RGB", (64, 64))
-    picture.paste("red", (0, 0, 28, 64))
-    picture.paste("blue", (36, 0, 64, 64))
-    return picture
+    image = Image.new("RGB", (64, 64))
+    image.paste("red", (0, 0, 28, 64))
+    image.paste("blue", (36, 0, 64, 64))
+    return image
 
 
 NOUNS = ["red apple", "turtle", "owl"]
@@ -85,5 +85,5 @@ def test_recall_counts_both_directions() -> None:
     black = torch.zeros(3, 128, 128, dtype=torch.uint8)
     several = [replace(each, background=black) for each in several]
     found = measure.recall(encoder("a 3d owl on the beach"), several)
-    assert (found["image to text R@1"], found["image to text R@5"]) == (0.5, 1.0)  # every picture looks like the first
+    assert (found["image to text R@1"], found["image to text R@5"]) == (0.5, 1.0)  # every image looks like the first
     assert found["text to image R@1"] == 1.0  # equal similarities: the tie is no loss

@@ -63,14 +63,14 @@ def test_every_noun_of_the_world_is_one_token_a_word() -> None:
         assert len(shipped.tokenize(subject.name)) == len(subject.name.split())
 
 
-def test_latents_are_normalised_without_changing_the_pictures() -> None:
+def test_latents_are_normalised_without_changing_the_images() -> None:
     torch.manual_seed(0)
     network: Any = vae.new_vae().eval()
-    pictures = torch.rand(64, 3, 64, 64) * 2 - 1
+    images = torch.rand(64, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        before = network.decode(network.encode(pictures).latent_dist.mode()).sample
-        vae.normalise_latents(network, pictures)
-        posterior = network.encode(pictures).latent_dist
+        before = network.decode(network.encode(images).latent_dist.mode()).sample
+        vae.normalise_latents(network, images)
+        posterior = network.encode(images).latent_dist
         after = network.decode(posterior.mode()).sample
     torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-3)
     sampled = posterior.sample()
