@@ -24,7 +24,7 @@ from tools.emoji.world import Judge, Subject, load_world
 log = logging.getLogger(__name__)
 
 ART, WIDE_ART = "art.npz", "wide-art.npz"
-SIZE = 128  # pixels of a cut-out's side
+SIZE = 256  # pixels of a cut-out's side
 PACKAGES = {
     "fluent-3d": "@lobehub/fluent-emoji-3d@1.1.0",
     "fluent-anim": "@lobehub/fluent-emoji-anim-1@1.0.0",
@@ -57,8 +57,8 @@ class Art:
 
 
 def default_data_dir() -> Path:
-    """Where the art and everything trained from it lies: $EMOJI64_DATA or ~/.cache/sbora-diffusion/emoji64."""
-    return Path(os.environ.get("EMOJI64_DATA", Path.home() / ".cache" / "sbora-diffusion" / "emoji64"))
+    """Where the art and everything trained from it lies: $EMOJI_DATA or ~/.cache/sbora-diffusion/emoji."""
+    return Path(os.environ.get("EMOJI_DATA", Path.home() / ".cache" / "sbora-diffusion" / "emoji"))
 
 
 def fetch(data: Path) -> None:
@@ -153,7 +153,7 @@ class Sources:
         box = f"{icon.get('left', icons.get('left', 0))} {icon.get('top', icons.get('top', 0))} {width} {height}"
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}" width="256" height="256">{icon["body"]}</svg>'
+            f'viewBox="{box}" width="512" height="512">{icon["body"]}</svg>'
         )
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
 

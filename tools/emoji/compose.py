@@ -1,4 +1,4 @@
-"""Captioned 64-pixel scenes, composed on the fly from cut-outs and backgrounds by batched grid sampling."""
+"""Captioned scenes, composed on the fly from cut-outs and backgrounds by batched grid sampling."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,21 +8,24 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from tools.emoji import scenes
 from tools.emoji.art import Art
 from tools.emoji.world import caption, load_world
 
-RESOLUTION = 64
-CENTRE = RESOLUTION / 2
+RESOLUTION = 128  # pixels of an image's side, unless a smaller one is asked for
+CANVAS = 256  # pixels of the side at which images are composed, then averaged down
+SIDE = 64  # the side of an image in the units of all sizes and positions below
+CENTRE = SIDE / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variety:
     """How much composed images differ: the curriculum widens it.
 
-    Sizes and shifts are in pixels of the 64-pixel image; the rest are probabilities.
+    Sizes and shifts are in 64ths of the image's side; the rest are probabilities.
     """
 
     tiers: int = 1
@@ -36,9 +39,9 @@ class Variety:
 
 @dataclass(frozen=True)
 class Placed:
-    """One cut-out on the canvas: centre and size in pixels of the 64-pixel image."""
+    """One cut-out on the canvas: centre and size in 64ths of the image's side."""
 
-    pixels: Tensor  # (4, 128, 128) uint8, premultiplied RGBA
+    pixels: Tensor  # (4, CANVAS, CANVAS) uint8, premultiplied RGBA
     x: float
     y: float
     size: float
@@ -49,12 +52,17 @@ class Placed:
 class Plan:
     """What an image will show; `subjects`, `style` and `place` are its true labels."""
 
-    background: Tensor  # (3, 128, 128) uint8
+    background: Tensor  # (3, CANVAS, CANVAS) uint8
     parts: tuple[Placed, ...]
     caption: str
     subjects: tuple[str, ...]
     style: str
     place: str
+
+
+def painted(name: str, rng: Random) -> np.ndarray:
+    """Paint one variant of a scene with smooth edges: (CANVAS, CANVAS, 3) uint8 sRGB."""
+    return np.array(Image.fromarray(scenes.paint(name, rng, 2 * CANVAS)).reduce(2))
 
 
 class Backgrounds:
@@ -64,17 +72,17 @@ class Backgrounds:
         self._rng = rng
         self._world = load_world()
         self._pool = {
-            name: [torch.from_numpy(scenes.paint(name, rng)).permute(2, 0, 1).contiguous() for _ in range(variants)]
+            name: [torch.from_numpy(painted(name, rng)).permute(2, 0, 1).contiguous() for _ in range(variants)]
             for name in self._world.scenes
         }
 
     def draw(self, name: str) -> tuple[Tensor, str]:
-        """A (3, 128, 128) uint8 background and how a caption says it."""
+        """A (3, CANVAS, CANVAS) uint8 background and how a caption says it."""
         if name in self._pool:
             image = self._rng.choice(self._pool[name])
             return (image.flip(-1) if self._rng.random() < 0.5 else image), self._world.scenes[name]
         colour = [min(255, max(0, value + self._rng.uniform(-6, 6))) for value in self._world.colours[name]]
-        plain = torch.tensor(colour).to(torch.uint8).view(3, 1, 1).expand(3, scenes.SIZE, scenes.SIZE)
+        plain = torch.tensor(colour).to(torch.uint8).view(3, 1, 1).expand(3, CANVAS, CANVAS)
         return plain, f"on a {name} background"
 
 
@@ -103,7 +111,7 @@ class Composer:
         }
 
     def batch(self, count: int) -> tuple[Tensor, list[Plan]]:
-        """`count` images, (count, 3, 64, 64) float32 in [-1, 1], and their plans."""
+        """`count` images, (count, 3, RESOLUTION, RESOLUTION) float32 in [-1, 1], and their plans."""
         plans = [self.plan() for _ in range(count)]
         return render(plans), plans
 
@@ -152,26 +160,26 @@ class Composer:
         return Plan(background, parts, caption(subjects, said, words), subjects, style, place)
 
 
-def render(plans: Sequence[Plan]) -> Tensor:
-    """Compose at 128 pixels, then halve: (len(plans), 3, 64, 64) float32 in [-1, 1]."""
+def render(plans: Sequence[Plan], resolution: int = RESOLUTION) -> Tensor:
+    """Compose on the canvas, then average down: (len(plans), 3, resolution, resolution) float32 in [-1, 1]."""
     images = torch.stack([plan.background for plan in plans]).float().div_(255)
     for layer in range(max(len(plan.parts) for plan in plans)):
         rows = [row for row, plan in enumerate(plans) if len(plan.parts) > layer]
         warped = _warp([plans[row].parts[layer] for row in rows])
         images[rows] = warped[:, :3] + images[rows] * (1 - warped[:, 3:])
-    return F.avg_pool2d(images, 2) * 2 - 1
+    return F.avg_pool2d(images, CANVAS // resolution) * 2 - 1
 
 
 def _warp(parts: Sequence[Placed]) -> Tensor:
-    """Place each cut-out on its own empty canvas: (len(parts), 4, 128, 128) float32, premultiplied, in [0, 1]."""
+    """Place each cut-out on its own empty canvas: (len(parts), 4, CANVAS, CANVAS) float32, premultiplied, in [0, 1]."""
     pixels = torch.stack([part.pixels for part in parts]).float().div_(255)
     geometry = torch.tensor([(part.x, part.y, part.size, 1 - 2 * part.flipped) for part in parts])
     x, y, size, sign = geometry.unbind(1)
-    zoom = RESOLUTION / size  # output coordinates in [-1, 1] -> cut-out coordinates in [-1, 1]
+    zoom = SIDE / size  # output coordinates in [-1, 1] -> cut-out coordinates in [-1, 1]
     theta = torch.zeros(len(parts), 2, 3)
     theta[:, 0, 0], theta[:, 0, 2] = zoom * sign, -(x - CENTRE) / CENTRE * zoom * sign
     theta[:, 1, 1], theta[:, 1, 2] = zoom, -(y - CENTRE) / CENTRE * zoom
-    grid = F.affine_grid(theta, [len(parts), 4, scenes.SIZE, scenes.SIZE], align_corners=False)
+    grid = F.affine_grid(theta, [len(parts), 4, CANVAS, CANVAS], align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 

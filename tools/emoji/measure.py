@@ -25,7 +25,7 @@ from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import versions
 from tools.emoji import loop
 from tools.emoji.art import WIDE_ART, Art, default_data_dir, load_art
-from tools.emoji.compose import Plan, image_grid, render
+from tools.emoji.compose import SIDE, Plan, image_grid, render
 from tools.emoji.questions import (
     SEED,
     VARIETY,
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 PAIRS, UNSEEN_PAIRS = 250, 100
 BATCH = 32
-HALVES = ((0, 20, 34, 54), (30, 20, 64, 54))  # left, top, right, bottom
+HALVES = ((0, 20, 34, 54), (30, 20, 64, 54))  # left, top, right, bottom, in 64ths of the image's side
 
 
 class Judgement:
@@ -86,7 +86,11 @@ class Judgement:
 
 def halves(image: Image.Image) -> list[Image.Image]:
     """What is left and what is right in an image of two subjects, as large as an image of one."""
-    return [image.resize(image.size, Image.Resampling.BICUBIC, box) for box in HALVES]
+    unit = image.width / SIDE
+    return [
+        image.resize(image.size, Image.Resampling.BICUBIC, (left * unit, top * unit, right * unit, bottom * unit))
+        for left, top, right, bottom in HALVES
+    ]
 
 
 def images_of(base: Base, plans: Sequence[Plan]) -> list[Image.Image]:
@@ -184,7 +188,8 @@ def measure_base(base: Base, encoder: Encoder, data: Path, sheet: Path) -> dict[
             ),
         }
         shown += [*made[:: max(1, len(made) // 48)][:48], *made_pairs[:16]]
-    tensors = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in shown]
+    side = base.resolution
+    tensors = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(side, side, 3) for p in shown]
     loop.save_sheet(sheet, image_grid(torch.stack(tensors).permute(0, 3, 1, 2) / 127.5 - 1, 16))
     return found
 

@@ -1,4 +1,4 @@
-"""emoji64's networks in diffusers' Stable Diffusion format, and the folder that ships with the package.
+"""The embedded base model's networks in diffusers' Stable Diffusion format, and the folder that ships with the package.
 
 One command: `python -m tools.emoji.model [--data DIR] [--out DIR]` turns a checkpoint into that folder.
 """
@@ -9,6 +9,7 @@ One command: `python -m tools.emoji.model [--data DIR] [--out DIR]` turns a chec
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from tools.emoji import loop
@@ -31,20 +33,37 @@ WEIGHTS = PACKAGED / "weights"
 
 
 def new_unet() -> UNet2DConditionModel:
-    """16.7M parameters; attention at 8 x 8 and 4 x 4 only, where most of the image is decided."""
+    """Build the U-Net: cross-attention at 16 x 16, 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128, 256),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # diffusers' name for the number of heads
         norm_num_groups=16,
         use_linear_projection=True,
     )
+
+
+@torch.no_grad()
+def warm_start(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copy what agrees in name and shape from another U-Net; new attention starts as the identity.
+
+    Returns:
+        Names of the parameters that were not copied.
+    """
+    own = unet.state_dict()
+    new = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    unet.load_state_dict({name: weights[name] for name in own if name not in new}, strict=False)
+    for name, module in unet.named_modules():
+        if name.endswith(".proj_out") and f"{name}.weight" in new:
+            module.weight.zero_()
+            module.bias.zero_()
+    return new
 
 
 def new_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:

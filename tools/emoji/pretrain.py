@@ -1,4 +1,4 @@
-"""Train emoji64's denoiser and text encoder on composed scenes, widening the world as fast as nouns are bound.
+"""Train the base model's denoiser and text encoder on composed scenes, widening the world as fast as nouns are bound.
 
 One command: `python -m tools.emoji.pretrain [--data DIR] [--steps N]`; run it again to resume, with more
 steps to go on. Each report prints the loss with right, swapped and empty nouns, and draws a sheet of samples.
@@ -76,7 +76,7 @@ class Latents:
         ).input_ids  # fmt: skip
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """Random latents (count, 8, 16, 16) float32 and token ids (count, 24)."""
+        """Random latents (count, channels, 16, 16) float32 and token ids (count, 24)."""
         chosen = [self._items[int(i)] for i in torch.randint(len(self._items), (count,))]
         return torch.stack([latent for latent, _ in chosen]).float(), torch.stack([ids for _, ids in chosen])
 
@@ -127,7 +127,7 @@ def noun_gap(networks: nn.ModuleDict, latents: Latents, diffusion: Diffusion, se
 
 
 def sample_sheet(data: Path, networks: nn.ModuleDict, tiers: int) -> Tensor:
-    """32 images (32, 3, 64, 64) in [-1, 1]: 3d subjects in scenes, concept nouns in other styles, pairs."""
+    """32 images (32, 3, height, width) in [-1, 1]: 3d subjects in scenes, concept nouns in other styles, pairs."""
     world = load_world()
     open_subjects = [s for s in world.subjects if s.tier < tiers and not s.is_concept]
     places = [*world.scenes.values(), "on a yellow background"]
@@ -182,11 +182,12 @@ class Trainee:
         self.step = self.stage = 0
 
     def start_from_package(self) -> None:
-        """Take the weights that ship with the package, at the last stage; the optimiser starts afresh."""
+        """Start from the packaged weights where shapes agree, at the last stage, with a new optimiser."""
         shipped = StableDiffusionPipeline.from_pretrained(model.WEIGHTS)
         for networks in (self.networks, self.average):
-            networks["unet"].load_state_dict(shipped.unet.state_dict())
+            new = model.warm_start(networks["unet"], shipped.unet.state_dict())
             networks["text_encoder"].load_state_dict(shipped.text_encoder.state_dict())
+        log.info("not in the packaged weights: %s", ", ".join(new))
         self.stage = len(STAGES) - 1
 
     def load(self, state: dict[str, Any]) -> None:
@@ -229,7 +230,7 @@ def main() -> None:
     latents.open(trainee.stage)
 
     losses: list[Tensor] = []
-    for step, _ in loop.count_steps(trainee.step, args.steps, "emoji64"):
+    for step, _ in loop.count_steps(trainee.step, args.steps, "base"):
         trainee.optimizer.set_rate(loop.cosine(step, args.steps, warmup=100, hold=0.65))
         losses.append(training_step(trainee.networks, trainee.optimizer, diffusion, latents, args.batch))
         trainee.step = step + 1

@@ -77,9 +77,9 @@ def test_svg_art_is_drawn_and_cut_out(data: Path) -> None:
     image = Sources(data).image("owl", "drawing")
     assert image is not None
     pixels, width, height = cut_out(image)
-    assert (width, height) == (124 / 128, 62 / 128)
-    assert tuple(pixels[64, 64]) == (255, 0, 0, 255)
-    assert not pixels[:30].any()
+    assert (width, height) == (252 / 256, 126 / 256)
+    assert tuple(pixels[128, 128]) == (255, 0, 0, 255)
+    assert not pixels[:60].any()
     assert Sources(data).image("unicorn", "flat") is None
 
 

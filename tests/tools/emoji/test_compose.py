@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tools.emoji.art import Art
-from tools.emoji.compose import Composer, Placed, Plan, Variety, image_grid, places, render
-from tools.emoji.scenes import SIZE
+from tools.emoji.compose import CANVAS, Composer, Placed, Plan, Variety, image_grid, places, render
 from tools.emoji.world import load_world
 
 
@@ -16,14 +15,14 @@ def composer(art: Art, **variety: float) -> Composer:
 
 
 def placed(pixels: Tensor, x: float = 32, y: float = 32, size: float = 32, flipped: bool = False) -> Tensor:
-    """One cut-out on a white background, (3, 64, 64) in [-1, 1]."""
-    background = torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8)
+    """One cut-out on a white background, (3, 128, 128) in [-1, 1]."""
+    background = torch.full((3, CANVAS, CANVAS), 255, dtype=torch.uint8)
     plan = Plan(background, (Placed(pixels, x, y, size, flipped),), "", ("owl",), "3d", "white")
     return render([plan])[0]
 
 
 def colour(*rgba: int) -> Tensor:
-    return torch.tensor(rgba, dtype=torch.uint8).view(4, 1, 1).expand(4, SIZE, SIZE)
+    return torch.tensor(rgba, dtype=torch.uint8).view(4, 1, 1).expand(4, CANVAS, CANVAS)
 
 
 def test_batches_repeat_with_the_seed(art: Art) -> None:
@@ -32,7 +31,7 @@ def test_batches_repeat_with_the_seed(art: Art) -> None:
     assert torch.equal(first[0], second[0])
     assert [plan.caption for plan in first[1]] == [plan.caption for plan in second[1]]
     assert not torch.equal(first[0], other[0])
-    assert (first[0].shape, first[0].dtype) == ((6, 3, 64, 64), torch.float32)
+    assert (first[0].shape, first[0].dtype) == ((6, 3, 128, 128), torch.float32)
     assert first[0].min() >= -1
     assert first[0].max() <= 1
 
@@ -65,9 +64,9 @@ def test_about_a_tenth_of_all_combinations_is_kept_for_tests() -> None:
 def test_a_cut_out_lands_where_it_is_placed() -> None:
     image = placed(colour(255, 0, 0, 255), x=20, y=40, size=16)
     red = torch.tensor([1.0, -1, -1]).view(3, 1, 1)
-    assert torch.allclose(image[:, 33:47, 13:27], red.expand(3, 14, 14), atol=1e-5)
-    outside = torch.ones(64, 64, dtype=torch.bool)
-    outside[31:49, 11:29] = False
+    assert torch.allclose(image[:, 66:94, 26:54], red.expand(3, 28, 28), atol=1e-5)
+    outside = torch.ones(128, 128, dtype=torch.bool)
+    outside[62:98, 22:58] = False
     assert torch.equal(image[:, outside], torch.ones(3, int(outside.sum())))
 
 
@@ -79,12 +78,12 @@ def test_transparency_is_premultiplied() -> None:
 
 def test_flipping_mirrors() -> None:
     halves = colour(255, 0, 0, 255).clone()
-    halves[0, :, : SIZE // 2], halves[2, :, : SIZE // 2] = 0, 255
+    halves[0, :, : CANVAS // 2], halves[2, :, : CANVAS // 2] = 0, 255
     torch.testing.assert_close(placed(halves, flipped=True), placed(halves).flip(-1), atol=1e-5, rtol=0)
 
 
 def test_the_second_part_covers_the_first() -> None:
-    white = torch.full((3, SIZE, SIZE), 255, dtype=torch.uint8)
+    white = torch.full((3, CANVAS, CANVAS), 255, dtype=torch.uint8)
     parts = tuple(Placed(colour(*rgba), 32, 32, 32, False) for rgba in ((255, 0, 0, 255), (0, 0, 255, 255)))
     image = render([Plan(white, parts, "", ("owl", "owl"), "3d", "white")])[0]
     torch.testing.assert_close(image[:, 32, 32], torch.tensor([-1.0, -1, 1]), atol=1e-5, rtol=0)

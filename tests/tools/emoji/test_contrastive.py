@@ -83,7 +83,7 @@ def test_the_command_writes_a_model_that_transformers_loads(
     assert torch.load(tmp_path / "clip.pt")["step"] == 2
     model = CLIPModel.from_pretrained(tmp_path / "clip")
     assert model.config.projection_dim == 192
-    assert json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": 64}
+    assert json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": 128}
     assert (tmp_path / "clip" / "model.safetensors").stat().st_size < 25e6
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sbora_diffusion.evaluation.encoders import Encoder
 from tools.emoji import measure
-from tools.emoji.compose import Plan
+from tools.emoji.compose import CANVAS, Plan
 
 WORDS = ("owl", "red apple", "turtle", "3d", "drawing", "flat", "cartoon", "beach", "snow", "night", "white")
 
@@ -36,7 +36,7 @@ def encoder(seen: str, left: str = "", right: str = "") -> Encoder:
 
 
 def plan(*subjects: str) -> Plan:
-    return Plan(torch.zeros(3, 128, 128), (), "", subjects, "3d", "beach")
+    return Plan(torch.zeros(3, CANVAS, CANVAS), (), "", subjects, "3d", "beach")
 
 
 def two_sided() -> Image.Image:
@@ -82,7 +82,7 @@ def test_share_gives_the_wilson_interval() -> None:
 
 def test_recall_counts_both_directions() -> None:
     several = [replace(plan(noun), place=place) for noun, place in (("owl", "beach"), ("turtle", "snow"))]
-    black = torch.zeros(3, 128, 128, dtype=torch.uint8)
+    black = torch.zeros(3, CANVAS, CANVAS, dtype=torch.uint8)
     several = [replace(each, background=black) for each in several]
     found = measure.recall(encoder("a 3d owl on the beach"), several)
     assert (found["image to text R@1"], found["image to text R@5"]) == (0.5, 1.0)  # every image looks like the first

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
 
 from tools.emoji import loop, model, pretrain, tokenizer, vae
+from tools.emoji.art import WIDE_ART, load_art, save_art
 from tools.emoji.world import load_world
 
 
@@ -21,7 +23,9 @@ def call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: obje
 
 def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, name, value in (
-        (vae, "POOL", 600),
+        (vae, "POOL", 128),
+        (vae, "UNSEEN", 2),
+        (vae, "MEASURED", 16),
         (pretrain, "POOL", 128),
         (pretrain, "PROBES", 8),
         (pretrain, "SAMPLING_STEPS", 1),
@@ -33,7 +37,11 @@ def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatc
     call(monkeypatch, tokenizer.main, "--data", art_folder)
 
     short = ("--data", art_folder, "--batch", 6, "--report-every", 2)
-    call(monkeypatch, vae.main, *short, "--steps", 2)
+    concepts = art_folder / "concepts"
+    (concepts / "dog" / "images").mkdir(parents=True)
+    Image.new("RGB", (256, 256), "red").save(concepts / "dog" / "images" / "1.png")
+    save_art(load_art(art_folder), art_folder, WIDE_ART)
+    call(monkeypatch, vae.main, *short, "--steps", 2, "--concepts", concepts)
     state = loop.load_state(art_folder / "vae.pt")
     assert state is not None
     assert state["step"] == 2
@@ -74,8 +82,8 @@ def test_latents_are_normalised_without_changing_the_images() -> None:
         after = network.decode(posterior.mode()).sample
     torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-3)
     sampled = posterior.sample()
-    torch.testing.assert_close(sampled.mean((0, 2, 3)), torch.zeros(8), atol=0.1, rtol=0)
-    torch.testing.assert_close(sampled.std((0, 2, 3)), torch.ones(8), atol=0.1, rtol=0)
+    torch.testing.assert_close(sampled.mean((0, 2, 3)), torch.zeros(16), atol=0.1, rtol=0)
+    torch.testing.assert_close(sampled.std((0, 2, 3)), torch.ones(16), atol=0.1, rtol=0)
 
 
 def test_cosine_warms_up_holds_and_falls() -> None:
@@ -100,3 +108,17 @@ def test_diffusion_matches_the_schedulers_own_formulas() -> None:
     signal, amount = diffusion.signal[t].view(-1, 1, 1, 1), diffusion.noise[t].view(-1, 1, 1, 1)
     torch.testing.assert_close(signal * x + amount * noise, ddpm.add_noise(x, noise, t))  # type: ignore[arg-type]
     torch.testing.assert_close(signal * noise - amount * x, ddpm.get_velocity(x, noise, t))  # type: ignore[arg-type]
+
+
+def test_a_warm_start_copies_what_fits_and_adds_nothing_yet() -> None:
+    torch.manual_seed(0)
+    source, target = model.new_unet(), model.new_unet()
+    weights = {
+        name: value for name, value in source.state_dict().items() if not name.startswith("down_blocks.0.attentions")
+    }
+    new = model.warm_start(target, weights | {"conv_in.weight": torch.zeros(64, 8, 3, 3)})
+    assert all(name.startswith(("down_blocks.0.attentions", "conv_in.weight")) for name in new)
+    assert torch.equal(target.mid_block.resnets[0].conv1.weight, source.mid_block.resnets[0].conv1.weight)  # type: ignore[union-attr]
+    attention: Any = target.get_submodule("down_blocks.0.attentions.0")
+    states = torch.randn(1, 64, 16, 16)
+    assert torch.equal(attention(states, torch.randn(1, 24, model.TEXT_WIDTH), return_dict=False)[0], states)
