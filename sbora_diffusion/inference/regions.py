@@ -1,8 +1,8 @@
 """Images with a prompt and concepts of its own for each region: no concept acts outside its region."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.attention_maps import AttentionMaps
 from sbora_diffusion.inference.gating import LiveConcepts, live_concepts
-from sbora_diffusion.inference.generate import check_tokens
+from sbora_diffusion.inference.generate import TOKEN, check_tokens
 from sbora_diffusion.inference.regional_attention import Branch, Scene, staged
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import say_plainly
 
 FEATHER = 0.1  # of the image's side
 FORM = (
@@ -172,3 +173,34 @@ def _conditions(text: TextConditioning, silent: TextConditioning) -> dict[str, T
     if text.pooled is not None and silent.pooled is not None:
         given |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": silent.pooled}
     return given
+
+
+def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]) -> tuple[str, list[Region]]:
+    """The prompt and the regions', each saying all of the image; a concept is named in its own region only.
+
+    "on the beach" with the regions "a <dog>" and "a <cat>" becomes "a dog and a cat on the beach" with "a <dog> and a
+    cat on the beach" and "a dog and a <cat> on the beach": a model that hears of one subject in each half draws two
+    large ones that run into each other (docs/regions.md).
+
+    Args:
+        prompt: what is said of the whole image; may be empty, and stays as it is in every region.
+        nouns: the class noun of each token.
+    """
+    told = [_plainly(region.prompt, nouns) for region in regions]
+
+    def scene(subjects: Sequence[str]) -> str:
+        return " ".join([" and ".join(subjects), prompt]).strip()
+
+    own = [scene([*told[:n], region.prompt, *told[n + 1 :]]) for n, region in enumerate(regions)]
+    return scene(told), [replace(region, prompt=words) for region, words in zip(regions, own, strict=True)]
+
+
+def _plainly(prompt: str, nouns: Mapping[str, str]) -> str:
+    for token in set(TOKEN.findall(prompt)).intersection(nouns):
+        prompt = say_plainly(prompt, token, nouns[token])
+    return prompt
+
+
+def class_nouns(adapters: Iterable[Adapter]) -> dict[str, str]:
+    """The class noun of each token that these bring."""
+    return {token: noun for adapter in adapters for token, noun in adapter.spec.tokens.items()}

@@ -1,7 +1,6 @@
 """Every region hears of all the others, and names its own concept alone."""
 
-from sbora_diffusion.inference.regions import Region
-from sbora_diffusion.inference.whole_scene import whole_scene
+from sbora_diffusion.inference.regions import Region, whole_scene
 
 LEFT, RIGHT = (
     Region(box=(0, 0, 0.5, 1), prompt="a <dog>", adapters=("ink",)),
