@@ -110,7 +110,9 @@ def merge(
     how: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="sum, or fuse: solve for what disturbs each concept least; or a method's own."
+            metavar="NAME",
+            help="fuse: solve for what disturbs each concept least (default where the base model is at hand); "
+            "sum: exact and removable; or a method's own.",
         ),
     ] = "",
     weights: Numbers = "",
@@ -124,40 +126,36 @@ def merge(
     """Put concepts together into one concept file."""
     with imported_for_good():
         from sbora_diffusion.adapters.certificate import certify
-        from sbora_diffusion.adapters.merge import merge as merge_adapters
         from sbora_diffusion.adapters.merge import merged_name
+        from sbora_diffusion.cli.merge import sampling_progress
         from sbora_diffusion.library.library import Library
-        from sbora_diffusion.methods.registry import merge_choice
+        from sbora_diffusion.methods.merging import merge as merge_adapters
+        from sbora_diffusion.methods.registry import find_method
 
+        hide_loading_bars()
     if len(names) < 2:
         raise SboraError(f"got {names[0]} alone, expected two concepts or more")
     library = Library(ADAPTERS)
     adapters = [library.load(name) for name in names]
-    how = merge_choice(adapters[0].spec.method_name, how)
+    find_method(adapters[0].spec.method_name).find_merge(how)
     numbers = parse_numbers(weights, len(adapters))
     path = out or library.path(merged_name(adapters))
-    if adapters[0].spec.method:
-        from sbora_diffusion.cli.merge import merged_as_its_paper_does
-
-        hide_loading_bars()
-        merged = merged_as_its_paper_does(adapters, numbers if weights else None, how, base)
-    elif how == "sum":
-        merged = merge_adapters(adapters, numbers, how)
-    else:
-        from sbora_diffusion.cli.merge import fuse_on_samples
-
-        if path.exists() and not force:  # before minutes of work
-            raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
-        hide_loading_bars()
-        merged = fuse_on_samples(adapters, numbers, base, prior_weight)
+    if path.exists() and not force:  # before minutes of work
+        raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
+    with sampling_progress() as progress:
+        merged = merge_adapters(
+            adapters, numbers if weights else None, how, base or None, prior_weight, on_progress=progress
+        )
     merged.save(path, force)
     spec = merged.spec
-    widths = library.widths(spec.base_fingerprint, spec.side)
+    how = str(spec.recipe["how"])
     if spec.method:
         log.info("merged by %s, as %s is; nothing is guaranteed", how, spec.method)
+    elif how == "fuse":
+        log.info(FUSED)
     else:
-        log.info(certify(adapters, widths).describe() if how == "sum" else FUSED)
-        if how == "sum" and len(spec.parents) > MANY:
+        log.info(certify(adapters, library.widths(spec.base_fingerprint, spec.side)).describe())
+        if len(spec.parents) > MANY:
             log.info("a plain sum of %d concepts loses more of them than --how fuse does", len(spec.parents))
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(spec.tokens), path)
     typer.echo(path)
