@@ -27,7 +27,9 @@ def merge(
     how: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="sum: exact; fuse: solve for the least disturbance of each; or a method's own."
+            metavar="NAME",
+            help="fuse: solve for the least disturbance of each concept (default where the base model is at hand); "
+            "sum: exact, and each can be removed; or a method's own.",
         ),
     ] = "",
     weights: Floats = "",

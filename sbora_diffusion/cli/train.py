@@ -56,7 +56,7 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
     Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
     """
     with joined() as processes:
-        processes.check(request.method)  # before a large base model is read for nothing
+        find_method(request.method).check_sharding(processes.sharded)  # before a large base model is read for nothing
         if not processes.is_first:
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
         concept, config, wanted = processes.broadcast_from_main(lambda: _read(request, library))

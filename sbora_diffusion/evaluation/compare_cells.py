@@ -22,7 +22,7 @@ from sbora_diffusion.evaluation.series import merged_token
 from sbora_diffusion.evaluation.suite import load_suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.merging import merge_by_method
+from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import CHECKPOINT
@@ -63,20 +63,9 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     return {
         "seconds": time.perf_counter() - began,
         "bytes": path.stat().st_size,
-        "parameters": num_trained(adapter),
+        "parameters": find_method(config.method.name).num_parameters(base, config),
         "peak_bytes": peak_bytes(base.device),
     }
-
-
-def num_trained(adapter: Adapter) -> int:
-    """Trained numbers: those of the file, without Orthogonal Adaptation's frozen factor and the frozen noun."""
-    count = adapter.num_weights() + sum(rows.numel() for rows in adapter.tokens.values())
-    method = find_method(adapter.spec.method_name)
-    if method.kind == "orthogonal":
-        count -= sum(dense.down.numel() for dense in adapter.dense.values() if dense.down is not None)
-    if method.fixed_noun and adapter.spec.recipe.get("token_vectors", 1) > 1:
-        count -= sum(rows.shape[1] for rows in adapter.tokens.values()) * max(1, adapter.spec.embedding_layers)
-    return count
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -93,7 +82,7 @@ def _judge(folder: Path, comparison: Comparison, variant: str, seed: int, joined
     base = base_of_process(comparison.base, comparison.config(variant, seed).model.precision)
     judge = _judge_of(comparison.judge)
     parts = [Adapter.load(_adapter_path(folder, variant, seed, name)) for name in joined.split("+")]
-    merged = parts[0] if len(parts) == 1 else merge_by_method(base, parts, how=parts_of(variant)[1].get("merge", ""))
+    merged = parts[0] if len(parts) == 1 else merge(parts, how=parts_of(variant)[1].get("merge", ""), base=base)
     suite, told, rows = load_suite(comparison.suite), {}, []
     with applied(base, [merged]):
         for part in parts:
