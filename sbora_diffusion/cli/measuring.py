@@ -1,12 +1,14 @@
 """Commands that measure: eval, compare."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sbora_diffusion.cli.console import ADAPTERS, convert, hide_loading_bars, imported_for_good, parse_settings
-from sbora_diffusion.cli.options import EVALUATIONS, Base, Settings
+from sbora_diffusion.cli.options import Base, Settings
 
 
 def evaluate(
@@ -35,25 +37,32 @@ def evaluate(
     kinds = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
     options = convert(parse_settings(settings), kinds)
     with imported_for_good():
-        from sbora_diffusion.cli.eval import evaluate_concepts
-        from sbora_diffusion.library.library import Library
+        from sbora_diffusion.cli.eval import EvaluationProgress
+        from sbora_diffusion.evaluation.evaluate import evaluate as run_evaluation
+        from sbora_diffusion.evaluation.reports.tables import summary
 
         hide_loading_bars()
-    table, paths = evaluate_concepts(
-        names,
-        merged,
-        suite,
-        encoder,
-        concept,
-        base,
-        options,
-        library=Library(ADAPTERS),
-        evaluations=EVALUATIONS,
-        out=out,
-        force=force,
-    )
-    typer.echo(f"{table}\n")
-    for path in paths:
+    vision, seeds, batch_size = options.pop("vision", ""), options.pop("seeds", 4), options.pop("batch_size", 8)
+    with EvaluationProgress() as progress:
+        report = run_evaluation(
+            names,
+            merged or None,
+            base=base,
+            suite=suite,
+            judge=encoder,
+            other_judges=[f"vision:{vision}"] if vision else [],
+            concepts=concept,
+            seeds=range(seeds),
+            sampling=options,
+            batch_size=batch_size,
+            library=ADAPTERS,
+            folder=out,
+            force=force,
+            command=shlex.join(["sbora-diffusion", *sys.argv[1:]]),
+            on_image=progress.show,
+        )
+    typer.echo(f"{summary(report)}\n")
+    for path in report.files:
         typer.echo(path)
 
 
@@ -78,8 +87,8 @@ def compare(
     except ValueError:
         raise typer.BadParameter(f"got {merge} and {seeds}, expected whole numbers") from None
     with imported_for_good():
-        from sbora_diffusion.cli.compare import compare_methods
-        from sbora_diffusion.evaluation.comparison import Comparison
+        from sbora_diffusion.evaluation.comparison.plan import Comparison
+        from sbora_diffusion.evaluation.comparison.run import compare as run_comparison
 
     shared = parse_settings(settings)
     suite, judge = shared.pop("suite", "emoji64"), shared.pop("encoder", "emoji-clip")
@@ -93,4 +102,4 @@ def compare(
         judge=judge,
         settings=shared,
     )
-    typer.echo(compare_methods(comparison, out, jobs))
+    typer.echo(run_comparison(comparison, out, jobs, shlex.join(["sbora-diffusion", *sys.argv[1:]])))
