@@ -1,8 +1,9 @@
-"""Evaluations on a tiny base: single, merged, joint, resumed bit for bit, and everything that can be wrong."""
+"""Evaluations on a tiny base model: single, merged, joint, resumed bitwise, and every error."""
 
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from sbora_diffusion.evaluation.evaluate import evaluate
 from sbora_diffusion.evaluation.judges.base import prepare
 from sbora_diffusion.evaluation.judges.clip import METRICS, Encoder
 from sbora_diffusion.evaluation.references import reference_images
+from sbora_diffusion.evaluation.reports.report import read_report, write_report
 from sbora_diffusion.evaluation.reports.results import Report
 from sbora_diffusion.evaluation.run import quick_score, run_evaluation
 from sbora_diffusion.evaluation.series import merged_token, plan
@@ -253,3 +255,50 @@ def test_quick_score_of_what_is_in_the_model(
     assert strong == pytest.approx({metric: values.mean().item() for metric, values in expected.items()}, abs=1e-6)
     assert strong.keys() == METRICS.keys() - {"success"}
     assert strong["image"] != weak["image"]
+
+
+def test_an_evaluation_of_an_earlier_version_is_resumed(
+    base: Base, suite: Suite, concepts: list[Concept], judge: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """golden/ was written by 035ba5a, where folders, results and recipes had other names for some keys."""
+    golden = Path(__file__).parent / "golden"
+    shutil.copytree(golden / "evaluation", tmp_path / "out")
+    rex = Adapter.load(golden / "rex.safetensors")
+    assert rex.spec.recipe == {"output_penalty": 2.0, "final_learning_rate": 0.1, "steps": 6}
+    same = replace(base)
+    vars(same)["fingerprint"] = rex.spec.base_fingerprint
+    one_prompt = replace(suite, prompts=suite.prompts[:1])
+    monkeypatch.setattr(series_module, "generate", None)
+    arguments = (same, [rex], one_prompt, concepts, [judge], range(1), tmp_path / "out")
+    report = run_evaluation(*arguments, sampling=QUICK)
+    before, titles = read_report(golden / "evaluation/report.json")
+    now, _ = read_report(write_report(report, tmp_path / "out")[1])
+    assert titles["text_mos"] == "text (mos)"
+    assert before[0]["prompts"][0]["images"][0]["file"] == "pictures/single/rex/000-0.png"
+    assert now[0]["prompts"][0]["images"][0]["file"] == "images/single/rex/000-0.png"
+    assert now[0]["estimates"]["image"] == pytest.approx(before[0]["estimates"]["image"], abs=1e-5)
+    assert run_evaluation(*arguments, sampling=QUICK).results[0].images == report.results[0].images
+    with pytest.raises(SboraError, match=r"differs in steps"):
+        run_evaluation(*arguments, sampling=Sampling(steps=3, guidance=3.0))
+
+
+def test_evaluate_by_names_and_objects(
+    base: Base, adapters: list[Adapter], concepts: list[Concept], suite: Suite, judge: Encoder, tmp_path: Path
+) -> None:
+    """Adapters may be objects, paths or names; the report lies in the folder, and says how it was made."""
+    adapters[0].save(tmp_path / "adapters/rex.safetensors")
+    merged = merge(adapters, [1, 1], "sum")
+    merged.save(tmp_path / "both.safetensors")
+    settings: dict[str, Any] = {"base": base, "suite": suite, "judge": judge, "concepts": concepts, "seeds": range(1)}
+    settings |= {"library": tmp_path / "adapters", "sampling": {"steps": 2}}
+    report = evaluate(["rex"], tmp_path / "both.safetensors", folder=tmp_path / "out", command="this", **settings)
+    assert [path.name for path in report.files] == ["report.md", "report.json", "grid-rex.png"]
+    assert report.about["command"] == "this"
+    assert report.about["sampling"] == {"steps": 2, "guidance": base.sampling.guidance, "negative_prompt": ""}
+    same = evaluate([adapters[0]], merged, folder=tmp_path / "out", **settings)
+    assert torch.equal(same.results[1].scores["image"], report.results[1].scores["image"])
+    with pytest.raises(SboraError, match="unknown sampling setting 'stesp'") as caught:
+        evaluate(["rex"], **settings | {"sampling": {"stesp": 2}})
+    assert caught.value.hint == "allowed are steps, guidance, negative_prompt"
+    with pytest.raises(SboraError, match="got no adapters"):
+        evaluate([])

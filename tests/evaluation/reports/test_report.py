@@ -10,7 +10,7 @@ from PIL import Image
 
 from sbora_diffusion.evaluation.judges.clip import METRICS
 from sbora_diffusion.evaluation.metrics.bootstrap import bootstrap_interval
-from sbora_diffusion.evaluation.reports.report import grid, read_report, to_json, write_report
+from sbora_diffusion.evaluation.reports.report import grid, to_json, write_report
 from sbora_diffusion.evaluation.reports.results import Report, Result
 from sbora_diffusion.evaluation.reports.tables import summary, to_markdown
 
