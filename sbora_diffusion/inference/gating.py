@@ -88,7 +88,7 @@ class LiveConcepts:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], masks: Masks) -> TextConditioning:
-        """Encode the same prompt n times, or several without concepts, with these text masks: states (n, tokens, hidden)."""
+        """Encode the same prompt n times, or several without concepts, with these masks: states (n, tokens, hidden)."""
         pipeline: Any = self._base.pipeline
         with self.acting(lambda _key, shape: {name: mask.expand(shape) for name, mask in masks.items()}):
             made = pipeline.encode_prompt(
