@@ -1,9 +1,9 @@
 """The Python API: quick to import, complete, exact, and docs/python.md runs as it stands."""
 
+import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 import sbora_diffusion as sbora
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.evaluation import evaluate as evaluate_module
+from sbora_diffusion.inference.apply import HANDLE
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.inference.generate import generate as generate_batch
 from sbora_diffusion.inference.image_file import Settings
 from sbora_diffusion.models.base import Base, load_base
 
 from .interchange.samples import random_adapter
+from .tiny_clip import save_tiny_clip
 from .tiny_sdxl import save_tiny_sdxl
 
 DOCS = Path(__file__).parents[1] / "docs/python.md"
@@ -274,5 +277,35 @@ def test_get_sbora_model_refuses(arguments: dict[str, Any], message: str, hint: 
     assert type(next(model.children())) is nn.Linear  # nothing is left behind
 
 
-def code_of(docs: str) -> Sequence[str]:
-    return re.findall(r"```python\n(.*?)```", docs, re.S)
+QUICK = {"steps": 2, "rank": 4, "crops": 1, "sampling_steps": 1, "preview_every": 0, "warmup_steps": 1}
+HAS_TRAIN = "on_step" in inspect.signature(sbora.train).parameters  # the function of docs/python.md
+
+
+def test_the_documentation_runs(
+    here: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All code of docs/python.md in order, on a tiny base model with few steps and a tiny judge."""
+    (tmp_path / "two.txt").write_text("a <TOK>\na red <TOK>\n")
+    judge = str(save_tiny_clip(tmp_path / "clip"))
+    monkeypatch.setattr(evaluate_module, "default_suite_and_judge", lambda _: ("two.txt", judge))
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    dog, cat = concepts(here)
+    names: dict[str, Any] = {"sbora": sbora, "dog": dog, "cat": cat, "QUICK": QUICK}
+    if HAS_TRAIN:
+        for name in ("dog", "cat"):
+            Path(f"adapters/{name}.safetensors").unlink()
+    else:
+        del blocks[0]
+    for block in blocks:
+        code = re.sub(r"(train\(.*)\)", r"\1, **QUICK)", block).replace('"emoji64"', repr(here.id))
+        code = code.replace("PATH/TO/PIPELINE", here.id).replace("steps=10", "steps=2")
+        exec(code, names)
+    capsys.readouterr()
+    for path in ("dog.png", "adapters/both.safetensors", "sbora-adapter/adapter_model.safetensors"):
+        assert Path(path).stat().st_size
+    report, x = names["report"], torch.randn(3, 64)
+    assert sorted(report.retention()) == ["cat", "dog"]
+    assert all(path.exists() for path in report.files)
+    assert sorted(sbora.peft.detect(names["loaded"], "default")) == ["0"]
+    assert names["loaded"](x).shape == (3, 8)
+    assert HANDLE not in vars(names["pipe"].unet)
