@@ -297,8 +297,9 @@ def test_evaluate_by_names_and_objects(
     assert report.about["sampling"] == {"steps": 2, "guidance": base.sampling.guidance, "negative_prompt": ""}
     same = evaluate([adapters[0]], merged, folder=tmp_path / "out", **settings)
     assert torch.equal(same.results[1].scores["image"], report.results[1].scores["image"])
+    settings["sampling"] = {"stesp": 2}
     with pytest.raises(SboraError, match="unknown sampling setting 'stesp'") as caught:
-        evaluate(["rex"], **settings | {"sampling": {"stesp": 2}})
+        evaluate(["rex"], **settings)
     assert caught.value.hint == "allowed are steps, guidance, negative_prompt"
     with pytest.raises(SboraError, match="got no adapters"):
         evaluate([])
