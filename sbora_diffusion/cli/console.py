@@ -106,8 +106,8 @@ def hide_bars_of_transformers() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # triggered by PEFT
 
 
-# names that the llm commands still import from here
-from sbora_diffusion.cli.options import ADAPTERS, RUNS, parse_settings  # noqa: E402, F401
+# names that the train and llm commands still import from here
+from sbora_diffusion.cli.options import ADAPTERS, RUNS, convert, parse_settings  # noqa: E402, F401
 
 
 def parse_numbers(text: str, number: int) -> list[float]:

@@ -34,8 +34,8 @@ def evaluate(
 ) -> None:
     """Score how well concepts do what prompts say, by themselves and merged; run it again to resume.
 
-    --set takes seeds (images per prompt), steps and guidance (default: the base model's), negative_prompt, batch_size
-    and vision (a second judge).
+    Settings: seeds (images per prompt), steps and guidance (default: the base model's), negative_prompt, batch_size,
+    vision (a second judge).
     """
     options = convert(parse_settings(settings), KINDS)
     import sbora_diffusion as sbora
