@@ -1,8 +1,10 @@
-"""Which layers a `fuse` of twelve loses in: each concept drawn with one group of layers as it was trained alone.
+"""In which layers `fuse` of 12 concepts loses: each concept generated with one group of its layers unmerged.
 
-One command: `python eval/fuse_layers.py FOLDER [--seeds 1]`, for a FOLDER in which `eval/retention.py` has trained the
-concepts of disjoint columns. What the scores rise by is what the merge of that group of layers costs, as far as groups
-add up. Scores go to the folder beside --out as they are found (killed and run again, it goes on), the summary to --out.
+    python eval/fuse_layers.py FOLDER [--seeds 1]
+
+FOLDER is that of eval/retention.py with trainings of disjoint columns. The gain in scores is what merging that group of
+layers costs, as far as groups are additive. Scores go to the folder beside --out, so that the command can be killed and
+run again; the summary is --out.
 """
 
 import logging
@@ -20,8 +22,8 @@ from sbora_diffusion.adapters.file import Adapter
 
 log = logging.getLogger("fuse_layers")
 
-FUSE = "fuse:0.3"  # the optimum, which `merge --how fuse` scales
-GROUPS = {  # of the layers whose names have this in them
+FUSE = "fuse:0.3"  # the optimum, before `merge --how fuse` scales it
+GROUPS = {  # name -> pattern of the layers' names
     "no layer": r"(?!)",
     "text encoder": r"^text_encoder\.",
     "U-Net": r"^unet\.",
@@ -36,13 +38,13 @@ GROUPS = {  # of the layers whose names have this in them
 
 
 def with_own_layers(fused: Adapter, own: Adapter, pattern: str) -> Adapter:
-    """The merge, but for the layers whose names match, which are as in one of its concepts alone."""
+    """Return the merge, with the layers whose names match taken from one of its concepts."""
     factors = {key: (own if re.search(pattern, key) else fused).factors[key] for key in fused.factors}
     return replace(fused, factors=factors)
 
 
 def score_groups(study: Study, seed: int) -> None:
-    """What is not there yet of a seed, concept by concept."""
+    """Compute what is missing of a seed, concept by concept."""
     missing, found = study.missing("disjoint", seed), study.found("disjoint", seed)
     if not missing:
         return
@@ -57,11 +59,11 @@ def score_groups(study: Study, seed: int) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the trainings lie.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the trainings.")],
     seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and images.")] = "1",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/fuse-layers.json"),
 ) -> None:
-    """Measure which layers lose what a merge loses."""
+    """Measure in which layers a merge loses."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     study = Study(folder=folder, results=out.with_suffix(""), hows=tuple(GROUPS), sizes=(12,))
     numbers = [int(seed) for seed in seeds.split(",")]

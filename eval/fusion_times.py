@@ -1,7 +1,8 @@
-"""The closed form of gradient fusion against LBFGS, in turns on one core: seconds and objective of each.
+"""The closed form of gradient fusion against LBFGS, alternately on one core: seconds and objective of each.
 
-One command: `python eval/fusion_times.py FOLDER [--scheme disjoint] [--seed 1]`, on trainings that the retention study
-(`eval/retention.py`) has left in FOLDER. Minutes, nearly all of them LBFGS.
+    python eval/fusion_times.py FOLDER [--scheme disjoint] [--seed 1]
+
+FOLDER is that of the retention study (eval/retention.py). Takes minutes, most of them for LBFGS.
 """
 
 import json
@@ -21,7 +22,7 @@ SOLVES = 4  # of the closed form before LBFGS, and after it
 
 
 def compared(bench: Bench, size: int) -> dict[str, float]:
-    """Of the first `size` concepts: seconds without the drawing of inputs, objectives as shares of that of no delta."""
+    """Return seconds (without sampling) and objectives (relative to no delta) of a merge of `size` concepts."""
     names = bench.study.groups(size)[0]
     closed = [bench.merged("full", names)[1] for _ in range(1 + SOLVES)][1:]
     lbfgs = bench.merged("lbfgs", names)[1]
@@ -39,17 +40,17 @@ def compared(bench: Bench, size: int) -> dict[str, float]:
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of eval/retention.py.")],
-    scheme: Annotated[str, typer.Option(metavar="NAME", help="How columns were chosen.")] = "disjoint",
+    scheme: Annotated[str, typer.Option(metavar="NAME", help="How columns are chosen.")] = "disjoint",
     seed: Annotated[int, typer.Option(metavar="N", help="Of the trainings.")] = 1,
     out: Annotated[Path, typer.Option(metavar="FILE")] = Path("eval/results/fusion-times.json"),
 ) -> None:
-    """Measure, and save the numbers."""
+    """Measure, and save the results."""
     torch.set_num_threads(1)
     bench = Bench(Study(folder=folder), scheme, seed)
     rows = [compared(bench, size) for size in SIZES]
     command = f"python eval/fusion_times.py FOLDER --scheme {scheme} --seed {seed}"
-    told = {"command": command, "solves": 2 * SOLVES, "versions": versions(), "rows": rows}
-    write_atomically(out, (json.dumps(told, indent=1) + "\n").encode())
+    content = {"command": command, "solves": 2 * SOLVES, "versions": versions(), "rows": rows}
+    write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
     typer.echo(out)
 
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sbora_diffusion.evaluation.comparison import Comparison
+    from sbora_diffusion.evaluation.comparison.plan import Comparison
 
 log = logging.getLogger("cells")
 
@@ -56,7 +56,7 @@ def run_cell(folder: Path, kind: str, key: str, columns: Path | None) -> None:
     """A cell of a comparison."""
     from chosen_columns import any_rank, chosen_columns
 
-    from sbora_diffusion.evaluation import compare_cells
+    from sbora_diffusion.evaluation.comparison import cells as compare_cells
 
     if columns is None:
         return compare_cells.run_cell(folder, kind, key)
@@ -68,7 +68,7 @@ def choose_columns(kind: str, folder: Path, path: Path) -> None:
     """The columns of all concepts of a comparison."""
     from chosen_columns import choose
 
-    from sbora_diffusion.evaluation.comparison import Comparison
+    from sbora_diffusion.evaluation.comparison.plan import Comparison
     from sbora_diffusion.models.base import load_base
 
     comparison = Comparison.load(folder)
@@ -97,7 +97,7 @@ def tasks_of(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
 
 def comparison_of(settings: dict[str, Any]) -> "Comparison":
     """What a part of the plan compares."""
-    from sbora_diffusion.evaluation.comparison import Comparison
+    from sbora_diffusion.evaluation.comparison.plan import Comparison
 
     lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("variants", "concepts", "seeds", "sizes")}
     return Comparison(settings=settings.get("settings", {}), **lists)
@@ -105,7 +105,7 @@ def comparison_of(settings: dict[str, Any]) -> "Comparison":
 
 def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
     """Cells of a comparison, variant by variant: a deadline leaves whole rows."""
-    from sbora_diffusion.evaluation.comparison import path_of, trained_as
+    from sbora_diffusion.evaluation.comparison.plan import path_of, trained_as
 
     folder, columns, comparison = out / name, settings.get("columns"), comparison_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _end_with_parent() -> None:
 
 def write_tables(plan: dict[str, Any], out: Path) -> None:
     """Of every comparison, from the cells that are there."""
-    from sbora_diffusion.evaluation.compare_report import write_comparison
+    from sbora_diffusion.evaluation.comparison.report import write_comparison
 
     for name, settings in plan.items():
         if name != "retention" and (out / name / "scores").exists():

@@ -1,9 +1,10 @@
-"""How much of K concepts is left after a merge: every way to merge × every way to choose columns, resumable.
+"""How much merges of K concepts retain: every way to merge × every way to choose columns.
 
-One command: `python eval/retention.py FOLDER [--seeds 0,1,2] [--schemes disjoint,random,shared] [--jobs 2]`. Every
-training is a file in FOLDER that is made once; all merges and scores of a seed stand in one file in the folder beside
---out, which is committed: another machine goes on with what is missing there. Killed and run again, it goes on. What is
-there is summed up in --out: JSON, and a Markdown table and a plot beside it (matplotlib: the extra `eval`).
+    python eval/retention.py FOLDER [--seeds 0,1,2] [--schemes disjoint,random,shared] [--jobs 2]
+
+Every training is a file in FOLDER that is computed once. All merges and scores of a seed are in one file in the folder
+beside --out, which is committed, so that another machine can continue with the missing ones. The command can be killed
+and run again. The summary is --out: JSON, with a Markdown table and a plot (matplotlib: the extra `eval`) beside it.
 """
 
 import logging
@@ -21,28 +22,25 @@ from retention_study import HOWS, RANK, RECIPE, SCHEMES, Study, columns_of
 from retention_summary import summarise, write_summary
 
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.evaluation.compare_cells import base_of_process
+from sbora_diffusion.evaluation.comparison.cells import base_of_process, train_once
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.loading import recipe_base
-from sbora_diffusion.training.train import train
 
 log = logging.getLogger("retention")
 
 
 def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
-    """Train a cell, or go on with it."""
+    """Train a cell, or resume it."""
     path, run = study.adapter_path(scheme, seed, name), study.folder / "runs" / f"{scheme}-{seed}" / name
     interval, basis_seed = columns_of(scheme, seed, study.concepts.index(name))
     settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"} | RECIPE
     config = configure(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
     concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.model.precision)
-    for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
-        if step.adapter:
-            step.adapter.save(path, True)
+    train_once(concept, base, interval, config, run, path)
 
 
 def run(study: Study, schemes: Sequence[str], seeds: Sequence[int], jobs: int, out: Path) -> None:
-    """All cells, seed by seed and scheme by scheme, each training a process of its own; then the summary."""
+    """Compute all cells, seed by seed and scheme by scheme, each training in its own process; then the summary."""
     for scheme, seed in [(scheme, seed) for seed in seeds for scheme in schemes]:
         if study.missing(scheme, seed):
             waiting = [name for name in study.concepts if not study.adapter_path(scheme, seed, name).exists()]
@@ -58,15 +56,15 @@ def _in_a_process(study: Study, scheme: str, seed: int, name: str) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where all cells lie.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of all cells.")],
     seeds: Annotated[str, typer.Option(metavar="N,…", help="Of trainings and images.")] = "0,1,2",
     schemes: Annotated[str, typer.Option(metavar="NAME,…", help="How columns are chosen.")] = ",".join(SCHEMES),
     hows: Annotated[str, typer.Option(metavar="NAME,…", help="How concepts are merged.")] = ",".join(HOWS),
     jobs: Annotated[int, typer.Option(help="Trainings at once.")] = 2,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The summary.")] = Path("eval/results/retention.json"),
-    train_cell: Annotated[str, typer.Option("--train", metavar="SCHEME:SEED:NAME", help="Only this cell.")] = "",
+    train_cell: Annotated[str, typer.Option("--train", metavar="SCHEME:SEED:NAME", help="Train only this cell.")] = "",
 ) -> None:
-    """Measure what merges keep of concepts."""
+    """Measure how much merges retain of concepts."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     study = Study(folder=folder, results=out.with_suffix(""), hows=tuple(hows.split(",")))
     if train_cell:

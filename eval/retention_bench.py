@@ -1,12 +1,12 @@
-"""The cells of the retention study that are not trainings: merges, their objective, and judged images."""
+"""The cells of the retention study that are not trainings: merges, their objective, and scored images."""
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
+from inputs import CachedInputs
 from retention_study import Cell, Study
 from torch import Tensor
 
@@ -14,58 +14,43 @@ from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import RIDGE, full_support, fuse, objective
 from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
 from sbora_diffusion.adapters.merge import merge, put_together
-from sbora_diffusion.data.concept import Concept, default_roots, known_concepts, load_concept
-from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import Judge, instruct, reference_images, score
-from sbora_diffusion.evaluation.suite import load_suite
-from sbora_diffusion.inference.generate import applied, generate
+from sbora_diffusion.evaluation.comparison.cells import generate_all
+from sbora_diffusion.evaluation.judges.base import prepare
+from sbora_diffusion.evaluation.judges.registry import load_judge
+from sbora_diffusion.evaluation.references import all_concepts, reference_images
+from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base, load_base
 
 log = logging.getLogger("retention")
 
-PRIOR_WEIGHT = 1.0  # of every way to merge alike; what is committed was measured with it
-BATCH = 20  # images at once
+PRIOR_WEIGHT = 1.0  # the same for every way to merge; the committed results were measured with it
 METRICS = ("text_mos", "image", "success")
 
 
 class Bench:
-    """The loaded base model and judge, and what was computed for one (scheme, seed)."""
+    """The loaded base model and judge, and the trained adapters of one (scheme, seed)."""
 
     def __init__(self, study: Study, scheme: str, seed: int) -> None:
         self.study, self.scheme, self.seed = study, scheme, seed
         self.base: Base = load_base(study.base)
         self.adapters = {name: self._load(name) for name in study.concepts}
-        known = {name: load_concept(name, default_roots()) for name in known_concepts(default_roots())}
-        self.concepts: dict[str, Concept] = known
-        self.judge: Judge = instruct(load_encoder(study.judge), reference_images(known.values()), None)
+        self.concepts = {concept.name: concept for concept in all_concepts()}
+        self.scorer = prepare([load_judge(study.judge)], reference_images(self.concepts.values()))
         self.suite = load_suite(study.suite)
-        self._inputs = SampledInputs(self.base, list(self.adapters.values()))
-        self._moments: dict[str | None, dict[str, Tensor]] = {}
+        self.inputs = CachedInputs(self.base, list(self.adapters.values()))
 
     def _load(self, name: str) -> Adapter:
         adapter = Adapter.load(self.study.adapter_path(self.scheme, self.seed, name))
-        # merges want one basis seed; what is merged are the factors, and these say which columns they are
+        # merges require one basis seed; the factors themselves say which columns they are
         return replace(adapter, spec=replace(adapter.spec, seed=0))
 
-    def moments(self, adapter: Adapter | None) -> dict[str, Tensor]:
-        """Of all columns, in float64; each drawn once."""
-        name = adapter.spec.name if adapter else None
-        if name not in self._moments:
-            every = {key: torch.arange(shape[1]) for key, shape in self.base.layer_shapes.items()}
-            self._moments[name] = self._inputs(adapter, every)
-        return self._moments[name]
-
-    def inputs(self, adapter: Adapter | None, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `fuse` asks for."""
-        return {key: self.moments(adapter)[key][index][:, index] for key, index in columns.items()}
-
     def merged(self, how: str, names: Sequence[str]) -> tuple[Adapter, dict[str, float]]:
-        """A merge, its time (without the drawing) and its objective."""
+        """Return a merge, its time (without sampling of inputs) and its objective."""
         adapters, weights = [self.adapters[name] for name in sorted(names)], [1.0] * len(names)
         for adapter in (*adapters, None):
-            self.moments(adapter)
+            self.inputs.moments(adapter)
         began = time.perf_counter()
         if how == "sum":
             result = merge(adapters, weights, "sum")
@@ -85,7 +70,7 @@ class Bench:
 
     def _dense(self, how: str, key: str, adapters: Sequence[Adapter]) -> Tensor:
         deltas = [self._delta(adapter, key) for adapter in adapters]
-        moments, prior = [self.moments(adapter)[key] for adapter in adapters], self.moments(None)[key]
+        moments, prior = [self.inputs.moments(adapter)[key] for adapter in adapters], self.inputs.moments(None)[key]
         if how == "full":
             return full_support(deltas, moments, prior, prior_weight=PRIOR_WEIGHT, ridge=RIDGE)
         steps, device = STEPS[key.partition(".")[0]], self.base.device
@@ -93,47 +78,41 @@ class Bench:
         return gradient_fusion(deltas, moments, prior.to(device), prior_weight=PRIOR_WEIGHT, steps=steps).cpu()
 
     def _delta(self, adapter: Adapter, key: str) -> Tensor:
-        """(out, in) float64."""
+        """Return (out, in) float64."""
         delta, factor = torch.zeros(self.base.layer_shapes[key], dtype=torch.float64), adapter.factors.get(key)
         return delta.index_copy_(1, factor.index, factor.weight.double()) if factor else delta
 
     def _objectives(self, result: Adapter, adapters: Sequence[Adapter]) -> tuple[float, float]:
-        """Mean over the layers of the objective of no delta at all, and of the result as a share of that."""
+        """Return means over the layers: the objective of no delta, and that of the result as a fraction of it."""
         nothing, shares = [], []
         for key in result.factors:
             deltas = [self._delta(adapter, key) for adapter in adapters]
-            moments, prior = [self.moments(adapter)[key] for adapter in adapters], self.moments(None)[key]
+            moments, prior = [self.inputs.moments(adapter)[key] for adapter in adapters], self.inputs.moments(None)[key]
             nothing.append(objective(torch.zeros_like(deltas[0]), deltas, moments, prior, PRIOR_WEIGHT))
             reached = objective(self._delta(result, key), deltas, moments, prior, PRIOR_WEIGHT)
             shares.append(reached / nothing[-1])
         return torch.stack(nothing).mean().item(), torch.stack(shares).mean().item()
 
     def score(self, adapter: Adapter, cell: Cell) -> dict[str, dict[str, list[float]]]:
-        """Draw and judge each concept of a cell with what is given: name -> metric -> a number a prompt."""
+        """Generate and score each concept of a cell by an adapter: name -> metric -> one score for each prompt."""
         how, size, names = cell
-        told, rows = {}, []
+        scores, rows = {}, []
         with applied(self.base, [adapter]):
             for name in names:
                 concept = self.concepts[name]
                 prompts = self.suite.bind([concept.token])
-                images = self._images(prompts)
-                found = score(images, prompts, self.judge, {concept.token: concept.class_noun}, [name])[name]
-                told[name] = {metric: [round(x, 4) for x in found[metric].tolist()] for metric in METRICS}
+                images = generate_all(self.base, prompts, self.seed, self.study.sampling_steps)
+                found = self.scorer(images, prompts, {concept.token: concept.class_noun}, [name])[name]
+                scores[name] = {metric: [round(x, 4) for x in found[metric].tolist()] for metric in METRICS}
                 rows.append((f"<{name}>, {how} of {size}", [("", image) for image in images[:10]]))
         page = self.study.folder / "sheets" / f"{self.scheme}-{self.seed}-{how}-{size}-{names[0]}.png"
         page.parent.mkdir(parents=True, exist_ok=True)
         sheet(rows, cell=64).save(page)
-        return told
-
-    def _images(self, prompts: Sequence[str]) -> list[Image.Image]:
-        batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-        steps = self.study.sampling_steps
-        drawn = [generate(self.base, texts, seeds=[self.seed] * len(texts), steps=steps) for texts in batches]
-        return [image for images in drawn for image in images]
+        return scores
 
 
 def judge_all(study: Study, scheme: str, seed: int) -> None:
-    """Every merge and score of one (scheme, seed) that is not there yet."""
+    """Compute every missing merge and score of one (scheme, seed)."""
     missing, found = study.missing(scheme, seed), study.found(scheme, seed)
     if not missing:
         return
@@ -141,5 +120,5 @@ def judge_all(study: Study, scheme: str, seed: int) -> None:
     for cell in missing:
         how, _, names = cell
         log.info("%s-%d: %s of %s", scheme, seed, how, "+".join(names))
-        adapter, told = (bench.adapters[names[0]], {}) if how == "single" else bench.merged(how, names)
-        found.add(cell, bench.score(adapter, cell), told)
+        adapter, costs = (bench.adapters[names[0]], {}) if how == "single" else bench.merged(how, names)
+        found.add(cell, bench.score(adapter, cell), costs)

@@ -1,4 +1,4 @@
-"""What the retention study compares: concepts, ways to choose columns, ways to merge, and where each cell lies."""
+"""What the retention study compares: concepts, ways to choose columns, ways to merge, and the cells' files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,10 +23,10 @@ Cell = tuple[str, int, tuple[str, ...]]  # how ("single" for size 1), size, name
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared, on which base and by which judge, and where its files lie."""
+    """What is compared, with which base model and judge, and in which files."""
 
-    folder: Path  # of trainings and sheets: large, not to be committed
-    results: Path = Path("eval/results/retention")  # of what was found, a file for each (scheme, seed): committed
+    folder: Path  # of trainings and grids: large, not to be committed
+    results: Path = Path("eval/results/retention")  # of scores, a file for each (scheme, seed): committed
     base: str = "emoji64"
     judge: str = "emoji-clip"
     suite: str = "emoji64"
@@ -40,51 +40,51 @@ class Study:
         return self.folder / "adapters" / f"{scheme}-{seed}" / f"{name}.safetensors"
 
     def found(self, scheme: str, seed: int) -> "Found":
-        """What is known of a (scheme, seed) so far."""
+        """Return the results of a (scheme, seed) so far."""
         return Found(self.results / f"{scheme}-{seed}.json")
 
     def missing(self, scheme: str, seed: int) -> list[Cell]:
-        """Cells of a (scheme, seed) that are not there yet."""
+        """Return the missing cells of a (scheme, seed)."""
         found = self.found(scheme, seed)
         return [cell for cell in planned(self) if any(not found.scores(cell[0], cell[1], name) for name in cell[2])]
 
     def groups(self, size: int) -> list[tuple[str, ...]]:
-        """Neighbours, so that every concept is in one merge of each size."""
+        """Return groups of neighbours, so that every concept is in one merge of each size."""
         return [self.concepts[start : start + size] for start in range(0, len(self.concepts), size)]
 
 
 def columns_of(scheme: str, seed: int, number: int) -> tuple[Interval, int]:
-    """The interval and the basis seed of a concept: its own columns, columns by chance, or everybody's."""
+    """Return interval and basis seed of a concept: its own columns, random ones, or those that all share."""
     if scheme == "disjoint":
         return Interval(number * RANK, RANK), 0
     return Interval(0, RANK), 0 if scheme == "shared" else 1000 * (seed + 1) + number
 
 
 def planned(study: Study) -> Iterator[Cell]:
-    """Every concept alone, then every merge."""
+    """Yield every single concept, then every merge."""
     yield from (("single", 1, (name,)) for name in study.concepts)
     yield from ((how, size, names) for size in study.sizes for how in study.hows for names in study.groups(size))
 
 
 class Found:
-    """Scores and merges of one (scheme, seed): a JSON file that grows, whole at any time."""
+    """Scores and merges of one (scheme, seed): a JSON file that grows, complete at any time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._told: dict = json.loads(path.read_bytes()) if path.exists() else {"scores": {}, "merges": {}}
+        self._found: dict = json.loads(path.read_bytes()) if path.exists() else {"scores": {}, "merges": {}}
 
     def scores(self, how: str, size: int, name: str) -> dict[str, list[float]]:
-        """Metric -> a number a prompt, of one concept's images; empty if not there."""
-        return self._told["scores"].get(f"{how}-{size}-{name}", {})
+        """Return metric -> one score for each prompt, of one concept's images; empty if missing."""
+        return self._found["scores"].get(f"{how}-{size}-{name}", {})
 
     def merged(self, how: str, names: tuple[str, ...]) -> dict[str, float]:
-        """Time and objective of a merge; empty if not there."""
-        return self._told["merges"].get(f"{how}-{'+'.join(names)}", {})
+        """Return time and objective of a merge; empty if missing."""
+        return self._found["merges"].get(f"{how}-{'+'.join(names)}", {})
 
     def add(self, cell: Cell, scores: Mapping[str, Mapping[str, list[float]]], merged: Mapping[str, float]) -> None:
-        """What was found of a cell: scores by concept, and of the merge if it is one."""
+        """Add the results of a cell: scores by concept, and time and objective if it is a merge."""
         how, size, names = cell
-        self._told["scores"] |= {f"{how}-{size}-{name}": scores[name] for name in names}
+        self._found["scores"] |= {f"{how}-{size}-{name}": scores[name] for name in names}
         if merged:
-            self._told["merges"][f"{how}-{'+'.join(names)}"] = merged
-        write_atomically(self._path, (json.dumps(self._told) + "\n").encode())
+            self._found["merges"][f"{how}-{'+'.join(names)}"] = merged
+        write_atomically(self._path, (json.dumps(self._found) + "\n").encode())

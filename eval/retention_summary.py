@@ -1,4 +1,4 @@
-"""What the retention study found: means and intervals of the cells that are there, as JSON, a table and a plot."""
+"""The retention study's results: means and intervals of the computed cells, as JSON, a table and a plot."""
 
 import json
 import logging
@@ -9,9 +9,9 @@ from typing import Any
 
 from retention_bench import METRICS
 from retention_study import Study, planned
-from torch import Tensor
 
-from sbora_diffusion.evaluation.compare_table import estimate, grid
+from sbora_diffusion.evaluation.comparison.table import grid, markdown
+from sbora_diffusion.evaluation.metrics.bootstrap import Estimate, format_estimate
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.files import write_atomically
 
@@ -21,7 +21,7 @@ TITLES = {"text_mos": "text alignment (mos)", "image": "image alignment", "succe
 
 
 def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dict:
-    """Means of what is there, with bootstrap 95 % intervals over prompts, concepts and seeds; what is missing."""
+    """Return means with bootstrap 95 % intervals over prompts, concepts and seeds, and the number of missing cells."""
     rows, missing = [], 0
     for scheme in schemes:
         found = {seed: study.found(scheme, seed) for seed in seeds}
@@ -35,8 +35,8 @@ def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dic
             row: dict = {"scheme": scheme, "how": how, "size": size, "cells": len(both)}
             for metric in METRICS:
                 after, before = (grid({key: pair[i][metric] for key, pair in both.items()}) for i in (0, 1))
-                row[metric] = _rounded(after)
-                row[f"{metric} change"] = _rounded(after - before)
+                row[metric] = Estimate.of(after).rounded(4)
+                row[f"{metric} change"] = Estimate.of(after - before).rounded(4)
                 row[f"{metric} retention"] = (after.nanmean() / before.nanmean()).item()
             merges = [found[seed].merged(how, names) for seed in seeds for names in study.groups(size)]
             done = [each for each in merges if each]
@@ -49,45 +49,40 @@ def summarise(study: Study, schemes: Sequence[str], seeds: Sequence[int]) -> dic
             "rows": rows}  # fmt: skip
 
 
-def _rounded(values: Tensor) -> dict[str, float]:
-    return {key: round(number, 4) for key, number in estimate(values).items()}
-
-
 def table(summary: Mapping) -> str:
-    """The summary's rows in Markdown."""
-    head = ["columns", "merge", "K", "n", "text", "image", "success", "image kept", "success kept", "objective", "s"]
-    lines = [head, ["---"] * len(head)]
+    """Return the summary's rows in Markdown."""
+    head = ["columns", "merge", "K", "n", "text", "image", "success"]
+    lines = []
     for row in summary["rows"]:
         scores = [_score(row, metric) for metric in METRICS]
-        kept = [f"{row[f'{m} retention']:.1%}" for m in ("image", "success")]
+        retained = [f"{row[f'{m} retention']:.1%}" for m in ("image", "success")]
         merged = ["–" if row[key] is None else f"{row[key]:.3g}" for key in ("objective", "seconds")]
-        lines.append([row["scheme"], row["how"], str(row["size"]), str(row["cells"]), *scores, *kept, *merged])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        lines.append([row["scheme"], row["how"], str(row["size"]), str(row["cells"]), *scores, *retained, *merged])
+    return markdown([*head, "image retained", "success retained", "objective", "s"], lines)
 
 
 def _score(row: Mapping, metric: str) -> str:
-    """A mean with its interval; of a merge the mean, and how far it is from its concepts alone, with an interval."""
+    """Return a mean with its interval; of a merge the mean, and its difference from the single concepts."""
     if row["how"] == "single":
-        return f"{row[metric]['mean']:.3f} [{row[metric]['low']:.3f}, {row[metric]['high']:.3f}]"
-    change = row[f"{metric} change"]
-    return f"{row[metric]['mean']:.3f} ({change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}])"
+        return format_estimate(row[metric])
+    return f"{row[metric]['mean']:.3f} ({format_estimate(row[f'{metric} change'], '+')})"
 
 
 def write_table(summary: Mapping, out: Path) -> None:
-    """As JSON, and in Markdown beside it."""
+    """Write the summary as JSON, and its table in Markdown beside it."""
     write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
     write_atomically(out.with_suffix(".md"), table(summary).encode())
 
 
 def write_summary(summary: Mapping, out: Path) -> None:
-    """The table, and a plot beside it."""
+    """Write JSON, table and plot."""
     write_table(summary, out)
     plot(summary, out.with_suffix(".png"))
     log.info("%s; %d cells are missing", out, summary["missing cells"])
 
 
 def plot(summary: Mapping, path: Path) -> None:
-    """Every metric's change against K: a panel a metric and a way to choose columns, a line a way to merge."""
+    """Plot every metric's change over K: a panel for each metric and choice of columns, a line for each merge."""
     from matplotlib.figure import Figure
 
     schemes = list(dict.fromkeys(row["scheme"] for row in summary["rows"]))
@@ -96,20 +91,20 @@ def plot(summary: Mapping, path: Path) -> None:
     axes = figure.subplots(max(1, len(schemes)), len(METRICS), squeeze=False, sharex=True, sharey="col")
     for panels, scheme in zip(axes, schemes, strict=False):
         for axis, metric in zip(panels, METRICS, strict=True):
-            _draw(axis, metric, [row for row in summary["rows"] if row["scheme"] == scheme], hows)
+            _plot_panel(axis, metric, [row for row in summary["rows"] if row["scheme"] == scheme], hows)
             axis.set_title(f"{TITLES[metric]}, {scheme} columns", fontsize="medium")
     for axis in axes[-1]:
         axis.set_xlabel("concepts merged (K)")
     for panels in axes:
-        panels[0].set_ylabel("merged − alone")
-    drawn = {how: line for axis in axes.flat for line, how in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0][0].legend(drawn.values(), drawn, frameon=False, fontsize="small", loc="lower left")
+        panels[0].set_ylabel("merged − single")
+    lines = {how: line for axis in axes.flat for line, how in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][0].legend(lines.values(), lines, frameon=False, fontsize="small", loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _draw(axis: Any, metric: str, rows: Sequence[Mapping], hows: Sequence[str]) -> None:
-    """One panel: how far each concept's scores are from its own alone, on the mean, with intervals of that mean."""
+def _plot_panel(axis: Any, metric: str, rows: Sequence[Mapping], hows: Sequence[str]) -> None:
+    """Plot one panel: the mean difference of a concept's scores in a merge and by itself, with intervals."""
     axis.axhline(0, color="0.7", linewidth=1)
     for number, how in enumerate(hows):
         line = [row for row in rows if row["how"] == how]

@@ -11,7 +11,7 @@ from short_tables import LOUD, SLOW
 
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.data.images import load_image
-from sbora_diffusion.evaluation.comparison import Comparison, path_of
+from sbora_diffusion.evaluation.comparison.plan import Comparison, path_of
 from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 
 ROWS = {

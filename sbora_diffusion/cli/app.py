@@ -1,6 +1,7 @@
-"""The command line: thin, and quick to answer, for torch and everything on it is imported inside the commands.
+"""The command line: one file per command in this folder, registered here.
 
-stdout is data: tables, and the paths of what was written. Logs, progress and errors go to stderr.
+stdout is data: tables, and the paths of what was written. Logs, progress and errors go to stderr. The commands import
+torch and everything on it only when they run, so that --help is quick.
 """
 
 from typing import Annotated, Any
@@ -9,20 +10,27 @@ import typer
 from typer.core import TyperGroup
 
 from sbora_diffusion import __version__
-from sbora_diffusion.cli import llm as cli_llm
-from sbora_diffusion.cli.console import set_up_logging, share_cores, told_in_a_line
-from sbora_diffusion.cli.exchange import bake, export, import_
-from sbora_diffusion.cli.keeping import inspect, ledger, remove
-from sbora_diffusion.cli.making import generate, merge, train
-from sbora_diffusion.cli.measuring import compare, evaluate
-from sbora_diffusion.cli.studio import ui
+from sbora_diffusion.cli import llm
+from sbora_diffusion.cli.bake import bake
+from sbora_diffusion.cli.compare import compare
+from sbora_diffusion.cli.console import collect_garbage_less, one_line_errors, set_up_logging, share_cores
+from sbora_diffusion.cli.eval import evaluate
+from sbora_diffusion.cli.export import export
+from sbora_diffusion.cli.generate import generate
+from sbora_diffusion.cli.import_ import import_
+from sbora_diffusion.cli.inspect import inspect
+from sbora_diffusion.cli.ledger import ledger
+from sbora_diffusion.cli.making import train
+from sbora_diffusion.cli.merge import merge
+from sbora_diffusion.cli.remove import remove
+from sbora_diffusion.cli.ui import ui
 
 
 class Commands(TyperGroup):
-    """Tells users what they can do something about."""
+    """The commands, with errors that the user can act on in one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        with told_in_a_line():
+        with one_line_errors():
             return super().invoke(ctx)
 
 
@@ -33,7 +41,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def commands(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    """Teach a diffusion model concepts from a handful of images; put them together or take them out exactly."""
+    """Teach a diffusion model concepts from a handful of images; combine and remove them exactly."""
     if version:
         typer.echo(f"sbora-diffusion {__version__}")
         raise typer.Exit
@@ -47,10 +55,11 @@ app.command()(bake)
 app.command("eval")(evaluate)
 for command in (compare, inspect, ledger, remove, ui):
     app.command()(command)
-app.add_typer(cli_llm.app, name="llm")
+app.add_typer(llm.app, name="llm")
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     share_cores()
+    collect_garbage_less()
     app()

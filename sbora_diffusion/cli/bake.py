@@ -1,35 +1,38 @@
-"""The bake command: concept files in, a whole pipeline folder out."""
+"""`sbora-diffusion bake`: a whole pipeline folder with concepts written into it."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from sbora_diffusion.inference.bake import bake
-from sbora_diffusion.library.library import Library
-from sbora_diffusion.models.base import load_base
+import typer
+
+from sbora_diffusion.cli.console import hide_loading_bars
+from sbora_diffusion.cli.options import ADAPTERS, PIPELINES, AdapterBase, Floats, parse_floats
 
 log = logging.getLogger(__name__)
 
 
-def bake_concepts(
-    names: Sequence[str],
-    strengths: Sequence[float],
-    base_name: str,
-    out: Path | None,
-    *,
-    library: Library,
-    pipelines: Path,
-    force: bool,
-) -> Path:
-    """Write concepts into a copy of their base model; the folder of the new pipeline.
+def bake(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to write into the weights.")],
+    strengths: Floats = "",
+    base: AdapterBase = "",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: pipelines/NAME+NAME.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a pipeline that was baked before.")] = False,
+) -> None:
+    """Write a whole pipeline folder with concepts in it, for any program that loads diffusers' format.
 
-    Args:
-        base_name: "" is what the first concept was trained for.
-        out: None is a folder in `pipelines`, by the names.
+    Accepts what `merge` cannot combine: columns with rows, several seeds.
     """
-    adapters = [library.load(name) for name in names]
-    folder = out or pipelines / "+".join(adapter.spec.name for adapter in adapters)
-    tokens = bake(load_base(base_name or adapters[0].spec.base_id), adapters, strengths, folder, force)
-    log.info('next: sbora-diffusion generate "%s" --base %s', " and ".join(f"a {token}" for token in tokens), folder)
+    from sbora_diffusion.inference.bake import bake as bake_adapters
+    from sbora_diffusion.library.library import load_adapters
+    from sbora_diffusion.models.base import load_base
+
+    hide_loading_bars()
+    adapters = load_adapters(names, ADAPTERS)
+    folder = out or PIPELINES / "+".join(adapter.spec.name for adapter in adapters)
+    factors = parse_floats(strengths) or [1.0] * len(adapters)
+    tokens = bake_adapters(load_base(base or adapters[0].spec.base_id), adapters, factors, folder, force)
+    prompt = " and ".join(f"a {token}" for token in tokens)
+    log.info('next: sbora-diffusion generate "%s" --base %s', prompt, folder)
     log.info('or, in Python: DiffusionPipeline.from_pretrained("%s", safety_checker=None)', folder)
-    return folder
+    typer.echo(folder)

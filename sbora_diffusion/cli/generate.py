@@ -1,55 +1,73 @@
-"""What `generate` does: with concepts written into the base model, or live where regions or gating are asked for."""
+"""`sbora-diffusion generate`: images of a prompt, with any concepts."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from PIL import Image
+import typer
 
-from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.inference.generate import applied, generate
-from sbora_diffusion.inference.image_file import Settings
-from sbora_diffusion.inference.regions import generate_regions, parse_region
-from sbora_diffusion.inference.whole_scene import class_nouns, whole_scene
-from sbora_diffusion.models.base import load_base
+from sbora_diffusion.cli.console import hide_loading_bars
+from sbora_diffusion.cli.options import (
+    ADAPTERS,
+    AdapterBase,
+    Floats,
+    Settings,
+    boolean,
+    convert,
+    parse_floats,
+    parse_settings,
+)
 
-BATCH = 8  # images generated at once
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sbora_diffusion.inference.image_file import Settings as ImageSettings
+
+KINDS = {
+    "steps": int,
+    "guidance": float,
+    "negative_prompt": str,
+    "gated": boolean,
+    "whole_scene": boolean,
+    "precision": str,
+}
 
 
-def images(
-    base_name: str,
-    prompt: str,
-    adapters: Sequence[Adapter],
-    strengths: Sequence[float],
-    seeds: Sequence[int],
-    regions: Sequence[str],
-    options: Mapping[str, Any],
-) -> Iterator[tuple[Image.Image, Settings]]:
-    """One image a seed, and what it was made with.
+def generate(
+    prompt: Annotated[str, typer.Argument(help="For instance: a <dog> on the beach")],
+    adapter: Annotated[list[str], typer.Option(metavar="NAME|FILE", help="A concept; repeatable.")] = [],  # noqa: B006
+    strengths: Floats = "",
+    base: AdapterBase = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to save the images.")] = Path("outputs"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the first image; each further one adds 1.")] = 0,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many images.")] = 1,
+    region: Annotated[
+        list[str],
+        typer.Option(metavar="L,T,R,B[,NAME…]:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.'),
+    ] = [],  # noqa: B006
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Generate images, with any concepts.
 
-    Args:
-        regions: as `parse_region` reads them.
-        options: the fields of `Settings` that are asked for besides.
+    --set takes steps and guidance (default: the base model's), negative_prompt, gated (apply each concept only where it
+    is named), whole_scene (false: each region gets only its own prompt) and precision (fp32, bf16, fp16 or nf4; on a
+    GPU the default for SDXL, SD3 and FLUX is bf16).
     """
-    parsed = [parse_region(region) for region in regions]
-    base = load_base(base_name or (adapters[0].spec.base_id if adapters else "emoji64"), options.get("precision", ""))
-    concepts = {adapter.spec.name: strength for adapter, strength in zip(adapters, strengths, strict=False)}
-    own = {"base": base.id, "precision": base.precision, "concepts": concepts, "regions": tuple(regions)}
-    made = Settings(prompt=prompt, **{**vars(base.sampling), **options, **own})
-    if parsed and made.whole_scene:
-        prompt, parsed = whole_scene(prompt, parsed, class_nouns(adapters))
-    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
-    if parsed or made.gated:
-        draw = partial(generate_regions, base, prompt, parsed, adapters, strengths=strengths, **made.sampling)
-        for batch in batches:
-            yield from _told(draw(seeds=batch), batch, made)
-        return
-    with applied(base, adapters, strengths):
-        for batch in batches:
-            yield from _told(generate(base, [prompt] * len(batch), seeds=batch, **made.sampling), batch, made)
+    options = convert(parse_settings(settings), KINDS)
+    import sbora_diffusion as sbora
+    from sbora_diffusion.inference.image_file import save_numbered
 
+    def save(image: "Image.Image", made: "ImageSettings") -> None:
+        typer.echo(save_numbered(image, out, made))
 
-def _told(drawn: Sequence[Image.Image], seeds: Sequence[int], made: Settings) -> Iterator[tuple[Image.Image, Settings]]:
-    for image, seed in zip(drawn, seeds, strict=True):
-        yield image, replace(made, seed=seed)
+    hide_loading_bars()
+    sbora.generate(
+        prompt,
+        adapter,
+        base=base,
+        strengths=parse_floats(strengths),
+        seeds=range(seed, seed + count),
+        regions=region,
+        library=ADAPTERS,
+        on_image=save,
+        **options,
+    )

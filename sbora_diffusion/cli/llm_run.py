@@ -15,7 +15,7 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.certificate import certify
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge, merged_name
-from sbora_diffusion.evaluation.llm_table import Measured, accuracy_table, to_json
+from sbora_diffusion.evaluation.reports.llm_table import Measured, accuracy_table, to_json
 from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_about, read_concept

@@ -1,53 +1,78 @@
-"""What `merge` does where the base model is needed: `--how fuse`, and every method's own merge."""
+"""`sbora-diffusion merge`: several concepts in one concept file."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
+import typer
 
-from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.methods.calibration import SampledInputs
-from sbora_diffusion.methods.merging import merge_by_method
-from sbora_diffusion.models.base import load_base
+from sbora_diffusion.cli.console import hide_loading_bars
+from sbora_diffusion.cli.options import ADAPTERS, Floats, Force, parse_floats
 from sbora_diffusion.utils.errors import SboraError
+
+if TYPE_CHECKING:
+    from sbora_diffusion.adapters.file import Adapter
+    from sbora_diffusion.library.library import Library
 
 log = logging.getLogger(__name__)
 
-
-def fuse_on_samples(
-    adapters: Sequence[Adapter], weights: Sequence[float], base_name: str, prior_weight: float
-) -> Adapter:
-    """The closed-form merge of concepts, on inputs that the base model sees while it draws each of them.
-
-    Args:
-        base_name: "" is what the first concept was trained for.
-    """
-    if not 0 <= prior_weight < float("inf"):
-        raise SboraError(f"got --prior-weight {prior_weight}, expected a number from 0 on")
-    inputs = SampledInputs(load_base(base_name or adapters[0].spec.base_id, ""), adapters)
-    drawn = iter(
-        track(range(len(adapters) + bool(prior_weight)), "drawing what to fuse for", console=Console(stderr=True))
-    )
-
-    def shown(adapter: Adapter | None, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        next(drawn)
-        return inputs(adapter, columns)
-
-    fused = fuse(adapters, weights, shown, prior_weight=prior_weight)
-    next(drawn, None)
-    return fused
+MANY = 6  # concepts up to which a plain sum loses little (docs/results.md)
+FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
+removed as a whole, to the bit. Not guaranteed: images; measure them: sbora-diffusion eval"""
 
 
-def merged_as_its_paper_does(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None, how: str, base_name: str
-) -> Adapter:
-    """Adapters of a method that is not SBoRA, merged by its own rule.
+def merge(
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="What to merge.")],
+    how: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="fuse: solve for the least disturbance of each concept (default where the base model is at hand); "
+            "sum: exact, and each can be removed; or a method's own.",
+        ),
+    ] = "",
+    weights: Floats = "",
+    prior_weight: Annotated[
+        float, typer.Option(metavar="NUMBER", help="For fuse: how strongly to preserve everything else.")
+    ] = 0.3,
+    base: Annotated[str, typer.Option(metavar="ID", help="To solve on; default: that of the first concept.")] = "",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: adapters/NAME+NAME.safetensors.")] = None,
+    force: Force = False,
+) -> None:
+    """Merge concepts into one concept file."""
+    import sbora_diffusion as sbora
+    from sbora_diffusion.adapters.merge import merged_name
+    from sbora_diffusion.cli.progress import MergeProgress
+    from sbora_diffusion.library.library import Library, load_adapters
 
-    Args:
-        weights: None for those of the method.
-        base_name: "" is what the first concept was trained for.
-    """
-    return merge_by_method(load_base(base_name or adapters[0].spec.base_id), adapters, weights, how)
+    if len(names) < 2:
+        raise SboraError(f"got only {names[0]}, expected two concepts or more")
+    library = Library(ADAPTERS)
+    adapters = load_adapters(names, library)
+    path = out or library.path(merged_name(adapters))
+    if path.exists() and not force:  # before minutes of work
+        raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
+    if how != "sum" or adapters[0].spec.method:
+        hide_loading_bars()
+    with MergeProgress() as progress:
+        merged = sbora.merge(adapters, parse_floats(weights), how, base or None, prior_weight, progress.show)
+    merged.save(path, force)
+    _log_guarantees(merged, adapters, library)
+    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
+    typer.echo(path)
+
+
+def _log_guarantees(merged: "Adapter", adapters: Sequence["Adapter"], library: "Library") -> None:
+    from sbora_diffusion.adapters.certificate import certify
+
+    spec = merged.spec
+    how = spec.recipe["how"]
+    if spec.method:
+        log.info("merged by %s, as %s is; nothing is guaranteed", how, spec.method)
+    elif how == "fuse":
+        log.info(FUSED)
+    else:
+        log.info(certify(adapters, library.widths(spec.base_fingerprint, spec.side)).describe())
+        if len(spec.parents) > MANY:
+            log.info("a plain sum of %d concepts loses more of them than --how fuse does", len(spec.parents))

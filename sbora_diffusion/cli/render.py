@@ -1,74 +1,30 @@
-"""What the command line draws: tables, bars, and the progress of a training. Made for 80 columns."""
+"""Tables and the ledger's bar, for terminals of 80 columns."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from sbora_diffusion.adapters.certificate import Certificate
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.cli.progress import TrainingProgress as TrainingProgress  # cli/train.py has it from here
 from sbora_diffusion.library.ledger import Ledger
-
-if TYPE_CHECKING:
-    from sbora_diffusion.training.train import StepLog
-
-log = logging.getLogger(__name__)
 
 OWNED = (("█", "cyan"), ("▓", "magenta"))  # neighbours differ in shade too, for terminals without colour
 SHARED = ("×", "bold red")
 FREE = ("·", "dim")
 
 
-class TrainingProgress:
-    """A bar on stderr while a training runs; lines now and then where stderr is no terminal."""
-
-    def __init__(self, num_steps: int) -> None:
-        self._is_terminal = Console(stderr=True).is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(compact=True),
-            console=Console(stderr=True, quiet=not self._is_terminal),
-            expand=True,
-        )
-        self._task = self._progress.add_task("preparing", total=num_steps, start=False)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, step: "StepLog") -> None:
-        """Draw one step."""
-        state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} images/s  {step.memory_bytes / 1e9:.1f} GB"
-        if not self._progress.tasks[0].started:
-            self._progress.reset(self._task, completed=step.step)  # a resumed training starts in the middle
-        self._progress.update(self._task, completed=step.step, description=state)
-        if not self._is_terminal and not step.adapter and step.step % max(1, step.steps // 10) == 0:
-            log.info("step %d/%d  %s", step.step, step.steps, state)
-        if step.scores:
-            scores = "  ".join(f"{name} {value:.3f}" for name, value in step.scores.items())
-            log.info("step %d/%d  %s", step.step, step.steps, scores)
-        if step.preview:
-            log.info("preview: %s", step.preview)
-
-
 def show(renderable: RenderableType) -> None:
-    """Write to stdout, nothing of it cut off."""
+    """Print to stdout, without cropping."""
     Console(highlight=False, markup=False).print(renderable)
 
 
 def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:
-    """One row an adapter."""
+    """Return a table with one row per adapter."""
     table = Table("name", "base", "method", "columns", "tokens", "steps", "size", box=None, pad_edge=False)
     for path, adapter in zip(paths, adapters, strict=True):
         spec = adapter.spec
@@ -87,7 +43,7 @@ def adapter_table(paths: Sequence[Path], adapters: Sequence[Adapter]) -> Table:
 
 
 def adapter_details(path: Path, adapter: Adapter) -> Table:
-    """Everything about one adapter, a line each."""
+    """Return everything about one adapter, one line each."""
     spec = adapter.spec
     num_parameters = adapter.num_weights()
     rows = {
@@ -111,7 +67,7 @@ def adapter_details(path: Path, adapter: Adapter) -> Table:
 
 
 def certificate_table(certificate: Certificate) -> Group:
-    """A row for each group of layers, then what is guaranteed and what is not."""
+    """Return a row for each group of layers, then what is guaranteed and what is not."""
     table = Table("layers", "", "shared", "free", "‖ΔW‖ of each", box=None, pad_edge=False)
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -125,7 +81,7 @@ def certificate_table(certificate: Certificate) -> Group:
 
 
 def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:
-    """A title, a bar of the positions, and its legend."""
+    """Return a title, a bar of the positions, and its legend."""
     what = "columns" if ledger.side == "fa" else "rows"
     title = f"{ledger.base_id} [{ledger.base_fingerprint}] {what} ({ledger.side})"
     stop = ledger.width or max((owner.interval.stop for owner in ledger.owners), default=1)
@@ -147,7 +103,7 @@ def ledger_bar(ledger: Ledger, rank: int, width: int = 78) -> Group:
 
 def _room(ledger: Ledger, rank: int) -> str:
     if ledger.width is None:
-        return "how many there are is known after the next training"
+        return "their number is known after the next training"
     num_free = sum(gap.rank for gap in ledger.gaps)
     return (
         f"{ledger.width - num_free} of {ledger.width} owned, {num_free} free: "
@@ -156,7 +112,7 @@ def _room(ledger: Ledger, rank: int) -> str:
 
 
 def _cells(ledger: Ledger, stop: int, width: int) -> Iterator[tuple[str, str]]:
-    """Mark and style of each character of the bar: of the owner in the middle of the positions it stands for."""
+    """Yield mark and style of each character of the bar, by the owner of the middle of its positions."""
     styles = list(zip(ledger.first_owners, cycle(OWNED), strict=False))
     for cell in range(width):
         position = int((cell + 0.5) * stop / width)

@@ -56,7 +56,7 @@ def train_concept(request: Request, *, library: Library, runs: Path, resume: boo
     Of several processes (torchrun, accelerate launch) the first one reads what is asked, reserves and writes.
     """
     with joined() as processes:
-        processes.check(request.method)  # before a large base model is read for nothing
+        find_method(request.method).check_sharding(processes.sharded)  # before a large base model is read for nothing
         if not processes.is_first:
             logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
         concept, config, wanted = processes.broadcast_from_main(lambda: _read(request, library))
@@ -177,12 +177,12 @@ def space_of(base: Base, side: Side, seed: int) -> Space:
 
 def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Callable[[], dict[str, float]]:
     """Draws the preview prompts with two seeds and asks the encoder about them."""
-    from sbora_diffusion.evaluation.alignment import overall
-    from sbora_diffusion.evaluation.encoders import load_encoder
-    from sbora_diffusion.evaluation.evaluate import quick_score
+    from sbora_diffusion.evaluation.judges.registry import load_judge
+    from sbora_diffusion.evaluation.metrics.alignment import overall
+    from sbora_diffusion.evaluation.run import quick_score
     from sbora_diffusion.models.families.base import Sampling
 
-    encoder = load_encoder(config.output.eval_encoder)
+    encoder = load_judge(config.output.eval_encoder)
     prompts = [prompt.replace("{token}", concept.token) for prompt in config.output.preview_prompts]
     sampling = Sampling(steps=config.output.sampling_steps, guidance=config.output.guidance)
 

@@ -11,10 +11,10 @@ from sbora_diffusion.data.captions import shuffle_tags
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.latents import Batch, EncodedImages, answers, encode, in_parts, sample_latents
 from sbora_diffusion.data.prior import prior_latents
-from sbora_diffusion.methods.calibration import recorded_inputs
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import Processes
 from sbora_diffusion.models.families.noise import Diffusion, Noising
+from sbora_diffusion.models.moments import recorded_inputs
 from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError

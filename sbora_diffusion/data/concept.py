@@ -62,7 +62,9 @@ def known_concepts(roots: Sequence[Path]) -> list[str]:
     return sorted({path.parent.name for root in roots for path in root.glob("*/concept.toml")})
 
 
-def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | None = None) -> Concept:
+def load_concept(
+    name_or_folder: str | Path, roots: Sequence[Path] | None = None, class_noun: str | None = None
+) -> Concept:
     """Find a concept by name in `roots`, else by the path of its folder, and check all but the images' contents.
 
     A folder without concept.toml needs only images: the folder's name becomes the concept's. An image's caption is
@@ -71,13 +73,13 @@ def load_concept(name_or_folder: str, roots: Sequence[Path], class_noun: str | N
 
     Args:
         name_or_folder: such as "dog", or "./photos/my dog"; a bare name means a concept of the roots first.
-        roots: folders of concept folders, see default_roots.
+        roots: folders of concept folders; None for `default_roots`.
         class_noun: what kind of thing it is; overrides the folder's own.
 
     Raises:
         SboraError: nothing of that name, no image, or anything in concept.toml or the captions that is not right.
     """
-    folder = _find(name_or_folder, roots)
+    folder = _find(str(name_or_folder), default_roots() if roots is None else roots)
     described = _describe(folder / "concept.toml")
     name = concept_name(described.name or folder.resolve().name)
     token = described.token or f"<{name}>"

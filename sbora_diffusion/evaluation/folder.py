@@ -1,4 +1,4 @@
-"""Score images that anybody made: a folder of them, the prompts they were made from, and references."""
+"""Score a folder of images from anywhere, with their prompts and reference images."""
 
 import json
 import re
@@ -10,10 +10,10 @@ from typing import Any
 from sbora_diffusion.data.concept import EXTENSIONS
 from sbora_diffusion.data.images import load_image
 from sbora_diffusion.data.masks import is_mask
-from sbora_diffusion.evaluation.encoders import Encoder, ImageEncoder
-from sbora_diffusion.evaluation.results import Report, Result
-from sbora_diffusion.evaluation.scores import Judge, instruct, score
-from sbora_diffusion.evaluation.suite import load_suite
+from sbora_diffusion.evaluation.gallery import ImageFiles
+from sbora_diffusion.evaluation.judges.base import Judge, Scorer, prepare
+from sbora_diffusion.evaluation.reports.results import Report, Result
+from sbora_diffusion.evaluation.suites.suite import load_suite
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.errors import SboraError
 
@@ -25,17 +25,16 @@ def score_folder(
     prompts: str,
     references: Sequence[Path],
     class_nouns: Sequence[str],
-    encoder: Encoder,
-    vision: ImageEncoder | None = None,
+    judges: Sequence[Judge],
 ) -> Report:
     """Score a folder of images.
 
     Args:
-        images: JPEG, PNG or WebP files. Their names tell the prompt: "<number>-<seed>", the first prompt is 0.
+        images: JPEG, PNG or WebP files, named "<prompt's number>-<seed>" (counting from 0) or listed in `prompts`.
         prompts: a suite, or a JSON file {"<image's name>": "<prompt in plain words>"} for images of any name.
-        references: first a folder for each concept that is in every image, then others, that these may be mistaken
-            for: without any there is no success rate.
-        class_nouns: what stands for each concept in the texts of a suite; none for JSON and one concept.
+        references: first a folder for each concept that is in every image, then folders of other concepts, which the
+            success rate needs.
+        class_nouns: what replaces each concept in the prompts of a suite; none for JSON and one concept.
 
     Raises:
         SboraError: no image, a damaged one, one without a prompt, too few folders of references.
@@ -45,30 +44,30 @@ def score_folder(
     num_shown = max(1, len(class_nouns))
     names = _names(references, num_shown)
     known = {name: [load_image(path) for path in _files(folder)] for name, folder in names.items()}
-    judge = instruct(encoder, known, vision)
+    scorer = prepare(judges, known)
     shown = list(names)[:num_shown]
     about = {
         "suite": {"name": prompts, "prompts": sorted(set(texts))},
-        "encoder": {"id": encoder.id, "weights": encoder.weights},
-        "vision": {"id": vision.id, "weights": vision.weights} if vision else None,
-        "references": {name: len(shots) for name, shots in known.items()},
+        **{judge.kind: {"id": judge.id, "weights": judge.weights} for judge in judges},
+        "references": {name: len(references) for name, references in known.items()},
         "versions": versions(),
     }
     return Report(
-        title=f"{images} against {', '.join(shown)}, judged by {encoder.id}",
+        title=f"{images} against {', '.join(shown)}, judged by {judges[0].id}",
         about=about,
-        results=tuple(_results(images.resolve().name, files, texts, judge, shown)),
+        metrics={key: metric for judge in judges for key, metric in judge.metrics.items()},
+        results=tuple(_results(images.resolve().name, files, texts, scorer, shown)),
         references={name: known[name] for name in shown},
     )
 
 
 def _results(
-    model: str, files: Sequence[Path], texts: Sequence[str], judge: Judge, shown: Sequence[str]
+    model: str, files: Sequence[Path], texts: Sequence[str], scorer: Scorer, shown: Sequence[str]
 ) -> Iterator[Result]:
     rows = _rows(texts)
     order = [number for row in rows for number in row]
-    stream = (load_image(files[number]) for number in order)
-    for concept, scores in score(stream, [texts[number] for number in order], judge, {}, shown).items():
+    images = ImageFiles([files[number] for number in order], load_image)
+    for concept, scores in scorer(images, [texts[number] for number in order], {}, shown).items():
         yield Result(
             model=model,
             concept=concept,
@@ -90,17 +89,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path], wanted: int) -> dict[str, Path]:
-    """The folders by name; a concept's folder of images has the concept's."""
+    """Return the folders by name; the folder "images" of a concept gets the concept's name."""
     folders = [path.parent if path.name == "images" else path for path in map(Path.resolve, folders)]
     names = {folder.name: folder / "images" if (folder / "images").is_dir() else folder for folder in folders}
     if len(names) < max(wanted, len(folders)):
         got = ", ".join(folder.name for folder in folders) or "none"
-        raise SboraError(f"got the folders of references {got}, expected different ones, {wanted} at least")
+        raise SboraError(f"got the folders of references {got}, expected at least {wanted}, all different")
     return names
 
 
 def _texts(files: Sequence[Path], prompts: str, class_noun: Sequence[str]) -> list[str]:
-    """For each image its prompt, with class nouns for concepts."""
+    """Return the prompt of each image, with class nouns for concepts."""
     if prompts.endswith(".json") and Path(prompts).is_file():
         captions = _read_json(Path(prompts))
         if isinstance(captions, dict):  # a list is CustomConcept101's
@@ -119,7 +118,7 @@ def _read_json(path: Path) -> Any:
 def _caption(path: Path, captions: dict[str, str], source: str) -> str:
     text = captions.get(path.name, captions.get(path.stem))
     if not isinstance(text, str):
-        raise SboraError(f"{source} has no prompt for {path.name}", "name every image, with or without its extension")
+        raise SboraError(f"{source} has no prompt for {path.name}", "list every image, with or without its extension")
     return text
 
 
@@ -127,14 +126,14 @@ def _number(path: Path, count: int) -> int:
     match = _NUMBERED.fullmatch(path.stem)
     if not match or int(match[1]) >= count:
         raise SboraError(
-            f"the name {path.name} tells no prompt, expected one such as 000-0.png with a number from 0 to {count - 1}",
+            f"got the image {path.name}, expected a name such as 000-0.png with a prompt from 0 to {count - 1}",
             "rename the images, or give --prompts a JSON file of image -> prompt",
         )
     return int(match[1])
 
 
 def _rows(texts: Sequence[str]) -> list[list[int]]:
-    """Images by prompt; if some prompts have more images than others, each image for itself."""
+    """Return the images' numbers by prompt; if some prompts have more images than others, a row for each image."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, text in enumerate(texts):
         groups[text].append(number)

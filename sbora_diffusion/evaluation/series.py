@@ -1,4 +1,4 @@
-"""Which images an evaluation is made of: for each model and concept a series, every prompt with every seed."""
+"""The images that an evaluation needs: for each model and concept a series, every prompt with every seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.evaluation.gallery import write_image
-from sbora_diffusion.evaluation.suite import Suite
+from sbora_diffusion.evaluation.suites.suite import Suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
@@ -18,29 +18,35 @@ from sbora_diffusion.utils.errors import SboraError
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Series:
-    """The prompts of a suite, bound to the tokens of some concepts, for one model."""
+    """The prompts of a suite, with the tokens of some concepts, for one model.
 
-    model: str  # as in results.Result
+    Attributes:
+        model, shown: as of `reports.results.Result`.
+        adapters: what is applied to the base model.
+        tokens: token in the prompts -> class noun.
+    """
+
+    model: str
     shown: tuple[str, ...]
-    adapters: tuple[Adapter, ...]  # the model is the base with these applied
-    tokens: dict[str, str]  # token in the prompts -> class noun
+    adapters: tuple[Adapter, ...]
+    tokens: dict[str, str]
     prompts: tuple[str, ...]
 
     @property
     def folder(self) -> str:
-        """Where its images lie in the folder of images."""
+        """The series' own folder in the folder of images."""
         return f"{self.model}/{'+'.join(self.shown)}"
 
     def files(self, images: Path, seeds: Sequence[int]) -> tuple[tuple[Path, ...], ...]:
-        """Paths by prompt and seed: "<prompt's number>-<seed>.png"."""
+        """Return the images' paths by prompt and seed: "<prompt's number>-<seed>.png"."""
         folder = images / self.folder
         return tuple(tuple(folder / f"{n:03d}-{seed}.png" for seed in seeds) for n in range(len(self.prompts)))
 
 
 def plan(suite: Suite, adapters: Sequence[Adapter], merged: Adapter | None) -> list[Series]:
-    """The series of an evaluation.
+    """Return the series of an evaluation.
 
-    A suite for one concept at a time: each concept by its own adapter, then each by the merge. A joint suite: all
+    With a suite for one concept: each concept by its own adapter, then each by the merge. With a joint suite: all
     concepts in each image, by the merge, or without one by all adapters at once.
 
     Raises:
@@ -67,9 +73,9 @@ def plan(suite: Suite, adapters: Sequence[Adapter], merged: Adapter | None) -> l
 
 
 def merged_token(merged: Adapter, adapter: Adapter) -> str:
-    """What a concept's token is called in a merge, which renames a token that several of its parents have.
+    """Return a concept's token in a merge, which renames a token that several of its parents have.
 
-    The concept's learned embedding tells, for a merge keeps it as it is.
+    It is found by its learned embedding, which a merge does not change.
 
     Raises:
         SboraError: the merge has no such concept.
@@ -81,19 +87,19 @@ def merged_token(merged: Adapter, adapter: Adapter) -> str:
         if learned is not None and embedding is not None and torch.equal(embedding, learned):
             return candidate
     raise SboraError(
-        f"the merge {merged.spec.name!r} has not learned {token} as {adapter.spec.name!r} has; "
+        f"the merge {merged.spec.name!r} does not contain {token} of {adapter.spec.name!r}; "
         f"it was merged from {', '.join(merged.spec.parents) or 'nothing'}",
         "merge again: sbora-diffusion merge",
     )
 
 
-def draw(
+def generate_missing(
     base: Base, series: Series, images: Path, seeds: Sequence[int], sampling: Sampling, batch_size: int
 ) -> Iterator[int]:
-    """Make the images that are not there yet; yields how many are, first before any new one is made.
+    """Generate the missing images; yield the number of images so far, first before any new one is generated.
 
-    Batches are what they would be if all were missing, so an image is the same, bit for bit, whenever it is made: seed
-    by seed, for more seeds to come after.
+    Batches are formed as if all images were missing, seed by seed, so an image is bitwise the same whenever it is
+    generated, and more seeds can be added later.
     """
     files = series.files(images, seeds)
     jobs = [
@@ -129,8 +135,8 @@ def _own_token(adapter: Adapter) -> str:
     if len(spec.tokens) != 1:
         has = ", ".join(spec.tokens) or "none"
         raise SboraError(
-            f"{spec.name!r} brings the tokens {has}, expected the adapter of one concept",
-            "give the concepts' names and the merge as --merged FILE",
+            f"{spec.name!r} has the tokens {has}, expected the adapter of one concept",
+            "give the names of single concepts, and the merge as --merged FILE",
         )
     return next(iter(spec.tokens))
 

@@ -1,4 +1,4 @@
-"""Where in an image the tokens of each concept are, found in cross-attention while the image is drawn."""
+"""Where in an image the tokens of each concept are, from the cross-attention while the image is generated."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-SHARPNESS = 4.0  # how strongly a position belongs to the concept that has most of it
+SHARPNESS = 4.0  # how strongly a position goes to the concept with the most attention there
 
 
 def grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a layer with so many positions, in a U-Net that halves latents of this size."""
+    """Return height and width of a layer with this many positions, in a U-Net that halves latents of this size."""
     height, width = size
     while height * width > positions:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -21,11 +21,11 @@ def grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 class AttentionMaps:
-    """The attention that each concept's tokens get, averaged over heads, layers and the steps so far.
+    """The attention to each concept's tokens, averaged over heads, layers and the steps so far.
 
-    A concept acts fully where its tokens get more than their average over the image, and less and less below; where
-    several concepts want the same place it is shared out in favour of the strongest (compare FreeFuse,
-    arXiv 2510.23515, whose masks come from the same maps).
+    A concept acts fully where the attention to its tokens is above its average over the image, and proportionally less
+    below. Where several concepts overlap, the strongest gets most (compare FreeFuse, arXiv 2510.23515, whose masks come
+    from the same maps).
 
     Args:
         tokens: concept -> the positions of its tokens in the prompt.
@@ -38,12 +38,12 @@ class AttentionMaps:
         self._masks: dict[str, Tensor] = {}
 
     def observe(self, attention: Attention, hidden: Tensor, text: Tensor, rows: slice) -> None:
-        """Look at one cross-attention layer.
+        """Record one cross-attention layer.
 
         Args:
             hidden: (all rows, positions, channels), the layer's image side.
             text: (all rows, tokens, channels).
-            rows: those whose attention counts.
+            rows: those to record.
         """
         assert attention.to_k is not None
         query, key = (attention.head_to_batch_dim(x) for x in (attention.to_q(hidden), attention.to_k(text)))
@@ -54,7 +54,7 @@ class AttentionMaps:
             self._sums[name] = self._sums.get(name, torch.zeros_like(large)) + large
 
     def renew(self) -> None:
-        """Make masks of all that was observed so far."""
+        """Update the masks from everything recorded so far."""
         if not self._sums:
             return
         scores = {name: sums / sums.mean((1, 2), keepdim=True) for name, sums in self._sums.items()}
@@ -62,7 +62,7 @@ class AttentionMaps:
         self._masks = {name: score.clamp(max=1) * score**SHARPNESS / total for name, score in scores.items()}
 
     def mask(self, name: str, positions: int) -> Tensor | None:
-        """(rows, positions) from 0 to 1, or None as long as nothing is known."""
+        """Return a mask (rows, positions) from 0 to 1, or None before the first `renew`."""
         if name not in self._masks:
             return None
         return F.adaptive_avg_pool2d(self._masks[name], grid(positions, self._size)).flatten(1)

@@ -1,4 +1,4 @@
-"""A whole pipeline folder with concepts in weights and tokenizer, for programs that know nothing of adapters."""
+"""A whole pipeline folder with concepts in weights and tokenizer, for programs without adapter support."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,21 +27,20 @@ def bake(
 ) -> list[str]:
     """Write a pipeline folder that `DiffusionPipeline.from_pretrained` loads, or nothing at all.
 
-    Adapters of both sides, of any seed, on the same columns: all go together, for dense weights have room for sums. A
-    name or token that several have is renamed in all but the first. The base model stays as it is.
+    Adapters of both sides, of any seed, and on the same columns can be combined, because dense weights hold any sum. A
+    name or token that several have is renamed in all but the first. The base model is left unchanged.
 
     Returns:
-        The concepts' tokens, as they are called in the folder.
+        The concepts' tokens in the folder.
 
     Raises:
-        SboraError: the folder exists (with `force`: and no pipeline was baked into it), an adapter is for another base
-            model, the disk is full.
+        SboraError: the folder exists (with `force`: and was not written by bake), an adapter is for another base model.
     """
     _check_free(folder, force)
     layerwise = [adapter.spec.name for adapter in adapters if adapter.spec.embedding_layers]
     if layerwise:
         raise SboraError(
-            f"{layerwise[0]} has embeddings for each layer, which no ordinary pipeline can hold",
+            f"{layerwise[0]} has embeddings for each layer, which an ordinary pipeline cannot hold",
             "train it with --set layerwise_tokens=0",
         )
     named = distinct_tokens(adapters)
@@ -65,7 +64,7 @@ def _check_free(folder: Path, force: bool) -> None:
 
 @contextmanager
 def _plain_vocabularies(base: Base) -> Iterator[None]:
-    """Learned tokens as rows of the text encoders' own embeddings, as models without them would be saved."""
+    """Put learned tokens into the text encoders' own embeddings, so that they are saved as plain models."""
     with ExitStack() as stack:
         for reader in base.learners:
             stack.enter_context(_plain_vocabulary(base.component(reader.component)))
@@ -89,7 +88,7 @@ def _plain_vocabulary(encoder: Any) -> Iterator[None]:
 
 
 def _forget_origin(folder: Path) -> None:
-    """Drop from the settings where and how the base model was loaded here, which is nobody's business elsewhere."""
+    """Remove from the configs where and how the base model was loaded on this machine."""
     for path in folder.rglob("*.json"):
         settings = json.loads(path.read_text())
         if settings.keys() & _ORIGIN:
@@ -103,7 +102,7 @@ _ORIGIN = {"_name_or_path", "is_local", "local_files_only"}
 def _record(
     base: Base, adapters: Sequence[Adapter], named: Sequence[Adapter], strengths: Sequence[float]
 ) -> dict[str, object]:
-    """What is in the folder and what it was made from."""
+    """Describe what the folder contains and what it was made from."""
     return {
         "base_id": base.id,
         "kind": base.kind,

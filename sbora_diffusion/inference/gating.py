@@ -1,8 +1,8 @@
-"""Concepts beside the weights instead of in them, each acting only where its mask says: token gating.
+"""Live concepts: beside the weights instead of in them, each acting only where its mask is not zero (token gating).
 
-A standard-basis adapter adds a small term of its own to a layer's output, so it can be left out position by position:
-in the text encoder and in the keys and values of cross-attention before the concept's token, and outside the concept's
-place in the image everywhere else. What no mask covers is the base model's own number, bit for bit.
+An SBoRA adapter adds a separate small term to a layer's output, so it can be left out position by position: in the text
+encoder and in the keys and values of cross-attention before the concept's token, elsewhere outside the concept's place
+in the image. Where no mask applies, the output is the base model's, bit for bit.
 """
 
 import math
@@ -23,7 +23,7 @@ from sbora_diffusion.models.quantization import DTYPE
 from sbora_diffusion.models.tokens import added_tokens
 from sbora_diffusion.utils.errors import SboraError
 
-Masks = Mapping[str, Tensor]  # concept -> from 0, silent, to 1, as strong as trained; whoever is missing is silent
+Masks = Mapping[str, Tensor]  # concept -> from 0 (off) to 1 (as strong as trained); missing concepts are off
 MaskSource = Callable[[str, torch.Size], Masks]  # layer "<component>.<layer>", (rows, positions) -> masks of that shape
 
 
@@ -34,7 +34,7 @@ class _Delta:
 
 
 class LiveConcepts:
-    """Concepts that listen in on a base model's layers; they are silent unless `acting` says where they act."""
+    """Concepts hooked to a base model's layers; they act only within `acting`, where its masks are not zero."""
 
     def __init__(self, base: Base, adapters: Sequence[Adapter], strengths: Sequence[float]) -> None:
         self._base = base
@@ -47,16 +47,16 @@ class LiveConcepts:
         self._source: MaskSource | None = None
 
     def text_masks(self, prompt: str, chosen: Collection[str] = ()) -> dict[str, Tensor]:
-        """Where in a prompt which concept acts: from its token on, as the text encoder is causal.
+        """Return where in a prompt each concept acts: from its token on, because the text encoder is causal.
 
         Args:
-            chosen: names of concepts that act on the whole prompt if it does not name them.
+            chosen: names of concepts that act on the whole prompt even if it does not name them.
 
         Returns:
             concept -> (tokens,) of zeros and ones; concepts that do not act are missing.
 
         Raises:
-            SboraError: an unknown token, an unknown name, a token that a long prompt loses.
+            SboraError: an unknown token or name, a token beyond the end of a long prompt.
         """
         check_tokens(self._base, [prompt])
         for name in chosen:
@@ -71,7 +71,7 @@ class LiveConcepts:
         return {name: (positions >= start).to(self._dtype) for name, start in starts.items()}
 
     def token_positions(self, prompt: str) -> dict[str, list[int]]:
-        """Where in a prompt the tokens of each concept are, several of a token that has several vectors."""
+        """Return the positions of each concept's tokens in a prompt; a token of several vectors has several."""
         pipeline: Any = self._base.pipeline
         ids = _token_ids(pipeline, prompt)
         vocabulary, found = pipeline.tokenizer.get_added_vocab(), {}
@@ -88,7 +88,7 @@ class LiveConcepts:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], masks: Masks) -> TextConditioning:
-        """The same prompt n times, or several that name nothing, with these text masks: states (n, tokens, hidden)."""
+        """Encode the same prompt n times, or several without concepts, with these masks: states (n, tokens, hidden)."""
         pipeline: Any = self._base.pipeline
         with self.acting(lambda _key, shape: {name: mask.expand(shape) for name, mask in masks.items()}):
             made = pipeline.encode_prompt(
@@ -97,7 +97,7 @@ class LiveConcepts:
         return TextConditioning(made[0], made[2] if len(made) > 2 else None)
 
     def encode_negative(self, prompt: str, number: int) -> TextConditioning:
-        """What guidance compares with, n times; no concept acts on it. SDXL's is all zeros if there is none."""
+        """Encode the negative prompt n times, without any concept; for SDXL an empty one is all zeros."""
         text = self.encode([prompt] * number, {})
         if prompt or not self._base.pipeline.config.get("force_zeros_for_empty_prompt"):
             return text
@@ -107,7 +107,7 @@ class LiveConcepts:
 
     @contextmanager
     def acting(self, source: MaskSource) -> Iterator[None]:
-        """Ask `source` in every layer where which concept acts."""
+        """Let `source` decide in every layer where each concept acts."""
         before, self._source = self._source, source
         try:
             yield
@@ -116,7 +116,7 @@ class LiveConcepts:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Listen in on the layers; at the end they are as before."""
+        """Hook the layers, and remove the hooks at the end."""
         handles = [self._base.layers[key].register_forward_hook(self._hook(key)) for key in self._deltas]
         try:
             yield
@@ -162,17 +162,17 @@ def add_delta(output: Tensor, inputs: Tensor, mask: Tensor, factor: Factor, side
 def live_concepts(
     base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
 ) -> Iterator[LiveConcepts]:
-    """Load concepts beside the base model's weights, which are never touched; tokens are there until the end.
+    """Load concepts beside the base model's weights, which are never changed, and their tokens until the end.
 
     Args:
-        strengths: one factor an adapter, 1 for all if None.
+        strengths: one factor per adapter; None for 1.
 
     Raises:
-        SboraError: an adapter for another base model, or two that bring the same name or token.
+        SboraError: an adapter for another base model, or two with the same name or token.
     """
     if base.family.denoiser != "unet":
         raise SboraError(
-            f"regions and gating are for Stable Diffusion 1.x, 2.x and XL, {base.id} is a {base.family.pipeline}",
+            f"regions and gating support Stable Diffusion 1.x, 2.x and XL, {base.id} is a {base.family.pipeline}",
             "leave out --region and gated",
         )
     strengths = strengths or [1.0] * len(adapters)
@@ -184,7 +184,7 @@ def live_concepts(
         check_base(adapter, base)
         if adapter.dense or adapter.spec.embedding_layers:
             raise SboraError(
-                f"{adapter.spec.name} is of the method {adapter.spec.method}: regions and gating know SBoRA only",
+                f"{adapter.spec.name} is of the method {adapter.spec.method}: regions and gating support SBoRA only",
                 "leave out --region and gated",
             )
     check_distinct(adapters)
@@ -205,7 +205,7 @@ def _ready(factor: Factor, strength: float, weight: Tensor) -> Factor:
 
 
 def _token_ids(pipeline: Any, prompt: str) -> list[int]:
-    """The ids that the text encoder will see, padding included."""
+    """Return the ids that the text encoder gets, padding included."""
     tokenizer = pipeline.tokenizer
     text = pipeline.maybe_convert_prompt(prompt, tokenizer)
     size = tokenizer.model_max_length
@@ -213,10 +213,10 @@ def _token_ids(pipeline: Any, prompt: str) -> list[int]:
 
 
 def _vectors(adapter: Adapter) -> dict[str, int]:
-    """How many vectors each token has."""
+    """Return the number of vectors of each token."""
     return {key.split(".", 1)[1]: len(vectors) for key, vectors in adapter.tokens.items()}
 
 
 def _words(token: str, number: int) -> list[str]:
-    """The vocabulary's entries of a token, as tokens.added_tokens names them."""
+    """Return a token's entries in the vocabulary, as tokens.added_tokens names them."""
     return [token, *(f"{token}_{vector}" for vector in range(1, number))]

@@ -1,4 +1,4 @@
-"""Images from a prompt, with any set of concepts written into the base model while they are made."""
+"""Write concepts into a base model, remove them bit for bit, and generate batches of images."""
 
 import logging
 import re
@@ -23,11 +23,11 @@ TOKEN = re.compile(r"<[^<>\s]+>")
 
 
 class ConceptPatcher:
-    """The concepts that are written into a base model, weights and tokens; any of them can be taken out again.
+    """Write concepts into a base model, weights and tokens, and remove any of them again.
 
-    The weights depend only on which concepts are written and how strongly, not on what happened before; without any,
-    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token. To
-    layers whose weights are quantised, concepts add what they would add to the weights to the output instead.
+    The weights depend only on which concepts are written and how strongly, not on the order of the calls; without any,
+    they are the original ones, bit for bit. A strength scales what a concept adds to the weights, not its token. In
+    quantised layers, concepts add the same change to the layer's output instead.
     """
 
     def __init__(self, base: Base) -> None:
@@ -39,17 +39,17 @@ class ConceptPatcher:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """What is written, by name."""
+        """The written concepts' strengths by name."""
         return {name: self._concepts[name][1] for name in sorted(self._concepts)}
 
     def write(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> None:
         """Write concepts into the base model, or none of them.
 
         Args:
-            strengths: one factor an adapter, 1 for all if None.
+            strengths: one factor per adapter; None for 1.
 
         Raises:
-            SboraError: an adapter for another base model, a name or token that is there already.
+            SboraError: an adapter for another base model, a name or token that is already in use.
         """
         strengths = strengths or [1.0] * len(adapters)
         if len(strengths) != len(adapters):
@@ -73,11 +73,11 @@ class ConceptPatcher:
             for name in self._concepts.keys() - before.keys():
                 self._write_weights(name)
         except BaseException:
-            self._take_out(self._concepts.keys() - before.keys())
+            self._remove(self._concepts.keys() - before.keys())
             raise
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Make a written concept stronger or weaker; the others stay as they are."""
+        """Make a written concept stronger or weaker, and leave the others unchanged."""
         self._check_written([name])
         adapter, before = self._concepts[name]
         try:
@@ -88,14 +88,14 @@ class ConceptPatcher:
             raise
 
     def restore(self, names: Sequence[str]) -> None:
-        """Take concepts out: the base model is as if they had never been written."""
+        """Remove concepts: the base model is as if they had never been written."""
         self._check_written(names)
         if names:
-            self._take_out(set(names))
+            self._remove(set(names))
 
     def restore_all(self) -> None:
-        """Take all concepts out: the base model is the original one, bit for bit."""
-        self._take_out(set(self._concepts))
+        """Remove all concepts: the base model is the original one, bit for bit."""
+        self._remove(set(self._concepts))
 
     def _check_written(self, names: Sequence[str]) -> None:
         for name in names:
@@ -113,7 +113,7 @@ class ConceptPatcher:
             }
             written.write(name, own, written_side(adapter), strength)
 
-    def _take_out(self, names: set[str]) -> None:
+    def _remove(self, names: set[str]) -> None:
         self._concepts = {name: concept for name, concept in self._concepts.items() if name not in names}
         for written in self._weights.values():
             for name in names.intersection(written.names):
@@ -121,7 +121,7 @@ class ConceptPatcher:
         self._renew_tokens()
 
     def _renew_tokens(self) -> None:
-        """The tokens of what is written now, in the order of the names."""
+        """Replace the tokens by those of the written concepts, in the order of the names."""
         self._tokens.close()
         adapters = [adapter for _, (adapter, _) in sorted(self._concepts.items())]
         embeddings = {key: value for adapter in adapters for key, value in adapter.tokens.items()}
@@ -136,15 +136,15 @@ class ConceptPatcher:
 def applied(
     base: Base, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None
 ) -> Iterator[ConceptPatcher]:
-    """Write concepts into the base model; at the end its weights and tokens are what they were, bit for bit.
+    """Write concepts into the base model, and restore its weights and tokens bit for bit at the end.
 
-    Meanwhile concepts can be added, taken out, made stronger and weaker through what the block gets.
+    Inside the block, the returned patcher can add, remove, strengthen and weaken concepts.
 
     Args:
-        strengths: one factor an adapter, 1 for all if None.
+        strengths: one factor per adapter; None for 1.
 
     Raises:
-        SboraError: an adapter for another base model, or two that bring the same token.
+        SboraError: an adapter for another base model, or two with the same token.
     """
     concepts = ConceptPatcher(base)
     try:
@@ -155,7 +155,7 @@ def applied(
 
 
 def check_base(adapter: Adapter, base: Base) -> None:
-    """SboraError unless the adapter was trained for this base model, and has embeddings as its text encoders do."""
+    """Raise SboraError unless the adapter was trained for this base model and its embeddings fit the text encoders."""
     check_fits(adapter, base.layer_shapes)
     if adapter.spec.base_fingerprint != base.fingerprint:
         raise SboraError(
@@ -167,13 +167,13 @@ def check_base(adapter: Adapter, base: Base) -> None:
         encoder: Any = getattr(base.pipeline, key.partition(".")[0], None)
         if encoder is not None and rows.shape[1] != (width := encoder.config.hidden_size):
             raise SboraError(
-                f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} numbers, not {width}",
+                f"the embedding {key} of {adapter.spec.name!r} has {rows.shape[1]} dimensions, not {width}",
                 f"it belongs to other text encoders than {base.id} has: train it anew, or import it with its own",
             )
 
 
 def check_distinct(adapters: Sequence[Adapter]) -> None:
-    """SboraError if two adapters have a name or a token in common; tokenizers do not tell capitals apart."""
+    """Raise SboraError if two adapters share a name or a token; tokenizers ignore case."""
     for what, lists in (
         ("name", [[adapter.spec.name] for adapter in adapters]),
         ("token", [[token.casefold() for token in adapter.spec.tokens] for adapter in adapters]),
@@ -194,31 +194,33 @@ def generate(
     guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
-    """One image for each prompt and seed, at the base model's own resolution.
+    """Generate one image for each pair of prompt and seed, at the base model's own resolution.
 
     An image depends on its own prompt and seed only, not on what else is in the call.
 
     Args:
-        steps, guidance: None for what is usual for this base model.
+        steps, guidance: None for the base model's defaults.
 
     Raises:
-        SboraError: a `<token>` that no applied concept brings.
+        SboraError: a `<token>` that no applied concept provides.
     """
     if len(prompts) != len(seeds) or not prompts:
-        raise SboraError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many of both, at least one")
+        raise SboraError(
+            f"got {len(prompts)} prompts and {len(seeds)} seeds, expected the same number of both, at least one"
+        )
     check_tokens(base, [*prompts, negative_prompt])
     return base.sample(prompts, seeds=seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
 
 
 def check_tokens(base: Base, prompts: Sequence[str]) -> None:
-    """SboraError for a `<token>` that no loaded concept brings, or that is cut off with the end of a long prompt."""
+    """Raise SboraError for a `<token>` that no loaded concept provides, or beyond the end of a long prompt."""
     known = {word for reader in base.learners for word in base.tokenizer(reader).get_added_vocab()}
     for prompt in prompts:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are not UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # command-line bytes that are not UTF-8
             raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
         named = set(TOKEN.findall(prompt))
         if missing := sorted(named - known):
-            have = sorted(set(filter(TOKEN.fullmatch, known)) - _own_marks(base))
+            have = sorted(set(filter(TOKEN.fullmatch, known)) - _special_tokens(base))
             raise SboraError(
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
@@ -228,14 +230,16 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
 
 
 def _check_read(base: Base, prompt: str, tokens: Iterable[str]) -> None:
-    """SboraError if the first text encoder does not get as far as one of a prompt's tokens."""
+    """Raise SboraError if one of a prompt's tokens is beyond the first text encoder's length."""
     ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
     tokenizer = base.tokenizer(base.learners[0])
     if lost := sorted(token for token in tokens if tokenizer.convert_tokens_to_ids(token) not in ids):
-        said = textwrap.shorten(prompt, 60, placeholder=" …")
-        raise SboraError(f"{said!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier")
+        short = textwrap.shorten(prompt, 60, placeholder=" …")
+        raise SboraError(
+            f"{short!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier"
+        )
 
 
-def _own_marks(base: Base) -> set[str]:
-    """What tokenizers have for themselves: <|endoftext|> and the like."""
+def _special_tokens(base: Base) -> set[str]:
+    """Return the tokenizers' own special tokens, such as <|endoftext|>."""
     return {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}

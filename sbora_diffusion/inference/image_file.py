@@ -1,4 +1,4 @@
-"""Images on disk that say how they were made: the settings lie inside the PNG, and can be read back."""
+"""PNG files that contain the settings they were generated with."""
 
 import io
 import json
@@ -17,12 +17,12 @@ from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_new
 
 KEY = "sbora"  # of the PNG's text chunk
-MAX_PIXELS = 4096 * 4096  # of a file that is asked for its settings
+MAX_PIXELS = 4096 * 4096  # of a file whose settings are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that one image depends on, besides the weights."""
+    """Everything that an image depends on, besides the weights."""
 
     base: str
     prompt: str
@@ -33,24 +33,21 @@ class Settings:
     precision: str = "fp32"  # of the base model's weights and arithmetic
     concepts: Mapping[str, float] = field(default_factory=dict)  # name -> strength
     regions: tuple[str, ...] = ()  # as `parse_region` reads them
-    whole_scene: bool = True  # each region was told of all of the image
-    gated: bool = False  # without regions: each concept acted only where it was named
+    whole_scene: bool = True  # every region's prompt describes the whole image
+    gated: bool = False  # without regions: each concept acts only where it is named
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How it was drawn, as `generate` and `generate_regions` take it."""
+        """Keyword arguments of `generate` and `generate_regions`."""
         return {"steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt}
 
     def to_json(self) -> str:
-        """With the version of this package."""
+        """Return the settings and the version of this package as JSON."""
         return json.dumps(asdict(self) | {"concepts": dict(self.concepts), "version": __version__}, ensure_ascii=False)
 
 
 def save_numbered(image: Image.Image, folder: Path, settings: Settings) -> Path:
-    """Write a PNG with its settings, under the next number that is free in the folder; nothing is overwritten.
-
-    Whoever looks sees the whole file or none.
-    """
+    """Write a PNG with its settings atomically, under the next free number in the folder; nothing is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "image"
     info = PngInfo()
@@ -69,12 +66,12 @@ def save_numbered(image: Image.Image, folder: Path, settings: Settings) -> Path:
 
 
 def read_settings(path: Path) -> Settings:
-    """What an image was made with.
+    """Read the settings of an image.
 
     Raises:
-        SboraError: no PNG, or one without settings that we wrote.
+        SboraError: not a PNG, or one without our settings.
     """
-    hint = "Give an image that this program made, as it was downloaded: messengers and editors drop what is inside."
+    hint = "Give an image as this program saved it: messengers and editors remove the settings."
     try:
         with Image.open(path, formats=["PNG"]) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -82,9 +79,9 @@ def read_settings(path: Path) -> Settings:
             file.load()  # text may follow the pixels
             text = getattr(file, "text", {}).get(KEY)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise SboraError(f"{path.name} is no PNG that can be read", hint) from None
+        raise SboraError(f"{path.name} is not a readable PNG", hint) from None
     if text is None:
-        raise SboraError(f"{path.name} has no settings in it", hint)
+        raise SboraError(f"{path.name} contains no settings", hint)
     try:
         return _parse(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):

@@ -1,4 +1,4 @@
-"""Labelled sheets of images, for people who would rather look than read."""
+"""Labelled grids of images."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ LABEL = 16  # pixels of a label's height
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], cell: int = 160) -> Image.Image:
-    """Rows of (title, [(label, image), …]) as one image; small images are enlarged without blurring."""
+    """Arrange rows of (title, [(label, image), …]) in one image; small images are enlarged without blurring."""
     columns = max(len(images) for _, images in rows)
     row_height = 2 * LABEL + cell + GAP
     page = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + len(rows) * row_height), "white")

@@ -1,8 +1,8 @@
-"""Images with a prompt and concepts of its own for each region: no concept acts outside its region."""
+"""Images with separate prompts and concepts for each region; no concept acts outside its region."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from torch import Tensor
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.attention_maps import AttentionMaps
 from sbora_diffusion.inference.gating import LiveConcepts, live_concepts
-from sbora_diffusion.inference.generate import check_tokens
-from sbora_diffusion.inference.regional_attention import Branch, Scene, staged
+from sbora_diffusion.inference.generate import TOKEN, check_tokens
+from sbora_diffusion.inference.regional_attention import Branch, RegionalAttention, regional_attention
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import say_plainly
 
 FEATHER = 0.1  # of the image's side
 FORM = (
-    'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", with fractions of the image from 0 to 1; '
-    'concepts that the prompt does not name stand before the colon: "0,0,.5,1,ink: a house"'
+    'expected left,top,right,bottom: prompt, such as "0,0,.5,1: a <dog>", in fractions of the image from 0 to 1; '
+    'concepts that the prompt does not name go before the colon: "0,0,.5,1,ink: a house"'
 )
 
 
@@ -31,7 +32,7 @@ class Region:
 
     Attributes:
         box: left, top, right, bottom as fractions of the image's sides.
-        adapters: names of concepts that act here though the prompt does not name them, such as styles without a token.
+        adapters: names of concepts that act here although the prompt does not name them, such as styles without token.
         feather: width of the soft border, as a fraction of the image's side; the image's own border is never soft.
     """
 
@@ -48,11 +49,11 @@ class Region:
         if not 0 <= self.feather <= 1:
             raise SboraError(f"got feather {self.feather}, expected a number from 0 to 1")
         if not self.prompt.strip():
-            raise SboraError("a region has no prompt", hint="Say what is to be there.")
+            raise SboraError("a region has no prompt", hint="Describe what to show there.")
 
     @property
     def text(self) -> str:
-        """What `parse_region` makes a region of this box, these concepts and this prompt of."""
+        """The text from which `parse_region` makes this region, with the default feather."""
         return f"{','.join([*(f'{x:g}' for x in self.box), *self.adapters])}: {self.prompt}"
 
 
@@ -70,9 +71,9 @@ def parse_region(text: str) -> Region:
 
 
 def region_weights(regions: Sequence[Region], size: tuple[int, int]) -> list[Tensor]:
-    """How much the global prompt (first) and each region have of every point: (height, width) each, together 1.
+    """Return the weight of the global prompt (first) and of each region at every point: (height, width), sum 1.
 
-    A later region lies over an earlier one, as paint does; the global prompt has what no region covers.
+    A later region covers an earlier one; the global prompt gets what no region covers.
     """
     left_over, weights = torch.ones(size), []
     for region in reversed(regions):
@@ -111,22 +112,22 @@ def generate_regions(
     guidance: float | None = None,
     negative_prompt: str = "",
 ) -> list[Image.Image]:
-    """One image a seed, with live concepts: each acts only where it is named, in the text and in the image.
+    """Generate one image per seed, with live concepts: each acts only where it is named, in the text and in the image.
 
-    Without regions the concepts of the prompt act where their tokens' attention is. An image whose prompts name no
-    concept is the one that `generate` makes of the base model, bit for bit; other loaded concepts never matter.
+    Without regions, the concepts of the prompt act where the attention to their tokens is. If no prompt names a
+    concept, the image is the base model's, bit for bit; concepts that are loaded but not named change nothing.
 
     Args:
-        prompt: of what no region covers; the regions' prompts are theirs alone.
-        regions: later ones lie over earlier ones.
-        adapters: what the prompts may name, in any order.
-        strengths: one factor an adapter, 1 for all if None.
-        steps, guidance: None for what is usual for this base model.
+        prompt: for what no region covers.
+        regions: later ones cover earlier ones.
+        adapters: concepts that the prompts may name, in any order.
+        strengths: one factor per adapter; None for 1.
+        steps, guidance: None for the base model's defaults.
         negative_prompt: no concept acts on it.
 
     Raises:
-        SboraError: no seeds, steps or seeds that cannot be, an adapter of another base model, two with one name or
-            token, an unknown or lost token.
+        SboraError: no seeds, invalid steps or seeds, an adapter of another base model, two with the same name or
+            token, an unknown token or one beyond the end of a long prompt.
     """
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
@@ -140,11 +141,11 @@ def generate_regions(
         masks = [live.text_masks(text, names) for text, names in chosen]
         texts = [live.encode([text] * len(seeds), mask) for (text, _), mask in zip(chosen, masks, strict=True)]
         branches = [Branch(text.states, mask, share) for text, mask, share in zip(texts, masks, shares, strict=True)]
-        silent = live.encode_negative(negative_prompt, len(seeds))
+        uncond = live.encode_negative(negative_prompt, len(seeds))
         named = live.token_positions(prompt)
-        with _staged(base, live, branches, named, guidance):
+        with _regional(base, live, branches, named, guidance):
             result: Any = base.pipeline(
-                **_conditions(texts[0], silent),
+                **_conditions(texts[0], uncond),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -153,22 +154,53 @@ def generate_regions(
 
 
 @contextmanager
-def _staged(
+def _regional(
     base: Base, live: LiveConcepts, branches: Sequence[Branch], named: Mapping[str, Sequence[int]], guidance: float
 ) -> Iterator[None]:
-    """Let the U-Net draw these branches, and the concepts act where they are heard."""
+    """Make the U-Net attend to these branches, and the concepts act where they apply."""
     pipeline: Any = base.pipeline
     side = pipeline.unet.config.sample_size
     maps = AttentionMaps(named, (side, side)) if named else None
     num_uncond = len(branches[0].embeddings) if guidance > 1 else 0
-    scene = Scene(branches, num_uncond, (side, side), maps)
-    with staged(pipeline.unet, scene), live.acting(scene.masks):
+    regions = RegionalAttention(branches, num_uncond, (side, side), maps)
+    with regional_attention(pipeline.unet, regions), live.acting(regions.masks):
         yield
 
 
-def _conditions(text: TextConditioning, silent: TextConditioning) -> dict[str, Tensor]:
-    """What the pipeline is given of the global prompt and of what guidance compares with; regions are heard inside."""
-    given = {"prompt_embeds": text.states, "negative_prompt_embeds": silent.states}
-    if text.pooled is not None and silent.pooled is not None:
-        given |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": silent.pooled}
+def _conditions(text: TextConditioning, uncond: TextConditioning) -> dict[str, Tensor]:
+    """Return the pipeline's arguments for the global prompt and the negative one; regions act inside the U-Net."""
+    given = {"prompt_embeds": text.states, "negative_prompt_embeds": uncond.states}
+    if text.pooled is not None and uncond.pooled is not None:
+        given |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": uncond.pooled}
     return given
+
+
+def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]) -> tuple[str, list[Region]]:
+    """Make the prompt and every region's describe the whole image; a concept is named in its own region only.
+
+    "on the beach" with the regions "a <dog>" and "a <cat>" becomes "a dog and a cat on the beach" with "a <dog> and a
+    cat on the beach" and "a dog and a <cat> on the beach". A prompt with one subject in each half yields two large
+    ones that run into each other (docs/regions.md).
+
+    Args:
+        prompt: applies to the whole image; may be empty, and is repeated in every region.
+        nouns: the class noun of each token.
+    """
+    plain = [_plainly(region.prompt, nouns) for region in regions]
+
+    def scene(subjects: Sequence[str]) -> str:
+        return " ".join([" and ".join(subjects), prompt]).strip()
+
+    own = [scene([*plain[:n], region.prompt, *plain[n + 1 :]]) for n, region in enumerate(regions)]
+    return scene(plain), [replace(region, prompt=words) for region, words in zip(regions, own, strict=True)]
+
+
+def _plainly(prompt: str, nouns: Mapping[str, str]) -> str:
+    for token in set(TOKEN.findall(prompt)).intersection(nouns):
+        prompt = say_plainly(prompt, token, nouns[token])
+    return prompt
+
+
+def class_nouns(adapters: Iterable[Adapter]) -> dict[str, str]:
+    """Return the class noun of each token of these adapters."""
+    return {token: noun for adapter in adapters for token, noun in adapter.spec.tokens.items()}

@@ -1,7 +1,7 @@
 """A folder of concept files, out of which columns are handed to new concepts."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -205,3 +205,12 @@ class Library:
             raise SboraError(f"somebody has held {self.folder}/.ledger.lock for {LOCK_TIMEOUT} s") from None
         except OSError as error:
             raise SboraError(f"cannot use the folder {self.folder} ({error.strerror or error})") from None
+
+
+def load_adapters(
+    adapters: Adapter | str | Path | Sequence[Adapter | str | Path], library: Library | str | Path = "adapters"
+) -> list[Adapter]:
+    """Return adapters that are given as objects, paths, or names in the library; one alone counts as a list of one."""
+    folder = library if isinstance(library, Library) else Library(library)
+    listed = [adapters] if isinstance(adapters, Adapter | str | Path) else adapters
+    return [one if isinstance(one, Adapter) else folder.load(str(one)) for one in listed]

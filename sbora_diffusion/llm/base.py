@@ -88,7 +88,7 @@ def inject(model: Any, method: str, config: LlmConfig, interval: Interval | None
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
-        use_dora=method == "dora",
+        **find_method(method).peft_options,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)

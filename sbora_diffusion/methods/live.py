@@ -1,4 +1,4 @@
-"""A concept inside the base model while it is trained: its method's weights, a token, and nothing left behind."""
+"""A concept inside the base model while it is trained: its method's parameters and its token, removed at the end."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.dense import Dense
 from sbora_diffusion.adapters.file import Factor
-from sbora_diffusion.adapters.layer import SboraLayer, collect
+from sbora_diffusion.adapters.layer import SboraLayer
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.inject import ADAPTER, Injected, injected
+from sbora_diffusion.methods.base import Injected, Injection
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import LayerwiseEmbedding, cross_attentions, layerwise_tokens
@@ -46,22 +46,20 @@ class InjectedConcept:
         return [embedding.learned for embedding in self.tokens.values()]
 
     def parameters(self) -> list[nn.Parameter]:
+        """Return all trained parameters."""
         return [*(parameter for part in self.trained.values() for parameter in part), *self.embeddings]
 
     def learned(self) -> tuple[dict[str, Factor], dict[str, Dense], dict[str, Tensor]]:
-        """What a concept file holds: factors, dense changes, and by component the token's embeddings (n, hidden)."""
-        factors: dict[str, Factor] = {}
-        for component in self.layers:
-            factors |= collect(self.base.component(component), ADAPTER, component)
+        """Return what a concept file holds: factors, dense changes, and by component the token's embeddings (n, h)."""
         rows = {part: one.learned.detach().cpu().clone().flatten(0, -2) for part, one in self.tokens.items()}
-        return factors, self.injected.dense(), rows
+        return *self.injected.collect(), rows
 
 
 @contextmanager
 def injected_concept(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig
 ) -> Iterator[InjectedConcept]:
-    """Inject the adapter, then the token (PEFT freezes all that is there when it injects); take both out at the end."""
+    """Inject the adapter, then the token (PEFT freezes everything present when it injects); remove both at the end."""
     start = class_embedding(base, concept.class_noun, config.method.token_vectors)
     with injected(base, concept.name, interval, config) as weights, _tokens(base, concept, start, config) as tokens:
         for embedding in tokens.values():
@@ -74,9 +72,17 @@ def injected_concept(
             yield InjectedConcept(base, weights, tokens)
 
 
+def injected(
+    base: Base, concept: str, interval: Interval | None, config: TrainConfig
+) -> AbstractContextManager[Injected]:
+    """Inject the parameters of the config's method, without a token; `concept` is the concept's name."""
+    method = find_method(config.method.name)
+    return method.inject(Injection(base, method.layers(base, config), concept, interval, config))
+
+
 @contextmanager
 def _checkpointed(base: Base) -> Iterator[None]:
-    """Meanwhile the denoiser computes its activations anew for the backward pass, instead of keeping them."""
+    """Recompute the denoiser's activations in the backward pass instead of keeping them."""
     denoiser: Any = base.denoiser
     denoiser.enable_gradient_checkpointing()
     try:
@@ -98,5 +104,5 @@ def _tokens(
 
 
 def _without_last(gradient: Tensor) -> Tensor:
-    """No gradient for the last embedding, the class noun's."""
+    """Zero the gradient of the last embedding, the class noun's."""
     return torch.cat([gradient[..., :-1, :], torch.zeros_like(gradient[..., -1:, :])], dim=-2)

@@ -1,65 +1,92 @@
-"""Every method's own merge, with what it has to ask of the base model."""
+"""Merge concepts of any method: by sum, by `fuse`, or as the method's paper does."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sbora_diffusion.adapters.baseline_merges import fuse_by_gradient, merge_constrained, weighted_sum
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.adapters.merge import check_mergeable, in_order, merge, put_together
-from sbora_diffusion.inference.generate import applied
-from sbora_diffusion.methods.calibration import SampledInputs, own_prompts, prior_prompts
-from sbora_diffusion.methods.registry import default_weights, merge_choice
-from sbora_diffusion.models.base import Base
+from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
+from sbora_diffusion.adapters.merge import check_mergeable
+from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.library.library import Library, load_adapters
+from sbora_diffusion.methods.base import Merge, MergeRequest, Progress
+from sbora_diffusion.methods.registry import find_method
+from sbora_diffusion.utils.errors import SboraError
+
+if TYPE_CHECKING:
+    from sbora_diffusion.models.base import Base
+
+log = logging.getLogger(__name__)
 
 
-def merge_by_method(
-    base: Base, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, how: str = ""
+def merge(
+    adapters: Sequence[Adapter | str | Path],
+    weights: Sequence[float] | None = None,
+    how: str = "",
+    base: "Base | str | None" = None,
+    prior_weight: float = PRIOR_WEIGHT,
+    on_progress: Progress | None = None,
+    library: Library | str | Path = "adapters",
 ) -> Adapter:
-    """Merge adapters of one method as its paper does.
+    """Merge concepts of one method into one adapter.
 
     Args:
-        weights: one factor an adapter; None for what the method says (methods.default_weights).
-        how: one of the method's merges; "" for the first.
+        adapters: adapters, names in the library, or paths.
+        weights: one factor an adapter; None for the merge's own: 1, or 1/n for an average.
+        how: one of the method's merges. "" is its default; SBoRA's is `fuse` where the base model is at hand, else
+            `sum`, which is exact and needs no base model.
+        base: the base model or its name, for merges that need it; None is what the concepts were trained for.
+        prior_weight: how strongly `fuse` preserves the output on prompts without a concept, from 0 on.
+        on_progress: called with (done, total) while the base model is sampled.
 
     Raises:
-        SboraError: adapters of several methods or bases, a way that the method has not.
+        SboraError: adapters of several methods or base models, an unknown merge, a base model that cannot be loaded.
     """
+    if not 0 <= prior_weight < float("inf"):
+        raise SboraError(f"got prior_weight={prior_weight}, expected a number from 0 on")
+    adapters = load_adapters(adapters, library)
     check_mergeable([adapter.spec for adapter in adapters])
-    name = adapters[0].spec.method_name
-    how = merge_choice(name, how)
-    weights = weights or default_weights(name, how, len(adapters))
-    if how == "tokens":
-        adapters, weights = in_order(adapters, weights)
-        return put_together(adapters, weights, {}, {"how": how})
-    if how == "gradient":
-        drawn = SampledInputs(base, adapters)
-        every = {key: torch.arange(shape[1]) for key, shape in base.layer_shapes.items()}
-        return fuse_by_gradient(adapters, weights, [drawn(adapter, every) for adapter in adapters], base.device)
-    if how == "constrained":
-        texts = [word_states(base, adapter) for adapter in adapters]
-        return merge_constrained(adapters, weights, texts, prior_states(base, adapters))
-    if how == "fuse":
-        return fuse(adapters, weights, SampledInputs(base, adapters))
-    if adapters[0].dense:
-        return weighted_sum(adapters, weights, base.layers, how)
-    return merge(adapters, weights, "sum")
+    method = find_method(adapters[0].spec.method_name)
+    chosen, model = method.find_merge(how), None
+    if chosen.needs_base:
+        try:
+            model = _load(base, adapters[0].spec, chosen, may_download=bool(how) or not chosen.fallback)
+        except SboraError as reason:
+            if how or base or not chosen.fallback:
+                raise
+            log.info("merging by %s, because %s", chosen.fallback, reason)
+            chosen = method.find_merge(chosen.fallback)
+    weights = list(weights) if weights else [chosen.weight(len(adapters))] * len(adapters)
+    return chosen.run(MergeRequest(adapters, weights, model, prior_weight, on_progress))
 
 
-@torch.no_grad()
-def word_states(base: Base, adapter: Adapter) -> Tensor:
-    """(n, d): the text encoders' states at the concept's own words, in the prompts of its training."""
-    with applied(base, [adapter]):
-        ids = base.tokenize(own_prompts(adapter))
-        states = base.encode_text(ids).states
-    own = base.family.split(base.pipeline, ids)[0]
-    return states[own >= base.pipeline.text_encoder.config.vocab_size].cpu()
+def _load(base: "Base | str | None", spec: Spec, merge: Merge, may_download: bool) -> "Base":
+    """Return the base model of the adapters, or the given one.
+
+    Raises:
+        SboraError: it cannot be loaded, or is neither given nor at hand although nothing may be downloaded.
+    """
+    from sbora_diffusion.models.base import Base, load_base
+
+    if isinstance(base, Base):
+        return base
+    name = base or spec.base_id
+    if not (base or may_download or _is_at_hand(name)):
+        raise SboraError(f"the base model {name} is not on this machine (--how fuse loads it)")
+    loaded = load_base(name, "" if merge.samples else "fp32")
+    if loaded.fingerprint != spec.base_fingerprint and not base:
+        raise SboraError(f"the base model {name} has changed since the concepts were trained")
+    return loaded
 
 
-@torch.no_grad()
-def prior_states(base: Base, adapters: Sequence[Adapter]) -> Tensor:
-    """(d, d): E[c cᵀ] of the text encoders' states of the prior prompts."""
-    states = base.encode_text(base.tokenize(prior_prompts(adapters))).states.flatten(0, 1).double().cpu()
-    return states.T @ states / len(states)
+def _is_at_hand(name: str) -> bool:
+    """Whether a base model is embedded, a file or folder, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from sbora_diffusion.models.loading import EMBEDDED, INDEX, full_name
+
+    name = full_name(name)
+    if name == EMBEDDED or Path(name).exists():
+        return True
+    return name.count("/") == 1 and isinstance(try_to_load_from_cache(name, INDEX), str)

@@ -1,7 +1,6 @@
 """The Measure tab: a judge scores concepts, alone and merged; a table, a scatter of text and image, the images."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from sbora_diffusion.evaluation.scores import METRICS
-from sbora_diffusion.evaluation.tables import MAIN
+from sbora_diffusion.evaluation.reports.report import read_report
 from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import in_words, sentence, told
 from sbora_diffusion.studio.session import Workshop
@@ -166,8 +164,8 @@ def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
         raise SboraError(f"there is no result {name!r} any more", "Measure again.")
     folder = workshop.folders.evaluations / name
     try:
-        results = json.loads((folder / REPORT).read_bytes())["results"]
-        table, points, images = _table(results), _points(results), _images(results, folder)
+        results, titles = read_report(folder / REPORT)
+        table, points, images = _table(results, titles), _points(results), _images(results, folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SboraError(f"the result {name} cannot be read ({error})", "Measure again.") from None
     return (
@@ -177,11 +175,11 @@ def _show(workshop: Workshop, name: str) -> tuple[Any, Any, Any]:
     )
 
 
-def _table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> pd.DataFrame:
     """A line for each concept and model, means with their intervals."""
     rows = []
     for result in results:
-        scores = {METRICS[metric]: _cell(result["estimates"].get(metric)) for metric in MAIN}
+        scores = {title: _cell(result["estimates"].get(metric)) for metric, title in titles.items()}
         rows.append({"concept": result["concept"], "model": result["model"], "n": result["n"], **scores})
     frame = pd.DataFrame(rows)
     return frame.loc[:, (frame != "").any()]

@@ -12,8 +12,7 @@ from PIL import Image
 from sbora_diffusion.adapters.file import Adapter, Spec, read_spec
 from sbora_diffusion.inference.generate import TOKEN, generate
 from sbora_diffusion.inference.image_file import Settings, save_numbered
-from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.inference.whole_scene import class_nouns, whole_scene
+from sbora_diffusion.inference.regions import Region, class_nouns, generate_regions, whole_scene
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.studio.live_model import LiveModel, known_path

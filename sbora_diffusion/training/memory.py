@@ -17,7 +17,7 @@ from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.quantization import BYTES, packable
-from sbora_diffusion.models.target_modules import adapted_layers, blocks_before, only_passed
+from sbora_diffusion.models.target_modules import blocks_before, only_passed
 from sbora_diffusion.recipes.config import TrainConfig
 
 # what gradient checkpointing computes again: it keeps their inputs only
@@ -67,11 +67,9 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     samples = config.data.batch_size * (2 if config.data.class_images else 1) + config.loss.prior_batch
     each = kept.text + (kept.checkpointed if config.model.gradient_checkpointing else kept.everything)
     half = config.model.precision != "fp32"  # nf4 computes in bf16
-    layers = [f"{component}.{name}" for component, names in adapted_layers(base, config).items() for name in names]
-    numbers = sum(config.method.rank * base.layer_shapes[layer][config.method.name == "sbora-fb"] for layer in layers)
     return Estimate(
         weights=_weights(base, config.model.precision),
-        trained=numbers * 4 * 4,
+        trained=find_method(config.method.name).num_weights(base, config) * 4 * 4,
         activations=samples * each // (2 if half else 1),
     )
 
@@ -91,7 +89,7 @@ def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
     """One line: which settings would make it smaller, and what each of them alone saves."""
     before, told = estimate(base, config, kept).total, []
     leaner = LEANER.get(config.model.precision, config.model.precision)
-    if leaner == "nf4" and find_method(config.method.name).needs_whole_weights:
+    if leaner == "nf4" and find_method(config.method.name).reads_weights:
         leaner = config.model.precision
     for key, value in (LEAN | {"precision": leaner}).items():
         if config[key] != value:

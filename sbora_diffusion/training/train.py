@@ -17,7 +17,7 @@ from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import check_tokens
 from sbora_diffusion.methods.live import InjectedConcept, injected_concept
-from sbora_diffusion.methods.registry import method_side
+from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import current
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
@@ -72,7 +72,7 @@ def train(
             trained in shares, a caption or preview prompt so long that the text encoder does not read its token.
     """
     processes = current()
-    processes.check(config.method.name)
+    find_method(config.method.name).check_sharding(processes.sharded)
     folder = RunFolder(run_folder, processes.is_first)
     description = describe_run(concept, base, interval, config, processes.count)
     with folder.claimed():
@@ -160,10 +160,11 @@ def _result(
     metrics: dict[str, float],
 ) -> Adapter:
     factors, dense, embeddings = live.learned()
-    is_plain = config.method.name in ("sbora-fa", "sbora-fb") and not config.method.layerwise_tokens
+    method = find_method(config.method.name)
+    is_plain = method.file_format == FORMAT and not config.method.layerwise_tokens
     spec = Spec(
         name=concept.name,
-        side=method_side(config.method.name),
+        side=method.side,
         rank=config.method.rank,
         intervals=(interval,) if interval else (),
         seed=config.method.basis_seed,

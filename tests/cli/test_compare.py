@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sbora_diffusion.evaluation.compare_cells import run_cell
-from sbora_diffusion.evaluation.comparison import Comparison, path_of
+from sbora_diffusion.evaluation.comparison.cells import run_cell
+from sbora_diffusion.evaluation.comparison.plan import Comparison, path_of
 
 from ..tiny_clip import save_tiny_clip
 from ..tiny_pipeline import save_tiny_pipeline
@@ -61,7 +61,7 @@ def test_the_command_makes_every_cell_once(world: dict[str, Any], tmp_path: Path
     assert again.stdout == first.stdout
     other = compare(world, tmp_path / "out", "steps=2")
     assert other.returncode == 1
-    assert "holds a comparison of settings" in other.stderr
+    assert "holds a comparison with settings" in other.stderr
 
 
 def test_a_cell_that_fails_is_named(world: dict[str, Any], tmp_path: Path) -> None:

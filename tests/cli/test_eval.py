@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.cli import eval as cli_eval
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.evaluation import series as series_module
+from sbora_diffusion.evaluation.evaluate import default_suite_and_judge
 from sbora_diffusion.models.base import Base, load_base
 
 from ..evaluation.conftest import make_adapter
@@ -115,8 +115,8 @@ def test_a_concept_of_ones_own() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_defaults_suit_the_base() -> None:
-    assert cli_eval._defaults("emoji64") == ("emoji64", "emoji-clip")
-    assert cli_eval._defaults("stabilityai/sd")[0] == "objects"
+    assert default_suite_and_judge("emoji64") == ("emoji64", "emoji-clip")
+    assert default_suite_and_judge("stabilityai/sd")[0] == "objects"
 
 
 @pytest.mark.usefixtures("here")
@@ -133,7 +133,7 @@ def test_ctrl_c_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(series_module, "write_image", write_one)
         stopped = run("dog", "--suite", "two.txt", "--out", "out")
     assert stopped.exit_code == 130
-    assert "stopped; what was made is kept in out, go on with: sbora-diffusion eval " in stopped.stderr
+    assert "stopped; the images so far are kept in out; resume with: sbora-diffusion eval " in stopped.stderr
     assert len(images(Path("out"))) == 2
     again = run("dog", "--suite", "two.txt", "--out", "out")
     assert again.exit_code == 0, again.output
@@ -161,13 +161,13 @@ def test_kill_and_again(here: Path) -> None:
     [
         ("nosuch --suite two.txt", "no adapter 'nosuch'"),
         ("dog --suite two.txt --merged nosuch", "no adapter 'nosuch'"),
-        ("dog --suite two.txt --merged cat", "the merge 'cat' has not learned <dog>"),
-        ("cat+dog --suite two.txt", "brings the tokens <cat>, <dog>"),
+        ("dog --suite two.txt --merged cat", "the merge 'cat' does not contain <dog>"),
+        ("cat+dog --suite two.txt", "has the tokens <cat>, <dog>"),
         ("dog --suite nosuch", "no suite and no file 'nosuch'"),
         ("dog --suite empty.txt", "the suite empty has no prompts"),
         ("dog --suite odd.txt", "unknown placeholder {token}"),
-        ("dog --suite pairs.txt", "speaks of 2 concepts in one image, got 1"),
-        ("mug --suite two.txt", "the images of mug are not known"),
+        ("dog --suite pairs.txt", "needs 2 concepts in one image, got 1"),
+        ("mug --suite two.txt", "no reference images of mug were found"),
         ("dog --suite two.txt --concept nosuch", "no concept and no folder 'nosuch'"),
         ("dog --suite two.txt --out taken", "taken has images, but no evaluation.json"),
         ("dog --suite two.txt --set seeds=0", "got 1 adapters and 0 seeds"),

@@ -153,7 +153,7 @@ def test_another_basis_seed(base: Base, caplog: pytest.LogCaptureFixture) -> Non
     cat = concept(base, "cat", 4)
     replace(cat, spec=replace(cat.spec, seed=5)).save("elsewhere/cat.safetensors")
     assert lines(run("import", "elsewhere/cat.safetensors")) == ["adapters/cat.safetensors"]
-    assert "cat has its columns in the order of basis_seed 5, here it is 0" in caplog.text
+    assert "cat counts its columns in the order of basis_seed 5, this folder in 0" in caplog.text
     assert_same(Adapter.load("adapters/cat.safetensors"), replace(cat, spec=replace(cat.spec, intervals=())))
     assert lines(run("merge", "dog", "cat"))
 
@@ -175,7 +175,7 @@ def test_another_basis_seed(base: Base, caplog: pytest.LogCaptureFixture) -> Non
         ("import exported --collision maybe", "got --collision maybe, expected refuse or keep"),
         ("import exported --embedding posing.safetensors", "posing.safetensors: cannot be read"),
         ("import adapters/dog.safetensors", "adapters/dog.safetensors exists"),
-        ("import adapters/dog.safetensors --embedding x.safetensors", "is a concept file, which has its tokens in it"),
+        ("import adapters/dog.safetensors --embedding x.safetensors", "is a concept file, which contains its tokens"),
     ],
 )
 @pytest.mark.usefixtures("dog")

@@ -20,7 +20,9 @@ sys.exit(f"loads {{loaded}}" if loaded else 0)
 """
 
 
-@pytest.mark.parametrize("command", ["inspect dog", "inspect dog cat", "ledger", "merge dog cat", "remove dog --yes"])
+@pytest.mark.parametrize(
+    "command", ["inspect dog", "inspect dog cat", "ledger", "merge dog cat --how sum", "remove dog --yes"]
+)
 def test_commands_on_files_load_no_model_library(tmp_path: Path, command: str) -> None:
     for number, name in enumerate(("dog", "cat")):
         stored = adapter(Interval(4 * number, 4), name=name, tokens={f"<{name}>": name})

@@ -41,7 +41,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("train --concept unreadable --base TINY", "unreadable/a.png"),
         ("train --concept horse --base nosuch", "could not load base model 'nosuch'"),
         ("train --concept horse --base TINY --rank 200", "got rank 200, expected at most 32"),
-        ("merge dog", "got dog alone, expected two"),
+        ("merge dog", "got only dog, expected two"),
         ("remove nosuch", "nothing of the name 'nosuch'"),
         ("train --concept dog --base TINY", "adapters/dog.safetensors exists"),
         ("train --concept horse --base TINY --interval 30:38", "30:38 does not fit"),
@@ -59,7 +59,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("generate <dog> --adapter dog --adapter dog", "two adapters bring"),
         ("generate <dog> --adapter dog --strengths 1,1", "1 adapters and 2 strengths"),
         ("merge dog posing.safetensors", "posing.safetensors: cannot be read"),
-        ("merge dog cat --weights 1", "2 adapters and the weights"),
+        ("merge dog cat --how sum --weights 1", "2 adapters and the weights"),
         ("merge dog cat --how nonsense", "got --how nonsense"),
         ("merge dog cat --out adapters/dog.safetensors", "adapters/dog.safetensors exists"),
         ("bake dog nosuch", "no adapter 'nosuch'"),
@@ -104,7 +104,7 @@ def test_bad_input(adapters: Path, base: Path, tmp_path: Path, words: str, messa
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory\nhint: "),
     ],
 )
-def test_the_machine_says_no(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_os_errors_are_reported(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def fail(_: Library) -> None:
         raise error
 

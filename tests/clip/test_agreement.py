@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sbora_diffusion.evaluation.encoders import Encoder, load_encoder, preprocess
+from sbora_diffusion.evaluation.judges.clip import Encoder, preprocess
+from sbora_diffusion.evaluation.judges.registry import load_judge
 from sbora_diffusion.utils.errors import SboraError
 
 SIZE, PATCH, WIDTH, HEADS, LAYERS, JOINT = 32, 8, 32, 2, 2, 16
@@ -127,8 +128,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     register(folder, request.param)
     state = random_state(request.param)
     torch.save(state, folder / "tiny.pt")
-    ours = load_encoder(save_transformers(folder / "transformers", state, request.param))
-    return ours, load_encoder(f"open_clip:{architecture(request.param)}/{folder / 'tiny.pt'}")
+    ours = load_judge(save_transformers(folder / "transformers", state, request.param))
+    return ours, load_judge(f"open_clip:{architecture(request.param)}/{folder / 'tiny.pt'}")
 
 
 def images() -> list[Image.Image]:
@@ -166,7 +167,7 @@ def test_preprocessing_is_open_clips_own(size: int) -> None:
 @pytest.mark.parametrize("name", ["open_clip:no-such-model/openai", "open_clip:ViT-B-32/no-such-weights"])
 def test_what_open_clip_does_not_know(name: str) -> None:
     with pytest.raises(SboraError, match="could not load encoder") as caught:
-        load_encoder(name)
+        load_judge(name)
     assert "list_pretrained" in str(caught.value.hint)
 
 
@@ -175,4 +176,4 @@ def test_weights_of_the_other_activation_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "never read"))
     monkeypatch.setattr("open_clip.factory.load_checkpoint", lambda *_, **__: None)
     with pytest.raises(SboraError, match="QuickGELU mismatch"):
-        load_encoder("open_clip:ViT-B-32/openai")
+        load_judge("open_clip:ViT-B-32/openai")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.evaluation.encoders import load_encoder
-from sbora_diffusion.evaluation.scores import instruct, reference_images
+from sbora_diffusion.evaluation.judges import clip
+from sbora_diffusion.evaluation.references import reference_images
 from sbora_diffusion.models.base import load_base
 
 from ..inference.test_bake import concept
@@ -29,23 +29,20 @@ def studio(tmp_path: Path) -> bleed.Studio:
         adapter = concept(base, name, "fa", interval)
         recipe = {"preview_prompts": ["a {token}"], "prior_prompts": ["b"]}
         adapters[name] = replace(adapter, spec=replace(adapter.spec, recipe=recipe))
-    judge = instruct(
-        load_encoder(str(save_tiny_clip(tmp_path / "clip"))),
-        reference_images([load_concept(name, default_roots()) for name in NAMES]),
-        None,
-    )
-    return bleed.Studio(base, judge, adapters, [0, 1])
+    references = reference_images([load_concept(name, default_roots()) for name in NAMES])
+    judge = clip.load(str(save_tiny_clip(tmp_path / "clip"))).prepare(references)
+    return bleed.Studio(base, judge, adapters, [0, 1], steps=2)
 
 
-def test_every_pair_once(studio: bleed.Studio, tmp_path: Path) -> None:
+def test_every_pair_is_computed_once(studio: bleed.Studio, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     bleed.run(tmp_path / "pairs", NAMES, 2, lambda: studio, out)
     summary = json.loads(out.read_bytes())
     assert [row["condition"] for row in summary["rows"]] == list(bleed.CONDITIONS)
     assert (summary["pairs"], summary["images a condition"]) == (1, 8)
-    told = json.loads((tmp_path / "pairs" / "dog+penguin.json").read_bytes())
-    assert all(torch.tensor(cell["scores"]).shape == (4, 2, 2, 2) for cell in told.values())
-    assert len({json.dumps(cell["scores"]) for cell in told.values()}) == len(bleed.CONDITIONS)
+    scores = json.loads((tmp_path / "pairs" / "dog+penguin.json").read_bytes())
+    assert all(torch.tensor(cell["scores"]).shape == (4, 2, 2, 2) for cell in scores.values())
+    assert len({json.dumps(cell["scores"]) for cell in scores.values()}) == len(bleed.CONDITIONS)
     assert (tmp_path / "pairs" / "dog+penguin.png").exists()
     against = {row["condition"]: row["both first, against sum"]["mean"] for row in summary["rows"]}
     mean = {row["condition"]: row["both first"]["mean"] for row in summary["rows"]}
@@ -56,7 +53,7 @@ def test_every_pair_once(studio: bleed.Studio, tmp_path: Path) -> None:
     assert out.with_suffix(".md").read_text().count("\n") == 2 + len(bleed.CONDITIONS)
 
     def refuse() -> bleed.Studio:
-        raise AssertionError("a done pair was drawn again")
+        raise AssertionError("a pair was computed again")
 
     bleed.run(tmp_path / "pairs", NAMES, 2, refuse, out)
 
@@ -84,16 +81,16 @@ def test_figures() -> None:
         torch.testing.assert_close(found[key], torch.tensor([values], dtype=torch.float32))
 
 
-def test_what_regions_say() -> None:
+def test_prompts_of_regions() -> None:
     scene = bleed.Scene(names=("dog", "tux"), nouns=("dog", "penguin"), place="at sea")
     assert scene.prompt() == "a dog and a penguin at sea"
     assert scene.prompt(0, 1) == "a <dog> and a <tux> at sea"
     prompts = ["a <dog> and a penguin at sea", "a dog and a <tux> at sea"]
     assert [region.prompt for region in scene.regions()] == prompts
-    assert [region.prompt for region in scene.regions(alone=True)] == ["a <dog> at sea", "a <tux> at sea"]
+    assert [region.prompt for region in scene.regions(one_subject=True)] == ["a <dog> at sea", "a <tux> at sea"]
 
 
-def test_the_first_pairs_show_every_concept() -> None:
+def test_the_first_pairs_include_every_concept() -> None:
     pairs = bleed.pairs_of(["a", "b", "c", "d"])
     assert pairs[:3] == [("a", "b"), ("b", "c"), ("c", "d")]
     assert len(set(pairs)) == len(pairs) == 6

@@ -1,12 +1,14 @@
-"""The script that scores anybody's folder of images, run as people run it."""
+"""The script that scores any folder of images."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import clip_alignment
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from ..tiny_clip import save_tiny_clip
 
@@ -44,6 +46,7 @@ def test_a_folder_of_images(here: Path, clip: Path) -> None:
     assert content["results"][0]["estimates"].keys() >= {"text_mos", "image", "success"}
 
 
-def test_no_such_folder(here: Path, clip: Path) -> None:
-    done = run(here, clip, "nosuch")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: no folder nosuch\n")
+def test_no_such_folder(here: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    done = CliRunner().invoke(clip_alignment.app, ["nosuch", "--encoder", str(clip), *WORDS.split()])
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: no folder nosuch\n")

@@ -1,4 +1,4 @@
-"""The retention study end to end on a tiny base model: every cell made once, summed up from what is there."""
+"""The retention study end to end on a tiny base model: every cell computed once, summarised from the results."""
 
 import json
 import re
@@ -24,16 +24,16 @@ NAMES = ("dog", "cat")
 QUICK = {"steps": "1", "crops": "1", "sampling_steps": "1", "save_every": "1", "warmup_steps": "1"}
 
 
-@pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    monkeypatch.setattr(retention, "_in_a_process", retention.train_one)
-    monkeypatch.setattr(retention_bench, "STEPS", {"unet": 2, "text_encoder": 2})
-    suite = tmp_path / "two.txt"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study whose cells are all computed."""
+    folder = tmp_path_factory.mktemp("study")
+    suite = folder / "two.txt"
     suite.write_text("a <TOK>\na red <TOK>\n")
-    base, judge = save_tiny_pipeline(tmp_path / "tiny"), save_tiny_clip(tmp_path / "clip")
-    return Study(
-        folder=tmp_path / "study",
-        results=tmp_path / "found",
+    base, judge = save_tiny_pipeline(folder / "tiny"), save_tiny_clip(folder / "clip")
+    study = Study(
+        folder=folder / "study",
+        results=folder / "found",
         sampling_steps=1,
         base=str(base),
         judge=str(judge),
@@ -42,20 +42,32 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
         sizes=(2,),
         overrides=QUICK,
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention, "_in_a_process", retention.train_one)
+        patch.setattr(retention_bench, "STEPS", {"unet": 2, "text_encoder": 2})
+        retention.run(study, ["disjoint", "shared"], [0], 1, folder / "out.json")
+    return study
 
 
-def test_every_cell_once(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out.json"
-    retention.run(study, ["disjoint", "shared"], [0], 1, out)
+@pytest.fixture
+def study(finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A copy of it, to be changed; nothing is trained or scored any more."""
+    monkeypatch.setattr(retention_bench, "STEPS", {"unet": 2, "text_encoder": 2})
+    shutil.copytree(finished.folder.parent, tmp_path / "copy")
+    return replace(finished, folder=tmp_path / "copy/study", results=tmp_path / "copy/found")
+
+
+def test_summary_of_a_finished_study(study: Study) -> None:
+    out = study.folder.parent / "out.json"
     summary = summarise(study, ["disjoint", "shared"], [0])
     assert summary["missing cells"] == 0
-    told = {(row["scheme"], row["how"], row["size"]): row for row in summary["rows"]}
-    assert len(told) == 2 * (1 + len(HOWS))
-    for row in told.values():
+    rows = {(row["scheme"], row["how"], row["size"]): row for row in summary["rows"]}
+    assert len(rows) == 2 * (1 + len(HOWS))
+    for row in rows.values():
         assert row["cells"] == 2
-    single = told["disjoint", "single", 1]
+    single = rows["disjoint", "single", 1]
     assert (single["image retention"], single["image change"]["mean"], single["seconds"]) == (1, 0, None)
-    full, fused, summed = (told["disjoint", how, 2]["objective"] for how in ("full", "fuse", "sum"))
+    full, fused, summed = (rows["disjoint", how, 2]["objective"] for how in ("full", "fuse", "sum"))
     assert full <= fused * 1.001
     assert fused <= summed * 1.001
     times = fusion_times.compared(retention_bench.Bench(study, "disjoint", 0), 2)
@@ -65,29 +77,31 @@ def test_every_cell_once(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
     assert [str(each) for (each,) in intervals] == ["0:8", "8:16"]
     with Image.open(out.with_suffix(".png")) as plot:
         assert plot.width > plot.height > 300
-    assert out.with_suffix(".md").read_text().count("\n") == 2 + len(told)
+    assert out.with_suffix(".md").read_text().count("\n") == 2 + len(rows)
 
+
+def test_every_cell_is_computed_once(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("a done cell was made again")
+        raise AssertionError("a cell was computed again")
 
+    out = tmp_path / "out.json"
     monkeypatch.setattr(retention, "train_one", refuse)
     monkeypatch.setattr(retention, "_in_a_process", refuse)
     monkeypatch.setattr(retention_bench.Bench, "score", refuse)
     retention.run(study, ["disjoint", "shared"], [0], 1, out)
     path = study.results / "disjoint-0.json"
-    told = json.loads(path.read_bytes())
-    del told["scores"]["sum-2-cat"]
-    path.write_text(json.dumps(told))
+    found = json.loads(path.read_bytes())
+    del found["scores"]["sum-2-cat"]
+    path.write_text(json.dumps(found))
     with pytest.raises(AssertionError, match="again"):
         retention.run(study, ["disjoint"], [0], 1, out)
     assert summarise(study, ["disjoint"], [0])["missing cells"] == 1
-    shutil.rmtree(study.folder)  # as on another machine: what was found is enough
+    shutil.rmtree(study.folder)  # as on another machine: the results are enough
     retention.run(study, ["shared"], [0], 1, out)
 
 
-def test_layers_given_back(study: Study) -> None:
-    """No layer is the merge, all are the concept alone; every group is scored, once."""
-    retention.run(study, ["disjoint"], [0], 1, study.folder / "out.json")
+def test_unmerged_groups_of_layers(study: Study) -> None:
+    """No layer is the merge, all are the single concept; every group is scored, once."""
     groups = replace(study, results=study.folder / "layers", hows=tuple(GROUPS))
     score_groups(groups, 0)
     assert not groups.missing("disjoint", 0)

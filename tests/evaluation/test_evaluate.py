@@ -1,8 +1,9 @@
-"""Evaluations on a tiny base: single, merged, joint, resumed bit for bit, and everything that can be wrong."""
+"""Evaluations on a tiny base model: single, merged, joint, resumed bitwise, and every error."""
 
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.evaluation import series as series_module
-from sbora_diffusion.evaluation.encoders import Encoder
-from sbora_diffusion.evaluation.evaluate import evaluate, quick_score
-from sbora_diffusion.evaluation.results import Report
-from sbora_diffusion.evaluation.scores import METRICS, instruct, reference_images, score
+from sbora_diffusion.evaluation.evaluate import evaluate
+from sbora_diffusion.evaluation.judges.base import prepare
+from sbora_diffusion.evaluation.judges.clip import METRICS, Encoder
+from sbora_diffusion.evaluation.references import reference_images
+from sbora_diffusion.evaluation.reports.report import read_report, write_report
+from sbora_diffusion.evaluation.reports.results import Report
+from sbora_diffusion.evaluation.run import quick_score, run_evaluation
 from sbora_diffusion.evaluation.series import merged_token, plan
-from sbora_diffusion.evaluation.suite import Suite
+from sbora_diffusion.evaluation.suites.suite import Suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
@@ -47,13 +51,13 @@ def run(
             "adapters": adapters[:1],
             "suite": suite,
             "concepts": concepts,
-            "encoder": judge,
+            "judges": [judge],
             "seeds": SEEDS,
             "folder": tmp_path / "out",
             "sampling": QUICK,
             "batch_size": 4,
         }
-        return evaluate(**arguments | changes)
+        return run_evaluation(**arguments | changes)
 
     return evaluated
 
@@ -81,8 +85,8 @@ def test_one_concept(run: Evaluate, base: Base, adapters: list[Adapter], tmp_pat
 def test_scores_are_those_of_the_images(run: Evaluate, judge: Encoder, concepts: list[Concept]) -> None:
     (result,) = run().results
     with Image.open(result.images[1][0]) as image:
-        judged = instruct(judge, reference_images(concepts), None)
-        alone = score([image.copy()], [result.prompts[1]], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+        score = prepare([judge], reference_images(concepts))
+        alone = score([image.copy()], [result.prompts[1]], {"<rex>": "dog"}, ["rex"])["rex"]
     for metric, values in result.scores.items():
         assert values[1, 0].item() == pytest.approx(alone[metric].item(), abs=1e-6)
 
@@ -220,16 +224,16 @@ def test_what_cannot_be_evaluated(
         ({"batch_size": 0}, "got batch_size=0"),
         ({"sampling": Sampling(steps=0, guidance=3.0)}, "got steps=0"),
         ({"sampling": Sampling(steps=2, guidance=math.nan)}, "got guidance=nan"),
-        ({"concepts": concepts[1:]}, "the images of rex are not known"),
+        ({"concepts": concepts[1:]}, "no reference images of rex were found"),
         ({"adapters": [stranger]}, "trained for"),
         ({"merged": Adapter(replace(both.spec, base_fingerprint="f00d"), both.factors, both.tokens)}, "trained for"),
         ({"adapters": [rex, rex]}, "two adapters of one name: rex, rex"),
-        ({"suite": joint_suite}, "speaks of 2 concepts in one image, got 1: <rex>"),
-        ({"adapters": adapters, "merged": rex}, "'rex' has not learned <tom> as 'tom' has"),
+        ({"suite": joint_suite}, "needs 2 concepts in one image, got 1: <rex>"),
+        ({"adapters": adapters, "merged": rex}, "the merge 'rex' does not contain <tom> of 'tom'"),
     ):
         with pytest.raises(SboraError, match=message):
             run(**changes)
-    with pytest.raises(SboraError, match=r"'rex\+tom' brings the tokens <rex>, <tom>, expected the adapter of one"):
+    with pytest.raises(SboraError, match=r"'rex\+tom' has the tokens <rex>, <tom>, expected the adapter of one"):
         plan(joint_suite, [both], None)
     assert not (tmp_path / "out").exists()
 
@@ -246,8 +250,56 @@ def test_quick_score_of_what_is_in_the_model(
     with applied(base, adapters[:1], [0.1]):
         weak = quick_score(base, concepts[0], judge, prompts, SEEDS, QUICK)
     assert torch.equal(torch.get_rng_state(), random)
-    judged = instruct(judge, reference_images(concepts[:1]), None)
-    expected = score(images, [p for p, _ in jobs], judged, {"<rex>": "dog"}, ["rex"])["rex"]
+    score = prepare([judge], reference_images(concepts[:1]))
+    expected = score(images, [p for p, _ in jobs], {"<rex>": "dog"}, ["rex"])["rex"]
     assert strong == pytest.approx({metric: values.mean().item() for metric, values in expected.items()}, abs=1e-6)
-    assert strong.keys() == METRICS.keys() - {"vision", "success"}
+    assert strong.keys() == METRICS.keys() - {"success"}
     assert strong["image"] != weak["image"]
+
+
+def test_an_evaluation_of_an_earlier_version_is_resumed(
+    base: Base, suite: Suite, concepts: list[Concept], judge: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """golden/ was written by 035ba5a, where folders, results and recipes had other names for some keys."""
+    golden = Path(__file__).parent / "golden"
+    shutil.copytree(golden / "evaluation", tmp_path / "out")
+    rex = Adapter.load(golden / "rex.safetensors")
+    assert rex.spec.recipe == {"output_penalty": 2.0, "final_learning_rate": 0.1, "steps": 6}
+    same = replace(base)
+    vars(same)["fingerprint"] = rex.spec.base_fingerprint
+    one_prompt = replace(suite, prompts=suite.prompts[:1])
+    monkeypatch.setattr(series_module, "generate", None)
+    arguments = (same, [rex], one_prompt, concepts, [judge], range(1), tmp_path / "out")
+    report = run_evaluation(*arguments, sampling=QUICK)
+    before, titles = read_report(golden / "evaluation/report.json")
+    now, _ = read_report(write_report(report, tmp_path / "out")[1])
+    assert titles["text_mos"] == "text (mos)"
+    assert before[0]["prompts"][0]["images"][0]["file"] == "pictures/single/rex/000-0.png"
+    assert now[0]["prompts"][0]["images"][0]["file"] == "images/single/rex/000-0.png"
+    assert now[0]["estimates"]["image"] == pytest.approx(before[0]["estimates"]["image"], abs=1e-5)
+    assert run_evaluation(*arguments, sampling=QUICK).results[0].images == report.results[0].images
+    with pytest.raises(SboraError, match=r"differs in steps"):
+        run_evaluation(*arguments, sampling=Sampling(steps=3, guidance=3.0))
+
+
+def test_evaluate_by_names_and_objects(
+    base: Base, adapters: list[Adapter], concepts: list[Concept], suite: Suite, judge: Encoder, tmp_path: Path
+) -> None:
+    """Adapters may be objects, paths or names; the report lies in the folder, and says how it was made."""
+    adapters[0].save(tmp_path / "adapters/rex.safetensors")
+    merged = merge(adapters, [1, 1], "sum")
+    merged.save(tmp_path / "both.safetensors")
+    settings: dict[str, Any] = {"base": base, "suite": suite, "judge": judge, "concepts": concepts, "seeds": range(1)}
+    settings |= {"library": tmp_path / "adapters", "sampling": {"steps": 2}}
+    report = evaluate(["rex"], tmp_path / "both.safetensors", folder=tmp_path / "out", command="this", **settings)
+    assert [path.name for path in report.files] == ["report.md", "report.json", "grid-rex.png"]
+    assert report.about["command"] == "this"
+    assert report.about["sampling"] == {"steps": 2, "guidance": base.sampling.guidance, "negative_prompt": ""}
+    same = evaluate([adapters[0]], merged, folder=tmp_path / "out", **settings)
+    assert torch.equal(same.results[1].scores["image"], report.results[1].scores["image"])
+    settings["sampling"] = {"stesp": 2}
+    with pytest.raises(SboraError, match="unknown sampling setting 'stesp'") as caught:
+        evaluate(["rex"], **settings)
+    assert caught.value.hint == "allowed are steps, guidance, negative_prompt"
+    with pytest.raises(SboraError, match="got no adapters"):
+        evaluate([])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sbora_diffusion.evaluation.encoders import Encoder
 from sbora_diffusion.evaluation.folder import score_folder
-from sbora_diffusion.evaluation.results import Result
+from sbora_diffusion.evaluation.judges.clip import Encoder
+from sbora_diffusion.evaluation.reports.results import Result
 from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import COLOURS
@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def score(judge: Encoder, prompts: str, references: list[str], nouns: list[str]) -> tuple[Result, ...]:
-    return score_folder(Path("images"), prompts, [Path(name) for name in references], nouns, judge).results
+    return score_folder(Path("images"), prompts, [Path(name) for name in references], nouns, [judge]).results
 
 
 @pytest.mark.usefixtures("here")
@@ -78,7 +78,7 @@ def test_prompts_with_unequal_numbers_of_images(here: Path, judge: Encoder) -> N
     assert result.scores["image"].shape == (3, 1)
 
 
-def test_two_concepts_in_a_image(here: Path, judge: Encoder) -> None:
+def test_two_concepts_in_an_image(here: Path, judge: Encoder) -> None:
     (here / "pairs.txt").write_text("a {0} and a {1}\na {1} and a {0}\n")
     results = score(judge, "pairs.txt", ["ruby", "sky"], ["dog", "cat"])
     assert [(result.concept, result.shown) for result in results] == [
@@ -91,13 +91,13 @@ def test_two_concepts_in_a_image(here: Path, judge: Encoder) -> None:
 @pytest.mark.parametrize(
     ("prompts", "references", "nouns", "message"),
     [
-        ("prompts.txt", ["ruby"], [], "speaks of 1 concepts in one image, got 0"),
+        ("prompts.txt", ["ruby"], [], "needs 1 concepts in one image, got 0"),
         ("nosuch", ["ruby"], ["dog"], "no suite and no file 'nosuch'"),
         ("prompts.txt", ["nosuch"], ["dog"], "no folder .*nosuch"),
         ("prompts.txt", ["empty"], ["dog"], "no image in .*empty"),
         ("prompts.txt", [], ["dog"], "got the folders of references none, expected"),
         ("prompts.txt", ["ruby", "ruby"], ["dog"], "got the folders of references ruby, ruby, expected"),
-        ("one.txt", ["ruby"], ["dog"], "the name 001-0.jpg tells no prompt, expected .* from 0 to 0"),
+        ("one.txt", ["ruby"], ["dog"], "got the image 001-0.jpg, expected .* from 0 to 0"),
         ("few.json", ["ruby"], [], "few.json has no prompt for 000-1.webp"),
         ("bad.json", ["ruby"], [], "cannot read bad.json"),
         ("nosuch.json", ["ruby"], [], "no suite and no file 'nosuch.json'"),

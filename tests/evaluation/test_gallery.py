@@ -1,4 +1,4 @@
-"""A folder of images belongs to one evaluation, and holds no half image whatever happens."""
+"""A folder of images belongs to one evaluation, and has no incomplete image whatever happens."""
 
 import json
 import subprocess
@@ -47,7 +47,9 @@ def test_another_evaluation(tmp_path: Path, identity: dict[str, str], message: s
     assert json.loads((tmp_path / "evaluation.json").read_text()) == identity
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "tells whose they are"), ("[1]", "damaged"), ("{", "damaged")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "says which evaluation they belong to"), ("[1]", "damaged"), ("{", "damaged")]
+)
 def test_nobody_knows_whose(tmp_path: Path, content: str | None, message: str) -> None:
     leave_images(tmp_path)
     (tmp_path / "evaluation.json").unlink()
@@ -92,5 +94,6 @@ write_image(Image.new("RGB", (5, 7)), pathlib.Path({str(tmp_path / "000-0.png")!
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert not (tmp_path / "000-0.png").exists()
-    write_image(RED, tmp_path / "000-0.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["000-0.png"]
+    with claimed(tmp_path, IDENTITY):
+        write_image(RED, tmp_path / "000-0.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "000-0.png", "evaluation.json"]

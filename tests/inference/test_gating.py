@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.inference.gating import add_delta, live_concepts
 from sbora_diffusion.inference.generate import applied, generate
-from sbora_diffusion.inference.regional_attention import Branch, Scene, staged
+from sbora_diffusion.inference.regional_attention import Branch, RegionalAttention, regional_attention
 from sbora_diffusion.inference.regions import generate_regions
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.utils.errors import SboraError
@@ -160,8 +160,8 @@ def test_the_negative_half_is_untouched(base: Base, adapters: list[Adapter]) -> 
         positive, negative = live.encode(["a <rex>"], masks).states, live.encode([""], {}).states
         text = torch.cat([negative, positive])
         silent = predict(base, latents, 500, text)
-        scene = Scene([Branch(positive, masks, torch.ones(8, 8))], 1, (8, 8), None)
-        with staged(base.pipeline.unet, scene), live.acting(scene.masks):
+        regional = RegionalAttention([Branch(positive, masks, torch.ones(8, 8))], 1, (8, 8), None)
+        with regional_attention(base.pipeline.unet, regional), live.acting(regional.masks):
             found = predict(base, latents, 500, text)
     assert torch.equal(found[0], silent[0])
     assert not torch.equal(found[1], silent[1])

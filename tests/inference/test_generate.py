@@ -196,7 +196,7 @@ def test_adapters_that_do_not_go_together(
 
 def test_embeddings_of_another_width(base: Base, adapters: list[Adapter]) -> None:
     wide = replace(adapters[0], tokens={"text_encoder.<rex>": torch.zeros(1, 7)})
-    with pytest.raises(SboraError, match="of 'rex' has 7 numbers, not "), applied(base, [wide]):
+    with pytest.raises(SboraError, match="of 'rex' has 7 dimensions, not "), applied(base, [wide]):
         pass
 
 

@@ -106,10 +106,10 @@ def test_numbers_go_on_and_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_image_of_somebody_else(tmp_path: Path) -> None:
     IMAGE.save(tmp_path / "other.png")
-    with pytest.raises(SboraError, match=r"other\.png has no settings in it"):
+    with pytest.raises(SboraError, match=r"other\.png contains no settings"):
         read_settings(tmp_path / "other.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(SboraError, match=r"text\.png is no PNG"):
+    with pytest.raises(SboraError, match=r"text\.png is not a readable PNG"):
         read_settings(tmp_path / "text.png")
 
 

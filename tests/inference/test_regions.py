@@ -1,4 +1,4 @@
-"""Regions: each place listens to its own prompt, each concept acts in its own region, later ones lie on top."""
+"""Regions: each position attends to its own prompt, each concept acts in its own region, later ones lie on top."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +14,19 @@ from torch import Tensor
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.gating import live_concepts
 from sbora_diffusion.inference.generate import generate
-from sbora_diffusion.inference.regional_attention import Branch, BranchedAttention, Scene, staged
-from sbora_diffusion.inference.regions import Region, generate_regions, parse_region, region_weights
+from sbora_diffusion.inference.regional_attention import (
+    Branch,
+    BranchedAttention,
+    RegionalAttention,
+    regional_attention,
+)
+from sbora_diffusion.inference.regions import (
+    Region,
+    generate_regions,
+    parse_region,
+    region_weights,
+    whole_scene,
+)
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.utils.errors import SboraError
 
@@ -52,7 +63,7 @@ def test_a_region_as_text(text: str, box: tuple[float, ...], prompt: str) -> Non
 
 
 @pytest.mark.parametrize("names", [(), ("ink",), ("ink", "soft light")])
-def test_a_region_tells_itself(names: tuple[str, ...]) -> None:
+def test_a_region_as_text_parses_to_itself(names: tuple[str, ...]) -> None:
     region = Region(box=(0.05, 0.1, 0.45, 1.0), prompt="a <dog>: asleep", adapters=names)
     assert region.text == f"{','.join(['0.05,0.1,0.45,1', *names])}: a <dog>: asleep"
     assert parse_region(region.text) == region
@@ -72,7 +83,7 @@ def test_a_region_tells_itself(names: tuple[str, ...]) -> None:
         ("nan,0,1,1: a dog", r"got the box nan"),
     ],
 )
-def test_regions_that_are_none(text: str, message: str) -> None:
+def test_invalid_regions(text: str, message: str) -> None:
     with pytest.raises(SboraError, match=message):
         parse_region(text)
 
@@ -159,11 +170,11 @@ def first_values(base: Base, adapters: list[Adapter], strength: float) -> Tensor
         weights = region_weights([region], (8, 8))
         text = live.encode(["a"], {}).states
         branches = [Branch(text, {}, weights[0]), Branch(text, masks, weights[1])]
-        scene = Scene(branches, 1, (8, 8), None)
+        regional = RegionalAttention(branches, 1, (8, 8), None)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
         value = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
         handle = value.register_forward_hook(lambda _m, _i, output: seen.append(output.clone()))
-        with staged(unet, scene), live.acting(scene.masks):
+        with regional_attention(unet, regional), live.acting(regional.masks):
             unet(latents, torch.tensor(500), branches[0].embeddings.repeat(2, 1, 1))
         handle.remove()
     return seen[0]
@@ -175,11 +186,13 @@ def test_branches_are_masked_cross_attention() -> None:
     attention = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
     weights = region_weights([Region(box=RIGHT, prompt="a", feather=0)], (4, 4))
     texts, hidden = [torch.randn(1, 5, 6) for _ in weights], torch.randn(2, 16, 8)
-    silent = torch.randn(1, 5, 6)
-    scene = Scene([Branch(text, {}, weight) for text, weight in zip(texts, weights, strict=True)], 1, (4, 4), None)
+    uncond = torch.randn(1, 5, 6)
+    regional = RegionalAttention(
+        [Branch(text, {}, weight) for text, weight in zip(texts, weights, strict=True)], 1, (4, 4), None
+    )
     with torch.no_grad():
-        found = BranchedAttention(AttnProcessor2_0(), scene)(attention, hidden, torch.cat([silent, texts[0]]))
-        expected = AttnProcessor2_0()(attention, hidden[:1], silent)
+        found = BranchedAttention(AttnProcessor2_0(), regional)(attention, hidden, torch.cat([uncond, texts[0]]))
+        expected = AttnProcessor2_0()(attention, hidden[:1], uncond)
         torch.testing.assert_close(found[:1], expected)
         torch.testing.assert_close(found[1:], masked_attention(attention, hidden[1:], texts, weights))
 
@@ -190,3 +203,32 @@ def masked_attention(attention: Any, hidden: Tensor, texts: list[Tensor], weight
     heads = [x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (query, attention.to_k(text), attention.to_v(text))]
     mask = torch.cat([weight.flatten()[:, None].bool().expand(-1, 5) for weight in weights], 1)  # (16, 10)
     return attention.to_out[0](F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+SCENE = (
+    Region(box=(0, 0, 0.5, 1), prompt="a <dog>", adapters=("ink",)),
+    Region(box=(0.5, 0, 1, 1), prompt="a <cat>"),
+)
+NOUNS = {"<dog>": "dog", "<cat>": "cat"}
+
+
+def test_a_concept_is_named_in_its_own_region_only() -> None:
+    prompt, (left, right) = whole_scene("on the beach", SCENE, NOUNS)
+    assert prompt == "a dog and a cat on the beach"
+    assert (left.prompt, right.prompt) == ("a <dog> and a cat on the beach", "a dog and a <cat> on the beach")
+    assert (left.box, left.adapters, right.feather) == (SCENE[0].box, ("ink",), SCENE[1].feather)
+
+
+def test_a_noun_has_the_article_it_needs() -> None:
+    octopus = Region(box=(0, 0, 0.5, 1), prompt="a <octopus>")
+    prompt, _ = whole_scene("on the beach", [octopus, SCENE[1]], NOUNS | {"<octopus>": "octopus"})
+    assert prompt == "an octopus and a cat on the beach"
+
+
+def test_an_empty_global_prompt() -> None:
+    prompt, (left, right) = whole_scene("", SCENE, NOUNS)
+    assert (prompt, left.prompt, right.prompt) == ("a dog and a cat", "a <dog> and a cat", "a dog and a <cat>")
+
+
+def test_an_unknown_token_is_kept() -> None:
+    assert whole_scene("", SCENE[:1], {})[0] == "a <dog>"

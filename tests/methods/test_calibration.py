@@ -10,8 +10,9 @@ from torch import nn
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.inference.generate import applied
-from sbora_diffusion.methods.calibration import PRIOR_PROMPTS, SampledInputs, own_prompts, recorded_inputs
+from sbora_diffusion.methods.calibration import PRIOR_PROMPTS, SampledInputs, own_prompts
 from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.moments import recorded_inputs
 
 from ..evaluation.conftest import make_adapter
 
@@ -24,15 +25,15 @@ def adapters(base: Base) -> list[Adapter]:
 def test_moments_are_those_of_the_concepts_own_model(base: Base, adapters: list[Adapter]) -> None:
     dog = adapters[0]
     columns = {key: torch.tensor([0, 2, 5]) for key in dog.factors}
-    drawn = SampledInputs(base, adapters, steps=2, seeds=1)
-    found = drawn(dog, columns)
+    sampled = SampledInputs(base, adapters, steps=2, seeds=1)
+    found = sampled(dog, columns)
     seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in base.layers.values()}
     hooks = [
         layer.register_forward_pre_hook(lambda module, inputs: seen[module].append(inputs[0].flatten(0, -2)))
         for layer in base.layers.values()
     ]
     with applied(base, [dog]):
-        drawn._draw(own_prompts(dog))
+        sampled._sample(own_prompts(dog))
     for hook in hooks:
         hook.remove()
     for key, moments in found.items():

@@ -10,9 +10,10 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import applied, generate
-from sbora_diffusion.methods.inject import injected, orthogonal_matrix
-from sbora_diffusion.methods.live import injected_concept
-from sbora_diffusion.methods.merging import merge_by_method, prior_states, word_states
+from sbora_diffusion.methods.calibration import prior_states, word_states
+from sbora_diffusion.methods.live import injected, injected_concept
+from sbora_diffusion.methods.merging import merge
+from sbora_diffusion.methods.orthogonal import orthogonal_matrix
 from sbora_diffusion.methods.registry import METHODS, find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
@@ -137,7 +138,7 @@ def as_adapter(base: Base, name: str, method: str, config: TrainConfig, learned:
     factors, dense, rows = learned
     own = interval(method)
     spec = Spec(
-        side="fb" if find_method(method).kind == "fb" else "fa",
+        side=find_method(method).side,
         rank=RANK,
         intervals=(own,) if own else (),
         seed=0,
@@ -166,9 +167,9 @@ def random_adapter(base: Base, concept: Concept, name: str, method: str, seed: i
 def test_orthogonal_rows_are_frozen_rows_of_one_shared_matrix(base: Base) -> None:
     base.layers  # noqa: B018
     with injected(base, "dog", None, short("orthogonal")) as dog:
-        first = dog.dense()
+        first = dog.collect()[1]
     with injected(base, "cat", None, short("orthogonal")) as cat:
-        second = cat.dense()
+        second = cat.collect()[1]
     for dense in first.values():
         assert dense.down is not None
         matrix = orthogonal_matrix(dense.down.shape[1], 0)
@@ -218,7 +219,7 @@ def test_layers_read_their_own_embedding(base: Base, concept: Concept) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_averages_are_means_of_the_deltas(base: Base, concept: Concept, method: str) -> None:
     dog, cat = (random_adapter(base, concept, name, method, seed) for seed, name in enumerate(("dog", "cat")))
-    merged = merge_by_method(base, [dog, cat])
+    merged = merge([dog, cat], base=base)
     assert merged.spec.method == method
     assert merged.spec.tokens == {"<dog>": "dog", "<cat>": "dog"}
     for key, layer in base.layers.items():
@@ -239,7 +240,7 @@ def dense_delta(adapter: Adapter, key: str, weight: Tensor) -> Tensor:
 
 def test_orthogonal_sums_at_its_papers_strength(base: Base, concept: Concept) -> None:
     dog, cat = (random_adapter(base, concept, name, "orthogonal", seed) for seed, name in enumerate(("dog", "cat")))
-    merged = merge_by_method(base, [dog, cat])
+    merged = merge([dog, cat], base=base)
     for key, layer in base.layers.items():
         expected = 0.6 * (dense_delta(dog, key, layer.weight) + dense_delta(cat, key, layer.weight))
         torch.testing.assert_close(merged.dense[key].delta(layer.weight), expected)
@@ -249,7 +250,7 @@ def test_custom_diffusions_merge_keeps_words_and_moves_the_rest_least(base: Base
     dog, cat = (
         random_adapter(base, concept, name, "custom-diffusion", seed) for seed, name in enumerate(("dog", "cat"))
     )
-    merged = merge_by_method(base, [dog, cat])
+    merged = merge([dog, cat], base=base)
     prior = prior_states(base, [dog, cat])
     for key in dog.dense:
         delta = merged.dense[key].up.double()
@@ -295,7 +296,7 @@ def test_tokens_only(base: Base, concept: Concept) -> None:
     dog, cat = (
         random_adapter(base, concept, name, "textual-inversion", seed) for seed, name in enumerate(("dog", "cat"))
     )
-    merged = merge_by_method(base, [dog, cat])
+    merged = merge([dog, cat], base=base)
     assert merged.dense == merged.factors == {}
     assert all(torch.equal(merged.tokens[key], adapter.tokens[key]) for adapter in (dog, cat) for key in adapter.tokens)
 
@@ -304,9 +305,9 @@ def test_methods_do_not_mix(base: Base, concept: Concept) -> None:
     dog = random_adapter(base, concept, "dog", "lora", 0)
     cat = random_adapter(base, concept, "cat", "custom-diffusion", 1)
     with pytest.raises(SboraError, match="differ in method name: custom-diffusion and lora"):
-        merge_by_method(base, [dog, cat])
+        merge([dog, cat], base=base)
     with pytest.raises(SboraError, match="expected average or sum for lora"):
-        merge_by_method(base, [dog, dog], how="gradient")
+        merge([dog, dog], how="gradient", base=base)
 
 
 def test_but_they_are_applied_together(base: Base, concept: Concept) -> None:

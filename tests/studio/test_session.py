@@ -14,8 +14,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_file import Settings, read_settings
-from sbora_diffusion.inference.regions import Region, generate_regions, parse_region
-from sbora_diffusion.inference.whole_scene import whole_scene
+from sbora_diffusion.inference.regions import Region, generate_regions, parse_region, whole_scene
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.studio.session import Folders, Workshop
 from sbora_diffusion.utils.errors import SboraError

@@ -7,9 +7,9 @@ from torch import nn
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.calibration import recorded_inputs
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.moments import recorded_inputs
 from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.training.losses.output_penalty import OutputPenalty
 from sbora_diffusion.training.trainer import Run

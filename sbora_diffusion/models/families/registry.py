@@ -18,8 +18,10 @@ ALIASES = {
 
 
 def family_of(pipeline: Any) -> Family:
-    """The family of a loaded pipeline."""
-    return family_named(type(pipeline).__name__)
+    """Return the family of a loaded pipeline, also of another task: StableDiffusionXLImg2ImgPipeline is SDXL's."""
+    name = type(pipeline).__name__
+    related = [family for family in FAMILIES if name.startswith(family.pipeline.removesuffix("Pipeline"))]
+    return max(related, key=lambda family: len(family.pipeline)) if related else family_named(name)
 
 
 def family_named(pipeline: str) -> Family:

@@ -11,7 +11,7 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.interchange.exporting import export
-from sbora_diffusion.methods.merging import merge_by_method
+from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.train import train
@@ -50,7 +50,7 @@ def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: st
     adapters[0].save(tmp_path / "rex.safetensors")
     assert_same(Adapter.load(tmp_path / "rex.safetensors"), adapters[0])
 
-    merged = merge_by_method(base, adapters, [1.0, 1.0], "sum")
+    merged = merge(adapters, [1.0, 1.0], "sum", base)
     prompt = "a <rex> <rex>_1 and a <tom> <tom>_1" if base.family.name == "sd3" else "a <rex> and a <tom>"
     plain = draw(base, [], prompt)
     both, of_merge = draw(base, adapters, prompt), draw(base, [merged], prompt)

@@ -85,7 +85,7 @@ def test_the_estimate_is_of_packed_weights(life: Life, packed: Base) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None:
     settings = SETTINGS | {"precision": "nf4", "steps": "2", "learning_rate": "0.001"}
-    if find_method(method).needs_whole_weights or method == "blocklora":
+    if find_method(method).reads_weights or method == "blocklora":
         with pytest.raises(SboraError, match="reads whole weights, nf4 has none"):
             configure("sd", method, settings)
         return

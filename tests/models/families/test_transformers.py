@@ -9,7 +9,7 @@ import torch
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.gating import live_concepts
-from sbora_diffusion.methods.inject import injected
+from sbora_diffusion.methods.live import injected
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.families.transformer import FLUX

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sbora_diffusion.evaluation.encoders import Encoder
+from sbora_diffusion.evaluation.judges.clip import Encoder
 from tools.emoji import measure
 from tools.emoji.compose import CANVAS, Plan
 

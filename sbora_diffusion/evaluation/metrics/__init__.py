@@ -1,0 +1,1 @@
+"""The published scores and their intervals: pure functions on tensors and texts."""

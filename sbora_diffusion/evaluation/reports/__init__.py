@@ -1,0 +1,1 @@
+"""What an evaluation returns and writes: scores, tables, JSON and image grids."""

@@ -1,0 +1,1 @@
+"""Suites of prompts, in our own layout and in those of other projects."""
