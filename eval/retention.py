@@ -24,7 +24,7 @@ from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.evaluation.compare_cells import base_of_process
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.loading import recipe_base
-from sbora_diffusion.training.train import train
+from sbora_diffusion.training.train import run_training
 
 log = logging.getLogger("retention")
 
@@ -36,9 +36,8 @@ def train_one(study: Study, scheme: str, seed: int, name: str) -> None:
     settings = {"seed": str(seed), "basis_seed": str(basis_seed), "rank": str(RANK), "preview_every": "0"} | RECIPE
     config = configure(recipe_base(study.base), "sbora-fa", settings | dict(study.overrides or {}))
     concept, base = load_concept(name, default_roots()), base_of_process(study.base, config.model.precision)
-    for step in train(concept, base, interval, config, run, resume=(run / "checkpoint.pt").exists()):
-        if step.adapter:
-            step.adapter.save(path, True)
+    resume = (run / "checkpoint.pt").exists()
+    run_training(concept, base, interval, config, run, save_to=path, resume=resume, overwrite=True)
 
 
 def run(study: Study, schemes: Sequence[str], seeds: Sequence[int], jobs: int, out: Path) -> None:

@@ -13,9 +13,10 @@ from sbora_diffusion.cli import llm as cli_llm
 from sbora_diffusion.cli.console import set_up_logging, share_cores, told_in_a_line
 from sbora_diffusion.cli.exchange import bake, export, import_
 from sbora_diffusion.cli.keeping import inspect, ledger, remove
-from sbora_diffusion.cli.making import generate, merge, train
+from sbora_diffusion.cli.making import generate, merge
 from sbora_diffusion.cli.measuring import compare, evaluate
 from sbora_diffusion.cli.studio import ui
+from sbora_diffusion.cli.train import train
 
 
 class Commands(TyperGroup):

@@ -1,4 +1,4 @@
-"""Commands that make concepts and images: train, generate, merge."""
+"""Commands that make images and merges: generate, merge."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,6 @@ import typer
 
 from sbora_diffusion.cli.console import (
     ADAPTERS,
-    RUNS,
     convert,
     flag,
     hide_loading_bars,
@@ -16,7 +15,7 @@ from sbora_diffusion.cli.console import (
     parse_numbers,
     parse_settings,
 )
-from sbora_diffusion.cli.options import Base, Force, Numbers, Settings
+from sbora_diffusion.cli.options import Force, Numbers, Settings
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -24,52 +23,6 @@ log = logging.getLogger(__name__)
 MANY = 6  # concepts of which a plain sum keeps nearly all (docs/results.md)
 FUSED = """guaranteed: only the concepts' own columns or rows are written; the same file, to the bit, in any order;
 taken out as a whole, to the bit. Not guaranteed: images; measure them: sbora-diffusion eval"""
-
-
-def train(
-    concept: Annotated[
-        list[str], typer.Option(metavar="NAME|DIR", help="A concept that ships, or a folder of images; repeatable.")
-    ],
-    base: Base = "emoji64",
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help="Such as sbora-fa, sbora-fb, lora: docs/methods.md.")
-    ] = "sbora-fa",
-    rank: Annotated[
-        int | None, typer.Option(metavar="N", help="Columns or rows a layer; default: the recipe's.")
-    ] = None,
-    interval: Annotated[str, typer.Option(metavar="A:B", help="Pin the columns, instead of the first free.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
-    force: Force = False,
-    settings: Settings = [],  # noqa: B006
-) -> None:
-    """Learn a concept: writes adapters/NAME.safetensors.
-
-    --set takes every setting, such as steps=400, recipe=loud or precision=bf16: docs/training.md has them all. Several
-    concepts are learned in a process each, with columns reserved for all at the start; the same command goes on where
-    it was stopped. --set jobs=2 runs two at a time, --set cluster=1 runs them on a Ray cluster.
-    """
-    with imported_for_good():
-        from sbora_diffusion.cli.train import Request, train_concept
-        from sbora_diffusion.library.library import Library
-
-        hide_loading_bars()
-    overrides = parse_settings(settings) | ({} if rank is None else {"rank": str(rank)})
-    library = Library(ADAPTERS)
-    if len(concept) > 1:
-        from sbora_diffusion.training.fan_out import fan_out
-
-        if interval:
-            raise typer.BadParameter("several concepts cannot have one interval", param_hint="--interval")
-        own = {key: overrides.pop(key) for key in ("jobs", "cluster") if key in overrides}
-        how = convert({"jobs": "1", "cluster": "0"} | own, {"jobs": int, "cluster": int})
-        paths = fan_out(concept, base, method, overrides, library=library, runs=RUNS, force=force, **how)
-    else:
-        request = Request(
-            concept=concept[0], base=base, method=method, interval=interval, overrides=overrides, force=force
-        )
-        paths = train_concept(request, library=library, runs=RUNS, resume=resume)
-    for path in paths:
-        typer.echo(path)
 
 
 def generate(

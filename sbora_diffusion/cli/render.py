@@ -1,13 +1,14 @@
 """What the command line draws: tables, bars, and the progress of a training. Made for 80 columns."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,7 +17,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.library.ledger import Ledger
 
 if TYPE_CHECKING:
-    from sbora_diffusion.training.train import StepLog
+    from sbora_diffusion.training.checkpoint import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,18 @@ FREE = ("·", "dim")
 class TrainingProgress:
     """A bar on stderr while a training runs; lines now and then where stderr is no terminal."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self) -> None:
         self._is_terminal = Console(stderr=True).is_terminal
+        is_main_process = os.environ.get("RANK", "0") == "0"
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
+            MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True, quiet=not self._is_terminal),
+            console=Console(stderr=True, quiet=not (self._is_terminal and is_main_process)),
             expand=True,
         )
-        self._task = self._progress.add_task("preparing", total=num_steps, start=False)
+        self._task = self._progress.add_task("preparing", total=None, start=False)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -52,8 +54,8 @@ class TrainingProgress:
         state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} images/s  {step.memory_bytes / 1e9:.1f} GB"
         if not self._progress.tasks[0].started:
             self._progress.reset(self._task, completed=step.step)  # a resumed training starts in the middle
-        self._progress.update(self._task, completed=step.step, description=state)
-        if not self._is_terminal and not step.adapter and step.step % max(1, step.steps // 10) == 0:
+        self._progress.update(self._task, total=step.steps, completed=step.step, description=state)
+        if not self._is_terminal and step.step % max(1, step.steps // 10) == 0:
             log.info("step %d/%d  %s", step.step, step.steps, state)
         if step.scores:
             scores = "  ".join(f"{name} {value:.3f}" for name, value in step.scores.items())

@@ -26,7 +26,7 @@ from sbora_diffusion.methods.merging import merge_by_method
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.train import train
+from sbora_diffusion.training.train import run_training
 from sbora_diffusion.utils.files import write_atomically
 
 BATCH = 20  # images at once
@@ -51,15 +51,12 @@ def _train(folder: Path, comparison: Comparison, variant: str, seed: int, name: 
     start = comparison.concepts.index(name) * config.method.rank
     interval = Interval(start, config.method.rank) if find_method(config.method.name).owns_interval else None
     concept, base = load_concept(name, default_roots()), base_of_process(comparison.base, config.model.precision)
-    path, adapter = _adapter_path(folder, variant, seed, name), None
+    path = _adapter_path(folder, variant, seed, name)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     began = time.perf_counter()
-    for step in train(concept, base, interval, config, run, resume=(run / CHECKPOINT).exists()):
-        if step.adapter:
-            adapter = step.adapter
-            adapter.save(path, True)
-    assert adapter is not None
+    resume = (run / CHECKPOINT).exists()
+    adapter = run_training(concept, base, interval, config, run, save_to=path, resume=resume, overwrite=True).adapter
     return {
         "seconds": time.perf_counter() - began,
         "bytes": path.stat().st_size,

@@ -1,63 +1,20 @@
 """Second moments of what the adapted layers see, summed up while the base model draws."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.input_moments import recorded_inputs
 
 PROMPTS = ("a photo of a {token}", "a {token} on the beach", "a {token} in the snow", "a {token} at night")
 PRIOR_PROMPTS = ("a photo of a house", "a person on the beach", "a red car in the snow", "a tree at night")
 STEPS = 10
 GUIDANCE = 3.0
 SEEDS = 2
-
-
-class Moments:
-    """Running E[x xᵀ] of the inputs x of layers, in float64.
-
-    Args:
-        columns: by layer, those of x that matter; None: all.
-    """
-
-    def __init__(self, columns: Mapping[str, Tensor | None]) -> None:
-        self._columns = columns
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, key: str, inputs: Tensor) -> None:
-        """Inputs (..., in) of the layer `key`."""
-        rows, columns = inputs.detach().flatten(0, -2), self._columns[key]
-        if columns is not None:
-            rows = rows[:, columns.to(rows.device)]
-        rows = rows.double()
-        self._sums[key] = self._sums.get(key, 0) + rows.T @ rows
-        self._counts[key] = self._counts.get(key, 0) + len(rows)
-
-    def means(self) -> dict[str, Tensor]:
-        """(n, n) float64 on the CPU, by "<component>.<canonical layer>"."""
-        return {key: (total / self._counts[key]).cpu() for key, total in self._sums.items()}
-
-
-@contextmanager
-def recorded_inputs(base: Base, columns: Mapping[str, Tensor | None]) -> Iterator[Moments]:
-    """The moments of everything that passes these layers of the base model meanwhile; `columns` as for `Moments`."""
-    moments, hooks = Moments(columns), []
-
-    def recorder(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: moments.add(key, inputs[0])
-
-    try:
-        for key in columns:
-            hooks.append(base.layers[key].register_forward_pre_hook(recorder(key)))
-        yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class SampledInputs:

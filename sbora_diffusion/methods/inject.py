@@ -35,6 +35,11 @@ class Injected:
     dense: Callable[[], dict[str, Dense]] = dict
 
 
+
+def _adapted_layers(base: Base, config: TrainConfig) -> dict[str, list[str]]:
+    return adapted_layers(base, config.method.blocks, text_encoders=config.optim.text_encoder_learning_rate > 0)
+
+
 @contextmanager
 def injected(base: Base, name: str, interval: Interval | None, config: TrainConfig) -> Iterator[Injected]:
     """Put a method's parameters into the base model, changing nothing yet; take them out at the end.
@@ -61,7 +66,7 @@ def injected(base: Base, name: str, interval: Interval | None, config: TrainConf
 def _sbora(base: Base, interval: Interval, config: TrainConfig) -> Iterator[Injected]:
     layers: dict[str, dict[str, SboraLayer]] = {}
     try:
-        for component, targets in adapted_layers(base, config).items():
+        for component, targets in _adapted_layers(base, config).items():
             model: Any = base.component(component)
             model.add_adapter(lora_config(config.method.rank, targets), adapter_name=ADAPTER)
             _to_fp32(model)
@@ -85,7 +90,7 @@ def _low_rank(base: Base, name: str, config: TrainConfig) -> Iterator[Injected]:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # of the Kaiming factor
-            for component, targets in adapted_layers(base, config).items():
+            for component, targets in _adapted_layers(base, config).items():
                 model: Any = base.component(component)
                 model.add_adapter(lora_config(config.method.rank, targets, kind == "dora"), adapter_name=ADAPTER)
                 _to_fp32(model)
@@ -172,7 +177,7 @@ def _whole(base: Base, config: TrainConfig) -> Iterator[Injected]:
             "custom-diffusion trains a U-Net's cross-attention, which this base model has not",
             "choose another --method",
         )
-    names = [f"unet.{name}" for name in adapted_layers(base, config)["unet"] if name.endswith(CUSTOM_DIFFUSION)]
+    names = [f"unet.{name}" for name in _adapted_layers(base, config)["unet"] if name.endswith(CUSTOM_DIFFUSION)]
     layers = {name: base.layers[name] for name in names}
     added = {key: _Added(layer.weight) for key, layer in layers.items()}
 

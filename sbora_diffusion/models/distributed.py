@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.utils.errors import SboraError
 
 PATIENCE = timedelta(hours=2)  # while the first process fetches a base model, the others wait
@@ -35,14 +34,6 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the one that writes files and logs."""
         return self.index == 0
-
-    def check(self, method: str) -> None:
-        """SboraError for a method that cannot be trained so."""
-        if self.sharded and find_method(method).needs_whole_weights:
-            raise SboraError(
-                f"{method} reads whole weights, of which each process would hold a share",
-                "accelerate launch --multi_gpu, or another --method",
-            )
 
     def share(self, rows: Tensor) -> Tensor:
         """This process's part of what was drawn for all: (count · n, …) to (n, …)."""

@@ -67,13 +67,17 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
     samples = config.data.batch_size * (2 if config.data.class_images else 1) + config.loss.prior_batch
     each = kept.text + (kept.checkpointed if config.model.gradient_checkpointing else kept.everything)
     half = config.model.precision != "fp32"  # nf4 computes in bf16
-    layers = [f"{component}.{name}" for component, names in adapted_layers(base, config).items() for name in names]
+    layers = [f"{component}.{name}" for component, names in _adapted(base, config).items() for name in names]
     numbers = sum(config.method.rank * base.layer_shapes[layer][config.method.name == "sbora-fb"] for layer in layers)
     return Estimate(
         weights=_weights(base, config.model.precision),
         trained=numbers * 4 * 4,
         activations=samples * each // (2 if half else 1),
     )
+
+
+def _adapted(base: Base, config: TrainConfig) -> dict[str, list[str]]:
+    return adapted_layers(base, config.method.blocks, text_encoders=config.optim.text_encoder_learning_rate > 0)
 
 
 def _weights(base: Base, precision: str) -> int:
@@ -122,7 +126,7 @@ def activations(base: Base, config: TrainConfig) -> Activations:
     size = base.family.latent_size(pipeline)
     channels = base.pipeline.vae.config.latent_channels
     noisy = torch.empty(1, channels, size, size, device="meta", requires_grad=True)
-    count, passed = _Count(model), blocks_before(base, config)
+    count, passed = _Count(model), blocks_before(base, config.method.blocks)
     t = torch.full((1,), 500.0, device="meta")
     with count.counting(), _FusedAttention(), only_passed(model, passed):
         for last in passed[-1:]:
