@@ -40,7 +40,7 @@ RANK = 8
 FOR_GOOD = """
 from sbora_diffusion.cli.console import imported_for_good
 with imported_for_good():
-    import sbora_diffusion.cli.train
+    import sbora_diffusion.training.train
 """
 STARTS = {
     "python": ["-c", ""],
@@ -48,7 +48,7 @@ STARTS = {
     "import torch": ["-c", "import torch"],
     "import peft": ["-c", "import peft"],
     "import the adapter core": ["-c", "import sbora_diffusion.adapters.layer"],
-    "import the train command": ["-c", "import sbora_diffusion.cli.train"],
+    "import the train command": ["-c", "import sbora_diffusion.training.train"],
     "the same, for good": ["-c", FOR_GOOD],
     "load emoji64": ["-c", "from sbora_diffusion.models.base import load_base; load_base('emoji64')"],
 }

@@ -32,7 +32,7 @@ from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import load_base
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 
 RANKS = (8, 32)
 EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what differs from its recipe
@@ -93,13 +93,13 @@ def measure_emoji64(tiny: bool, rounds: int, device: torch.device) -> list[Row]:
             data = data or prepare_data(concept, base, config)
             interval = Interval(0, config.method.rank) if way.startswith("f") else None
             live = stack.enter_context(injected_concept(concept, base, interval, config))
-            ways[way] = _advance(Run(live, data, config, base))
+            ways[way] = _advance(Trainer(live, data, config, base))
         return compared(take_turns(ways, rounds, device), model="emoji64, `train`", rank=8)
 
 
-def _advance(run: Run) -> Callable[[], None]:
+def _advance(trainer: Trainer) -> Callable[[], None]:
     def step() -> None:
-        run.advance(run.step)
+        trainer.train_step(trainer.step)
 
     return step
 

@@ -32,7 +32,7 @@ from sbora_diffusion.methods.registry import lora_config, method_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.noise import Noising
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.trainer import mean_error
+from sbora_diffusion.training.losses.base import mean_error
 from sbora_diffusion.utils.text import say_plainly
 
 KINDS = ("energy", "gradient", "contrast", "width")
@@ -72,8 +72,8 @@ def _scores(kind: str, concept: Concept, base: Base, config: TrainConfig) -> dic
     energy = {key: moments.diagonal() for key, moments in data.moments.items()}
     if kind == "energy":
         return energy
-    said = [say_plainly(text, concept.token, concept.class_noun) for text in data.shots[0].captions]
-    squares = _squared_gradients(replace(data.shots[0], captions=said), data.noising, base, config)
+    said = [say_plainly(text, concept.token, concept.class_noun) for text in data.images[0].captions]
+    squares = _squared_gradients(replace(data.images[0], captions=said), data.noising, base, config)
     if kind == "gradient":
         return squares
     of_others = energy

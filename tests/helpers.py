@@ -1,15 +1,22 @@
-"""A short recipe, and a training after some steps."""
+"""A short recipe, whole and interrupted trainings, and a trainer after some steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.checkpoint import StepLog
+from sbora_diffusion.training.train import TrainingResult, run_training
+from sbora_diffusion.training.trainer import Trainer
 
 INTERVAL = Interval(4, 4)
 SHORT = {
@@ -27,11 +34,59 @@ def short_config(method: str = "sbora-fa", **settings: str) -> TrainConfig:
     return configure("tiny", method, SHORT | settings)
 
 
-def run_of(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Run, list[Tensor]]:
-    """A training after some steps, and its gradients."""
+@dataclass(frozen=True)
+class Trained:
+    """A whole training: its logs and its result."""
+
+    logs: list[StepLog]
+    result: TrainingResult
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.result.adapter
+
+
+def train(
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, folder: Path, **options: Any
+) -> Trained:
+    """Train from start to end, or from a checkpoint with resume=True."""
+    logs: list[StepLog] = []
+    return Trained(logs, run_training(concept, base, interval, config, folder, on_step=logs.append, **options))
+
+
+class Stopped(Exception):
+    """Raised where a training is to be interrupted."""
+
+
+def train_until(
+    step: int,
+    concept: Concept,
+    base: Base,
+    interval: Interval | None,
+    config: TrainConfig,
+    folder: Path,
+    **options: Any,
+) -> StepLog:
+    """Interrupt a training after a step of this number; return that step's log."""
+    logs: list[StepLog] = []
+
+    def stop(entry: StepLog) -> None:
+        logs.append(entry)
+        if entry.step == step:
+            raise Stopped
+
+    try:
+        run_training(concept, base, interval, config, folder, on_step=stop, **options)
+    except Stopped:
+        return logs[-1]
+    raise AssertionError("the training was not interrupted")
+
+
+def trainer_after(base: Base, concept: Concept, config: TrainConfig, steps: int = 1) -> tuple[Trainer, list[Tensor]]:
+    """Return a trainer after some steps, and its gradients."""
     data = prepare_data(concept, base, config)
     with injected_concept(concept, base, INTERVAL, config) as live:
-        run = Run(live, data, config, base)
+        trainer = Trainer(live, data, config, base)
         for step in range(steps):
-            run.advance(step)
-        return run, [p.grad.clone() for p in live.parameters() if p.grad is not None]
+            trainer.train_step(step)
+        return trainer, [p.grad.clone() for p in live.parameters() if p.grad is not None]

@@ -20,9 +20,9 @@ from sbora_diffusion.cli.generate import generate
 from sbora_diffusion.cli.import_ import import_
 from sbora_diffusion.cli.inspect import inspect
 from sbora_diffusion.cli.ledger import ledger
-from sbora_diffusion.cli.making import train
 from sbora_diffusion.cli.merge import merge
 from sbora_diffusion.cli.remove import remove
+from sbora_diffusion.cli.train import train
 from sbora_diffusion.cli.ui import ui
 
 

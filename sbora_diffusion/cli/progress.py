@@ -1,13 +1,14 @@
 """Progress on stderr: a bar in a terminal, log lines now and then elsewhere."""
 
 import logging
+import os
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from sbora_diffusion.training.train import StepLog
+    from sbora_diffusion.training.checkpoint import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +18,13 @@ class _Bar:
 
     def __init__(self, description: str, total: int | None = None) -> None:
         self.is_terminal = Console(stderr=True).is_terminal
+        is_main_process = os.environ.get("RANK", "0") == "0"
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True, quiet=not self.is_terminal),
+            console=Console(stderr=True, quiet=not (self.is_terminal and is_main_process)),
             expand=True,
         )
         self._task = self._progress.add_task(description, total=total, start=False)
@@ -43,13 +45,13 @@ class _Bar:
 class TrainingProgress(_Bar):
     """The progress of a training: `show` each step."""
 
-    def __init__(self, num_steps: int) -> None:
-        super().__init__("preparing", num_steps)
+    def __init__(self) -> None:
+        super().__init__("preparing")
 
     def show(self, step: "StepLog") -> None:
         state = f"loss {step.loss:.3f}  {step.samples_per_second:.1f} images/s  {step.memory_bytes / 1e9:.1f} GB"
         self.update(step.step, step.steps, state)
-        if not self.is_terminal and not step.adapter and step.step % max(1, step.steps // 10) == 0:
+        if not self.is_terminal and step.step % max(1, step.steps // 10) == 0:
             log.info("step %d/%d  %s", step.step, step.steps, state)
         if step.scores:
             scores = "  ".join(f"{name} {value:.3f}" for name, value in step.scores.items())

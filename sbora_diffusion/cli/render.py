@@ -10,7 +10,6 @@ from rich.text import Text
 
 from sbora_diffusion.adapters.certificate import Certificate
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.cli.progress import TrainingProgress as TrainingProgress  # cli/train.py has it from here
 from sbora_diffusion.library.ledger import Ledger
 
 OWNED = (("█", "cyan"), ("▓", "magenta"))  # neighbours differ in shade too, for terminals without colour

@@ -1,4 +1,4 @@
-"""What a training looks at, computed once: encoded images with their captions, and the base model's own answers."""
+"""Encode images once for a training, and compute the base model's own predictions."""
 
 import logging
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from sbora_diffusion.recipes.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_ELEMENTS = 65_536  # numbers of latents that the base model is asked about together: 32 images of 8 × 16 × 16
+MAX_BATCH_ELEMENTS = 65_536  # latent elements in one pass of the base model: 32 images of 8 × 16 × 16
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """n noisy latents, their timesteps (n,) and token ids (n, length), and what the model should answer."""
+    """n noisy latents, their timesteps (n,) and token ids (n, length), and the model's target."""
 
     noisy: Tensor
     t: Tensor
@@ -45,48 +45,47 @@ class EncodedImages:
 
     latents: Tensor  # (n, channels, height, width)
     captions: list[str]
-    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: all of every image counts
+    masks: Tensor | None = None  # (n, 1, height, width) from 0 to 1; None: whole images
 
 
 @torch.no_grad()
 def encode(base: Base, images: Sequence[ConceptImage], config: TrainConfig) -> list[EncodedImages]:
-    """Encode `crops` random crops of every image, those of one shape together, with captions and masks."""
+    """Encode `crops` random crops of every image with captions and masks, grouped by shape."""
     generator = torch.Generator().manual_seed(config.seed)
-    wanted = config.loss.masked_loss or config.loss.attention_weight
-    masks = {image: load_mask(image.path) if wanted else None for image in images}
-    if wanted and images and not any(masks.values()):
-        log.warning("no image has a mask: all of every image is learned (see docs/training.md)")
-    found: dict[tuple[int, int], list[EncodedImages]] = {}
+    uses_masks = config.loss.masked_loss or config.loss.attention_weight
+    masks = {image: load_mask(image.path) if uses_masks else None for image in images}
+    if uses_masks and images and not any(masks.values()):
+        log.warning("no image has a mask: whole images are learned (see docs/training.md)")
+    groups: dict[tuple[int, int], list[EncodedImages]] = {}
     for image in images:
         opened, mask, resolution = load_image(image.path), masks[image], base.resolution
         size = bucket_of(*opened.size, resolution) if config.data.buckets else (resolution, resolution)
         boxes = [_crop(opened.size, generator, config.data.smallest_crop) for _ in range(config.data.crops)]
         flips = _flips(image.caption, generator, config)
         pixels = torch.stack([to_tensor(_cut(opened, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
-        latents, shape = base.to_latents(pixels.to(base.device)), None
+        latents = base.to_latents(pixels.to(base.device))
+        cut_masks = None
         if any(masks.values()):
-            shape = latents.new_ones(len(latents), 1, *latents.shape[-2:])
-            if mask is not None:
-                cut = [
-                    to_mask(_cut(mask, *where), size, (shape.shape[-2], shape.shape[-1]))
-                    for where in zip(boxes, flips, strict=True)
-                ]
-                shape = torch.stack(cut).to(latents)
-        found.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, shape))
-    return [_joined(shots) for _, shots in sorted(found.items())]
+            cut_masks = latents.new_ones(len(latents), 1, *latents.shape[-2:])
+        if cut_masks is not None and mask is not None:
+            shape = (latents.shape[-2], latents.shape[-1])
+            cut = [to_mask(_cut(mask, *where), size, shape) for where in zip(boxes, flips, strict=True)]
+            cut_masks = torch.stack(cut).to(latents)
+        groups.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, cut_masks))
+    return [_concatenate(group) for _, group in sorted(groups.items())]
 
 
-def _joined(shots: Sequence[EncodedImages]) -> EncodedImages:
-    masks = [each.masks for each in shots if each.masks is not None]
+def _concatenate(group: Sequence[EncodedImages]) -> EncodedImages:
+    masks = [each.masks for each in group if each.masks is not None]
     return EncodedImages(
-        torch.cat([each.latents for each in shots]),
-        [caption for each in shots for caption in each.captions],
+        torch.cat([each.latents for each in group]),
+        [caption for each in group for caption in each.captions],
         torch.cat(masks) if masks else None,
     )
 
 
 def _flips(caption: str, generator: torch.Generator, config: TrainConfig) -> list[bool]:
-    """Which variants of an image are mirrored."""
+    """Choose which crops of an image are mirrored."""
     if not config.data.flip or names_a_side(caption):
         return [False] * config.data.crops
     return (torch.rand(config.data.crops, generator=generator) < config.data.flip).tolist()
@@ -98,7 +97,7 @@ def _cut(image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> Imag
 
 
 def _crop(size: tuple[int, int], generator: torch.Generator, smallest: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random crop of at least `smallest` of the image's sides."""
+    """Return left, top, right and bottom of a random crop of at least `smallest` of the image's sides."""
     part, left, top = torch.rand(3, generator=generator).tolist()
     part = smallest + (1 - smallest) * part
     width, height = round(size[0] * part), round(size[1] * part)
@@ -107,39 +106,39 @@ def _crop(size: tuple[int, int], generator: torch.Generator, smallest: float) ->
 
 
 @torch.no_grad()
-def answers(
+def base_predictions(
     base: Base, latents: Tensor, ids: Tensor, noising: Noising, count: int, generator: torch.Generator
 ) -> Batch:
-    """What the base model answers to `count` noisy versions of latents, each under its caption."""
+    """Return the base model's predictions for `count` noisy versions of latents, each under its caption."""
     rows = torch.randint(len(latents), (count,), generator=generator)
     t = noising.timesteps(count, generator).to(base.device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(base.device)
     noisy, ids = noising.add(latents[rows], noise, t), ids[rows]
-    size = _at_once(noisy[0].numel())
+    size = _max_batch(noisy[0].numel())
     parts = zip(noisy.split(size), t.split(size), ids.split(size), strict=True)
     predicted = [base.predict(noisy_part, t_part, base.encode_text(own)) for noisy_part, t_part, own in parts]
     return Batch(noisy, t, ids, torch.cat(predicted))
 
 
-def in_parts(batch: B) -> list[B]:
-    """A batch in such parts as the base model is asked about together."""
-    size, fields = _at_once(batch.noisy[0].numel()), vars(batch)
+def split_for_memory(batch: B) -> list[B]:
+    """Split a batch into parts that the base model can take in one pass."""
+    size, fields = _max_batch(batch.noisy[0].numel()), vars(batch)
     return [
         replace(batch, **{key: None if rows is None else rows[at : at + size] for key, rows in fields.items()})
         for at in range(0, len(batch.t), size)
     ]
 
 
-def _at_once(numel: int) -> int:
-    """How many images, by the numbers of one's latents."""
+def _max_batch(numel: int) -> int:
+    """Return how many images go into one pass, by the elements of one image's latents."""
     return max(8, MAX_BATCH_ELEMENTS // numel)
 
 
 @torch.no_grad()
 def sample_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], config: TrainConfig) -> Tensor:
-    """The base model's own images of the prompts, as latents (len(prompts), channels, height, width)."""
+    """Generate images of the prompts with the base model, as latents (len(prompts), channels, height, width)."""
     denoiser: Any = base.denoiser
-    size = _at_once(denoiser.config.in_channels * base.family.latent_size(base.pipeline) ** 2)
+    size = _max_batch(denoiser.config.in_channels * base.family.latent_size(base.pipeline) ** 2)
     how = {"steps": config.output.sampling_steps, "guidance": config.output.guidance, "as_latents": True}
     parts = range(0, len(prompts), size)
     return torch.cat([base.sample(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])

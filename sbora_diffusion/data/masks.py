@@ -1,4 +1,4 @@
-"""Where in an image its subject is: a file beside the image, or the image's own transparency."""
+"""Subject masks: a file beside the image, or the image's own alpha channel."""
 
 from pathlib import Path
 
@@ -14,22 +14,22 @@ SUFFIX = ".mask.png"  # dog.jpg has dog.mask.png beside it, or dog.png in the fo
 
 
 def is_mask(path: Path) -> bool:
-    """Whether a file is a mask, and not an image to learn from."""
+    """Return whether a file is a mask and not an image to learn from."""
     return path.name.lower().endswith(SUFFIX)
 
 
 def mask_file(image: Path) -> Path | None:
-    """The mask beside an image, if there is one."""
+    """Return the mask beside an image, or None."""
     folder = image.parents[1] if image.parent.name == "images" else image.parent
     beside = (image.with_name(image.stem + SUFFIX), folder / "masks" / f"{image.stem}.png")
     return next((path for path in beside if path.is_file()), None)
 
 
 def load_mask(image: Path) -> Image.Image | None:
-    """An 8-bit grey image of the image's size, white where the subject is; None if nothing says where.
+    """Return an 8-bit grey image of the image's size, white on the subject; None if the image has no mask.
 
     Raises:
-        SboraError: what `load_image` raises of the image and of its mask, a mask of another size, or all black.
+        SboraError: an unreadable image or mask, a mask of another size or without any white.
     """
     size = load_image(image).size
     if path := mask_file(image):
@@ -42,10 +42,10 @@ def load_mask(image: Path) -> Image.Image | None:
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
-    """Cut and scaled as an image is, (1, height, width) float32 of the latents, from 0 to 1.
+    """Scale a mask as its image is scaled, to (1, height, width) float32 of the latents, from 0 to 1.
 
     Args:
-        size: width and height of the image as the model sees it.
+        size: width and height of the image after scaling.
         latent_size: height and width of its latents.
     """
     fitted = ImageOps.fit(mask, size, Image.Resampling.BILINEAR)

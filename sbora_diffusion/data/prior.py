@@ -1,4 +1,4 @@
-"""The base model's own images of the prior prompts: the embedded model brings them along, others draw them."""
+"""The base model's own images of the prior prompts: shipped with the embedded model, generated for others."""
 
 import json
 from pathlib import Path
@@ -14,34 +14,33 @@ from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.files import write_atomically
 
 FILE = "prior.safetensors"  # in the embedded model's folder
-_KEY, _ABOUT = "latents", "drawn from"
+_KEY, _SOURCE = "latents", "drawn from"
 
 
 def prior_latents(base: Base, config: TrainConfig) -> Tensor:
-    """An image of each prior prompt, from the seeds 0, 1, …: latents (n, channels, height, width).
+    """Return an image of each prior prompt from the seeds 0, 1, …, as latents (n, channels, height, width).
 
-    They are what every training on this base model holds in place, whatever its own seed: data, as the concept's
-    images are.
+    They are the same for every training on this base model, whatever its seed.
     """
     if base.id == EMBEDDED:
         with safe_open(embedded_folder() / FILE, "pt") as file:
-            if file.metadata().get(_ABOUT) == _about(base, config):
+            if file.metadata().get(_SOURCE) == _describe(base, config):
                 return file.get_tensor(_KEY).to(base.device).float()
     return sample_prior(base, config)
 
 
 def sample_prior(base: Base, config: TrainConfig) -> Tensor:
-    """The same, drawn now."""
+    """Generate these images."""
     return sample_latents(base, config.loss.prior_prompts, range(len(config.loss.prior_prompts)), config)
 
 
 def save_prior(base: Base, config: TrainConfig, path: Path) -> None:
-    """Draw them into a file, in fp16."""
+    """Generate these images and save them in fp16."""
     latents = {_KEY: sample_prior(base, config).half().cpu().contiguous()}
-    write_atomically(path, safetensors.torch.save(latents, {_ABOUT: _about(base, config)}))
+    write_atomically(path, safetensors.torch.save(latents, {_SOURCE: _describe(base, config)}))
 
 
-def _about(base: Base, config: TrainConfig) -> str:
-    """All that the images depend on."""
-    told = {"fingerprint": base.fingerprint, "prompts": config.loss.prior_prompts}
-    return json.dumps(told | {"steps": config.output.sampling_steps, "guidance": config.output.guidance})
+def _describe(base: Base, config: TrainConfig) -> str:
+    """Return everything that the images depend on."""
+    source = {"fingerprint": base.fingerprint, "prompts": config.loss.prior_prompts}
+    return json.dumps(source | {"steps": config.output.sampling_steps, "guidance": config.output.guidance})

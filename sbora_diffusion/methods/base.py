@@ -181,7 +181,8 @@ class Method:
         """Return the canonical names of the layers to adapt, by component."""
         from sbora_diffusion.models.target_modules import adapted_layers
 
-        found = adapted_layers(base, config).items()
+        trains_text = config.optim.text_encoder_learning_rate > 0
+        found = adapted_layers(base, config.method.blocks, text_encoders=trains_text).items()
         chosen = {part: [name for name in names if self.adapts(f"{part}.{name}")] for part, names in found}
         return {part: names for part, names in chosen.items() if names}
 

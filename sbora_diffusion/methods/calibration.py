@@ -8,7 +8,7 @@ from torch import Tensor
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.moments import recorded_inputs
+from sbora_diffusion.models.input_moments import recorded_inputs
 
 PROMPTS = ("a photo of a {token}", "a {token} on the beach", "a {token} in the snow", "a {token} at night")
 PRIOR_PROMPTS = ("a photo of a house", "a person on the beach", "a red car in the snow", "a tree at night")

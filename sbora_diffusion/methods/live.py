@@ -68,7 +68,7 @@ def injected_concept(
             for embedding in tokens.values():
                 embedding.learned.register_hook(_without_last)
         checkpointed = _checkpointed(base) if config.model.gradient_checkpointing else nullcontext()
-        with checkpointed, only_passed(base.denoiser, blocks_before(base, config)):
+        with checkpointed, only_passed(base.denoiser, blocks_before(base, config.method.blocks)):
             yield InjectedConcept(base, weights, tokens)
 
 

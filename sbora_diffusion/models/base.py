@@ -26,6 +26,7 @@ from sbora_diffusion.models.fsdp import is_sharded
 from sbora_diffusion.models.loading import (
     EMBEDDED,
     EMBEDDED_SAMPLING,
+    TYPES,
     full_name,
     inference_precision,
     is_emoji64,
@@ -33,7 +34,6 @@ from sbora_diffusion.models.loading import (
     to_device,
     to_half,
 )
-from sbora_diffusion.models.precision import TYPES
 from sbora_diffusion.models.quantization import to_nf4
 from sbora_diffusion.utils.errors import SboraError
 

@@ -24,6 +24,7 @@ from sbora_diffusion.utils.signals import interrupts_held
 
 log = logging.getLogger(__name__)
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "nf4": torch.bfloat16}
 EMBEDDED = "emoji64"
 EMBEDDED_SAMPLING = Sampling(steps=20, guidance=3.0)
 RECORD = "sbora.json"  # in a folder that `bake` wrote: what was baked
@@ -35,9 +36,12 @@ def full_name(name: str) -> str:
     return name if Path(name).exists() else ALIASES.get(name, name)
 
 
-def recipe_base(name: str) -> str:
-    """Whose recipes a base model's trainings follow: emoji64's, or its family's. No weights are loaded for it."""
+def find_kind(name: str) -> str:
+    """Return "emoji64" or the name of a base model's family, without loading weights."""
     return EMBEDDED if is_emoji64(name) else find_family(name).name
+
+
+recipe_base = find_kind  # its name until all rooms use the new one
 
 
 def usual_sampling(name: str) -> Sampling:

@@ -1,12 +1,14 @@
-"""A training's folder: who it belongs to, how far it got, and a lock, so that nothing is lost or done twice."""
+"""A run folder: the checkpoint, log and description of one training, and a lock."""
 
 import hashlib
+import io
 import json
-import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,37 @@ from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
 from sbora_diffusion.utils.locks import folder_held
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepLog:
+    """The state of a training after a step."""
+
+    step: int  # steps done
+    steps: int
+    loss: float
+    learning_rate: float
+    samples_per_second: float
+    memory_bytes: int  # resident on the CPU, or the peak allocated on the GPU
+    preview: Path | None = None
+    scores: Mapping[str, float] | None = None
+    validation: float | None = None  # the loss on held-out images
+
+
 def describe_run(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, num_processes: int
 ) -> dict[str, Any]:
-    """What must be the same for a training to be resumed: JSON values only."""
-    together: dict[str, Any] = {"processes": num_processes} if num_processes > 1 else {}
+    """Return what must stay the same for a training to be resumed, as JSON values."""
+    optional: dict[str, Any] = {"processes": num_processes} if num_processes > 1 else {}
     files = [mask_file(image.path) for image in concept.images]
     if any(files) and (config.loss.masked_loss or config.loss.attention_weight):
-        together["masks"] = _digest(file.read_bytes() if file else b"" for file in files)
-    return together | {
+        optional["masks"] = _digest(file.read_bytes() if file else b"" for file in files)
+    return optional | {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
         "images": image_digest(concept),
         "base": base.id,
@@ -46,7 +64,7 @@ def describe_run(
 
 
 def image_digest(concept: Concept) -> str:
-    """16 hexadecimal digits of all images' bytes and captions."""
+    """Return 16 hexadecimal digits of the digest of all images' bytes and captions."""
     return _digest(image.path.read_bytes() + image.caption.encode() for image in concept.images)
 
 
@@ -58,7 +76,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, the libraries below it and, in a checkout, the commit."""
+    """Return the versions of this package, Python, the main libraries and, in a checkout, the commit."""
     found = {"sbora-diffusion": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in LIBRARIES}
     commit = _git_commit()
@@ -74,10 +92,10 @@ def _git_commit() -> str | None:
 
 
 class RunFolder:
-    """The checkpoint and the description of one training, and its lock.
+    """The checkpoint, log and description of one training, and its lock.
 
     Args:
-        writes: whether this process looks after it; what other processes of the training do to it has no effect.
+        writes: whether this process writes; for the other processes of a training every method does nothing.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -86,33 +104,33 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder for this process; the operating system lets go of it when the process dies."""
+        """Lock the folder; the operating system releases the lock when the process dies."""
         if not self._writes:
             yield
             return
         with folder_held(self.path, "training", "wait for it to end"):
             yield
 
-    def start(self, description: dict[str, Any], resume: bool, anew: bool = False) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a new training; to be called while the folder is claimed.
+    def start(self, description: dict[str, Any], resume: bool, discard: bool = False) -> dict[str, Any] | None:
+        """Return the checkpoint to resume from, or None for a new training; call it while the folder is claimed.
 
         Args:
-            anew: a checkpoint that lies here is deleted.
+            discard: delete an existing checkpoint.
 
         Raises:
-            SboraError: an unfinished training lies here and is neither to be resumed nor deleted, or it is another one.
+            SboraError: the checkpoint is neither to be resumed nor discarded, is damaged or of another training.
         """
-        if anew:
-            self.finish()
+        if discard:
+            self._checkpoint.unlink(missing_ok=True)
         found = self._checkpoint.exists()
         if found and not resume:
             raise SboraError(
                 f"an interrupted training lies in {self.path}",
-                "add --resume to go on with it, or --force to start anew",
+                "continue it with --resume, or start over with --force",
             )
         if found:
             return self._load(description)
-        self._write("run.json", json.dumps(description | {"versions": versions()}, indent=2).encode())
+        write_atomically(self.path / "run.json", json.dumps(description | {"versions": versions()}, indent=2).encode())
         return None
 
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
@@ -121,54 +139,56 @@ class RunFolder:
             before = with_current_names(json.loads(state["run"]))
             before["config"] = with_current_names(before["config"])
         except Exception as error:  # torch.load raises anything at all on a damaged file
-            raise SboraError(f"cannot read {self._checkpoint}: {error}", "start anew with --force") from error
+            raise SboraError(f"cannot read {self._checkpoint}: {error}", "start over with --force") from error
         changed = _differences(before, description)
         if changed:
             raise SboraError(
                 f"the interrupted training in {self.path} differs in {', '.join(changed)}",
-                "repeat its settings (run.json has them), or start anew with --force",
+                "repeat its settings (they are in run.json), or start over with --force",
             )
         return state
 
     def save(self, description: dict[str, Any], state: dict[str, Any]) -> None:
-        """Store a checkpoint; a kill at any moment leaves this one or the one before."""
+        """Replace the checkpoint; if the process is killed meanwhile, the previous one is left."""
         if not self._writes:
             return
-        partial = self._checkpoint.with_suffix(".partial")
+        content = io.BytesIO()
+        torch.save(state | {"run": json.dumps(description)}, content)
         try:
-            torch.save(state | {"run": json.dumps(description)}, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self._checkpoint)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
-            raise SboraError(f"cannot write {self._checkpoint}: {error}", "free disk space, then --resume") from error
+            write_atomically(self._checkpoint, content.getvalue())
+        except SboraError as error:
+            raise SboraError(str(error), "free disk space, then --resume") from error
 
-    def finish(self) -> None:
-        """The training is complete: there is nothing to resume."""
+    def log(self, entry: StepLog, done: bool = False) -> None:
+        """Add a step to the log file."""
+        if not self._writes:
+            return
+        values = {key: getattr(entry, key) for key in ("step", "steps", "loss", "samples_per_second", "validation")}
+        scores = dict(entry.scores) if entry.scores else None
+        image = entry.preview.name if entry.preview else None
+        append_log(self.path, values | {"time": time.time(), "scores": scores, "image": image, "done": done})
+
+    def finish(self, entry: StepLog) -> None:
+        """Log that the training is complete and delete its checkpoint."""
+        self.log(entry, done=True)
         if self._writes:
             self._checkpoint.unlink(missing_ok=True)
 
-    def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(self.path / name)
-
 
 def append_log(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Add a step to a run folder's log, a line of JSON; the first step of a training begins the file anew.
+    """Append a step to a run folder's log as a line of JSON; the first step of a training replaces the file.
 
     Args:
-        entry: "step", counted from 1, and whatever else is to be told of it, in JSON values.
+        entry: "step", counted from 1, and any other JSON values.
     """
     with (folder / LOG).open("w" if entry["step"] == 1 else "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """A training's steps so far, each once: those that a resumed training repeated are told as they were last.
+    """Return a training's steps so far, each once: of steps that a resumed training repeated, the last entry.
 
-    A line that is being written at this moment is left out.
+    A half-written line is left out.
     """
     steps = {}
     try:

@@ -1,4 +1,4 @@
-"""An exponential moving average of what is being trained, which is smoother than its last step."""
+"""An exponential moving average (EMA) of the trained parameters."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +8,12 @@ from torch import Tensor
 
 
 class EMA:
-    """EMA of parameters, which they can change places with.
+    """The EMA of parameters.
+
+    diffusers' EMAModel has the same decay, but its update rounds differently, so that resuming would change results.
 
     Args:
-        decay: of a step; less at the beginning, min(decay, (1 + n) / (10 + n)) after n steps, as diffusers' EMA has it.
+        decay: per step; smaller at the beginning: min(decay, (1 + n) / (10 + n)) after n steps.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
@@ -20,19 +22,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take over a little of what the parameters are after so many steps."""
+        """Move the averages towards the parameters after the given number of steps."""
         decay = min(self._decay, (1 + steps) / (10 + steps))
         for value, parameter in zip(self.values, self._parameters, strict=True):
             value.lerp_(parameter.detach(), 1 - decay)
 
     def load(self, values: Sequence[Tensor]) -> None:
-        """Go on from averages that were saved."""
+        """Restore saved averages."""
         for value, saved in zip(self.values, values, strict=True):
             value.copy_(saved)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Meanwhile the parameters are the averages."""
+        """Swap the averages into the parameters inside the context."""
         self._swap()
         try:
             yield

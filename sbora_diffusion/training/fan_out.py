@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.cli.train import space_of
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.methods.registry import configure, find_method, method_side
@@ -20,6 +19,7 @@ from sbora_diffusion.models.distributed import num_launched
 from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
+from sbora_diffusion.training.intervals import space_of
 from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 

@@ -120,7 +120,7 @@ def activations(base: Base, config: TrainConfig) -> Activations:
     size = base.family.latent_size(pipeline)
     channels = base.pipeline.vae.config.latent_channels
     noisy = torch.empty(1, channels, size, size, device="meta", requires_grad=True)
-    count, passed = _Count(model), blocks_before(base, config)
+    count, passed = _Count(model), blocks_before(base, config.method.blocks)
     t = torch.full((1,), 500.0, device="meta")
     with count.counting(), _FusedAttention(), only_passed(model, passed):
         for last in passed[-1:]:

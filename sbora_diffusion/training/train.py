@@ -1,182 +1,199 @@
-"""Train one concept by any method: weights in the denoiser's and the text encoders' attention, and its token."""
+"""Train a concept and save it in the library: the function behind `sbora.train` and the train command."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
-
-import psutil
-import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.spec import FORMAT, FORMAT_OF_METHODS, Spec
-from sbora_diffusion.data.batches import prepare_data
-from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.inference.generate import check_tokens
-from sbora_diffusion.methods.live import InjectedConcept, injected_concept
-from sbora_diffusion.methods.registry import find_method
-from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.distributed import current
-from sbora_diffusion.models.layerwise_tokens import cross_attentions
+from sbora_diffusion.data.concept import Concept, default_roots, load_concept
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.methods.registry import configure, find_method
+from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.models.distributed import joined
+from sbora_diffusion.models.loading import find_kind
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.checkpoint import RunFolder, describe_run, image_digest, versions
-from sbora_diffusion.training.preview import Preview
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.checkpoint import CHECKPOINT
+from sbora_diffusion.training.intervals import interval_of_run, reserve_for
+from sbora_diffusion.training.memory import (
+    GIGABYTE,
+    Activations,
+    activations,
+    advice,
+    available,
+    estimate,
+    is_out_of_memory,
+)
+from sbora_diffusion.training.run import OnStep, Score, TrainingResult, run_training
+from sbora_diffusion.utils.errors import SboraError
+
+log = logging.getLogger(__name__)
+
+SCORER = "sbora_diffusion.evaluation.progress:make_scorer"  # by name, because evaluation builds on training
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepLog:
-    """What a training tells after each step; the last one carries the result."""
+class Request:
+    """What to train and where to store it."""
 
-    step: int  # steps done
-    steps: int
-    loss: float
-    learning_rate: float
-    samples_per_second: float
-    memory_bytes: int  # resident on the CPU, or allocated at most on the GPU
-    preview: Path | None = None
-    scores: Mapping[str, float] | None = None
-    validation: float | None = None  # the loss on held-out images
-    adapter: Adapter | None = None
-    before_after: Path | None = None
+    concept: str | Path | Concept  # a name, a folder, or a loaded concept
+    base: str | Base = "emoji64"
+    method: str = "sbora-fa"
+    interval: str | Interval | None = None  # None: the first free one
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that differ from the recipe
+    library: Library = field(default_factory=lambda: Library("adapters"))
+    runs: Path = Path("runs")
+    resume: bool = False
+    overwrite: bool = False
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A training that was stopped; with a checkpoint, `resume=True` continues it."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.run_folder, self.has_checkpoint = run_folder, (run_folder / CHECKPOINT).exists()
+        super().__init__(
+            f"stopped; the last checkpoint is kept in {run_folder}, resume=True continues from it"
+            if self.has_checkpoint
+            else "stopped before the first checkpoint"
+        )
 
 
 def train(
-    concept: Concept,
-    base: Base,
-    interval: Interval | None,
-    config: TrainConfig,
-    run_folder: Path,
+    concept: str | Path | Concept,
+    base: str | Base = "emoji64",
+    *,
+    method: str = "sbora-fa",
+    library: str | Path | Library = "adapters",
+    runs: str | Path = "runs",
+    interval: str | Interval | None = None,
     resume: bool = False,
-    score: Callable[[], Mapping[str, float]] | None = None,
-    anew: bool = False,
-) -> Iterator[StepLog]:
-    """Train a concept into columns (or rows) `interval` of every adapted layer; None for methods that own none.
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **more_settings: Any,
+) -> Adapter:
+    """Train a concept and save it in the library as NAME.safetensors.
 
-    The base model is as it was when the iterator ends or is closed. Every step's random numbers come from
-    `config.seed` and the step's number, so a resumed training gives the same adapter, bit for bit.
-
-    Where torch.distributed has brought several processes together, each calls this alike and gets the same logs; the
-    first one alone writes files. The batch is `config.data.batch_size` in each of them.
+        train("concepts/dog", base="emoji64", rank=8, steps=100, on_step=print)
 
     Args:
-        score: how good the base model's images of the concept are at this moment, the higher "overall" the better;
-            asked every `config.output.eval_every` steps and at the end.
-        anew: what an interrupted training has left in the folder goes.
+        concept: the name of a concept that ships with the package, a folder of images, or a loaded concept.
+        base: emoji64, a short name such as sdxl, a folder, a checkpoint file, a hub id, or a loaded base model.
+        method: such as sbora-fa, sbora-fb, lora.
+        library: the folder of concept files.
+        runs: the folder of run folders, which hold checkpoint, log and previews.
+        interval: the columns to own, such as "8:16"; None for the first free ones.
+        resume: continue an interrupted training of this concept.
+        overwrite: replace an existing concept file or interrupted training.
+        on_step: called after every step.
+        settings, more_settings: any settings of the recipe (docs/training.md), as values or as texts.
 
     Raises:
-        SboraError: a folder in use or with another training in it, a loss that is not finite, a method that cannot be
-            trained in shares, a caption or preview prompt so long that the text encoder does not read its token.
+        SboraError: an unknown concept, base model, method or setting, a value that is not allowed, an existing file.
+        TrainingInterrupted: Ctrl-C.
     """
-    processes = current()
-    find_method(config.method.name).check_sharding(processes.sharded)
-    folder = RunFolder(run_folder, processes.is_first)
-    description = describe_run(concept, base, interval, config, processes.count)
-    with folder.claimed():
-        state = processes.broadcast_from_main(lambda: folder.start(description, resume, anew))
-        preview = Preview(base, concept, config, run_folder, processes.is_first)
-        preview.generate_before()
-        data = prepare_data(concept, base, config)
-        with injected_concept(concept, base, interval, config) as live:
-            check_tokens(base, [*(image.caption for image in concept.images), *preview.named])
-            run = Run(live, data, config, base, processes)
-            if state is not None:
-                run.load(state)
-            for step in range(run.step, config.optim.steps):
-                loss = run.advance(step)
-                done = step + 1
-                scores, validation = _judge(run, done, config, score)
-                if done % config.output.save_every == 0 and done < config.optim.steps:
-                    folder.save(description, run.state())
-                image = _shown(run, preview, done) if _is_shown(done, config) else None
-                yield _log(run, config, base, loss=loss, preview=image, scores=scores, validation=validation)
-            metrics = {"loss": run.mean_loss} if math.isfinite(run.mean_loss) else {}
-            if config.output.keep == "best" and run.best:
-                run.restore_best(run.best)
-                metrics |= {"best_step": run.best.step, **run.best.scores}
-            with nullcontext() if config.output.keep == "best" and run.best else run.eval_parameters():
-                before_after, metrics["class_drift"] = preview.generate_after()
-                adapter = _result(concept, base, interval, config, live, metrics)
-        yield _log(run, config, base, loss=run.mean_loss, adapter=adapter, before_after=before_after)
-        folder.finish()
-
-
-def _judge(
-    run: Run, done: int, config: TrainConfig, score: Callable[[], Mapping[str, float]] | None
-) -> tuple[Mapping[str, float] | None, float | None]:
-    """The images' scores and the validation loss after a step, if they are due; the run remembers its best."""
-    scores = validation = None
-    if score and _is_due(done, config.output.eval_every, config.optim.steps):
-        with run.eval_parameters():
-            scores = score()
-        run.rate(scores)
-    if config.data.validation_images and _is_due(done, config.output.validation_every, config.optim.steps):
-        validation = run.validate()
-        if not config.output.eval_every:
-            run.rate({"overall": -validation, "validation_loss": validation})
-    return scores, validation
-
-
-def _is_due(done: int, every: int, steps: int) -> bool:
-    return every > 0 and (done % every == 0 or done == steps)
-
-
-def _is_shown(done: int, config: TrainConfig) -> bool:
-    """Not at the end, where there is the sheet of before and after."""
-    return config.output.preview_every > 0 and done % config.output.preview_every == 0 and done < config.optim.steps
-
-
-def _shown(run: Run, preview: Preview, done: int) -> Path:
-    with run.eval_parameters():
-        return preview.generate(done)
-
-
-def _log(run: Run, config: TrainConfig, base: Base, **told: Any) -> StepLog:
-    """What there is to tell of a training as it stands, and what else is known."""
-    return StepLog(
-        step=run.step,
-        steps=config.optim.steps,
-        learning_rate=run.learning_rate,
-        samples_per_second=run.samples_per_second,
-        memory_bytes=memory_bytes(base.device),
-        **told,
+    request = Request(
+        concept=concept,
+        base=base,
+        method=method,
+        interval=interval,
+        settings={**(settings or {}), **more_settings},
+        library=library if isinstance(library, Library) else Library(library),
+        runs=Path(runs),
+        resume=resume,
+        overwrite=overwrite,
     )
+    return train_concept(request, on_step).adapter
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Resident memory of this process on the CPU; the peak of what torch allocated on a GPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+def train_concept(request: Request, on_step: OnStep | None = None) -> TrainingResult:
+    """Train what is requested and save it; see `train`.
+
+    With several processes (torchrun, accelerate launch) the main one reads the request, reserves columns and saves.
+    """
+    library = request.library
+    with joined() as processes:
+        find_method(request.method).check_sharding(processes.sharded)  # before a large base model is loaded for nothing
+        if not processes.is_first:
+            logging.getLogger("sbora_diffusion").setLevel(logging.ERROR)
+        concept, config, pinned = processes.broadcast_from_main(lambda: _read(request))
+        run_folder = request.runs / concept.name
+        if isinstance(request.base, Base):
+            base = request.base
+        else:
+            load = partial(load_base, request.base, config.model.precision, processes.sharded)
+            base = processes.sequentially(load) if processes.sharded else load()
+        interval = processes.broadcast_from_main(
+            lambda: reserve_for(concept, base, config, library, pinned or _resumed_interval(request, run_folder))
+        )
+        kept = activations(base, config)
+        _log_memory(base, config, kept)
+        try:
+            return run_training(
+                concept,
+                base,
+                interval,
+                config,
+                run_folder,
+                save_to=library.path(concept.name),
+                resume=request.resume,
+                overwrite=request.overwrite,
+                on_step=on_step,
+                score=_scorer(base, concept, config),
+            )
+        except KeyboardInterrupt:
+            raise TrainingInterrupted(run_folder) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = estimate(base, config, kept)
+            raise SboraError(f"out of memory: this training needs {needed}", advice(base, config, kept)) from error
+        finally:
+            if processes.is_first:
+                library.release(concept.name)
 
 
-def _result(
-    concept: Concept,
-    base: Base,
-    interval: Interval | None,
-    config: TrainConfig,
-    live: InjectedConcept,
-    metrics: dict[str, float],
-) -> Adapter:
-    factors, dense, embeddings = live.learned()
-    method = find_method(config.method.name)
-    is_plain = method.file_format == FORMAT and not config.method.layerwise_tokens
-    spec = Spec(
-        name=concept.name,
-        side=method.side,
-        rank=config.method.rank,
-        intervals=(interval,) if interval else (),
-        seed=config.method.basis_seed,
-        base_id=base.id,
-        base_fingerprint=base.fingerprint,
-        tokens={concept.token: concept.class_noun},
-        recipe=config.to_dict() | {"images": image_digest(concept)},
-        versions=versions(),
-        metrics=metrics,
-        format=FORMAT if is_plain else FORMAT_OF_METHODS,
-        method="" if is_plain else config.method.name,
-        embedding_layers=len(cross_attentions(base)) if config.method.layerwise_tokens else 0,
-    )
-    tokens = {f"{component}.{concept.token}": rows for component, rows in embeddings.items()}
-    return Adapter(spec, factors, tokens, dense)
+def _read(request: Request) -> tuple[Concept, TrainConfig, Interval | None]:
+    """Check a request as far as possible without the base model."""
+    settings = {key: _as_text(value) for key, value in request.settings.items()}
+    if isinstance(request.base, Base):
+        kind, precision = request.base.kind, request.base.precision
+        if settings.setdefault("precision", precision) != precision:
+            raise SboraError(f"got precision={settings['precision']}, but the base model was loaded in {precision}")
+    else:
+        kind = find_kind(request.base)
+    config = configure(kind, request.method, settings)
+    interval = Interval.parse(request.interval) if isinstance(request.interval, str) else request.interval
+    concept = request.concept
+    if not isinstance(concept, Concept):
+        concept = load_concept(str(concept), default_roots())
+    path = request.library.path(concept.name)
+    if path.exists() and not request.overwrite:
+        raise SboraError(f"{path} exists", hint="Give the concept another name, or overwrite it with --force.")
+    log.info("concept %s: %d images in %s", concept.token, len(concept.images), concept.images[0].path.parent)
+    return concept, config, interval
+
+
+def _resumed_interval(request: Request, run_folder: Path) -> Interval | None:
+    return interval_of_run(run_folder) if request.resume and (run_folder / CHECKPOINT).exists() else None
+
+
+def _as_text(value: Any) -> str:
+    """Return a setting's value as `--set` takes it."""
+    return ";".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _log_memory(base: Base, config: TrainConfig, kept: Activations) -> None:
+    needed, limit = estimate(base, config, kept), available(base.device)
+    log.info("memory: %s needed, %.1f GB available", needed, limit / GIGABYTE)
+    if needed.total > limit:
+        log.warning("the memory may not suffice: %s", advice(base, config, kept))
+
+
+def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Score | None:
+    return resolve_name(SCORER)(base, concept, config) if config.output.eval_every else None

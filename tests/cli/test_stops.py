@@ -34,7 +34,7 @@ main()
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT in the middle of a step."""
-    from sbora_diffusion.training import train as module
+    from sbora_diffusion.training import run as module
 
     steps = iter(range(1, step + 1))
 
@@ -49,7 +49,7 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("step", "message"),
-    [(1, "stopped before the first checkpoint"), (5, "the last checkpoint is kept in runs/dog, go on with:")],
+    [(1, "stopped before the first checkpoint"), (5, "the last checkpoint is kept in runs/dog, resume with:")],
 )
 def test_ctrl_c_and_resume(here: Path, base: Path, trained: tuple[Path, list[Result]], step: int, message: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -14,12 +14,11 @@ from sbora_diffusion.data.masks import load_mask
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.losses.attention import AttentionLoss
-from sbora_diffusion.training.train import train
-from sbora_diffusion.training.trainer import Run, mean_error
+from sbora_diffusion.training.losses.base import mean_error
+from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import INTERVAL, run_of, short_config
-from ..training.test_train import result
+from ..helpers import INTERVAL, short_config, train, train_until, trainer_after
 
 
 def test_masks_are_cut_as_their_images_are(base: Base, concept: Concept) -> None:
@@ -107,14 +106,11 @@ def test_without_any_mask_all_is_learned(base: Base, concept: Concept, caplog: p
 def test_other_masks_are_another_training(base: Base, tall: Concept, tmp_path: Path) -> None:
     config, file = short_config(masked_loss="1"), tall.images[2].path.with_suffix(".mask.png")
     Image.new("L", (60, 40), 255).save(file)
-    stopped = train(tall, base, INTERVAL, config, tmp_path / "run")
-    for _ in range(3):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
+    train_until(3, tall, base, INTERVAL, config, tmp_path / "run")
+    train_until(3, tall, base, INTERVAL, config, tmp_path / "run", resume=True)
     Image.new("L", (60, 40), 200).save(file)
     with pytest.raises(SboraError, match="differs in masks"):
-        next(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
+        train(tall, base, INTERVAL, config, tmp_path / "run", resume=True)
 
 
 def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
@@ -124,18 +120,20 @@ def test_attention_is_drawn_into_the_mask(base: Base, tall: Concept) -> None:
         config = short_config(attention_weight=weight, steps="25", learning_rate="3e-2", token_learning_rate="3e-2")
         data = prepare_data(tall, base, config)
         with injected_concept(tall, base, INTERVAL, config) as live:
-            run = Run(live, data, config, base)
+            trainer = Trainer(live, data, config, base)
             for step in range(25):
-                run.advance(step)
-            values.append(run._attention().item())  # type: ignore[misc]
+                trainer.train_step(step)
+            loss = trainer._objectives[0].losses["attention"]
+            assert isinstance(loss, AttentionLoss)
+            values.append(loss().item())
     assert values[1] < values[0]
 
 
 def test_attention_of_tokens_with_an_embedding_a_layer(base: Base, tall: Concept, tmp_path: Path) -> None:
     config = short_config("mix-of-show", rank="4")
     assert config.loss.attention_weight > 0
-    logs = list(train(tall, base, None, config, tmp_path / "run"))
-    assert result(logs).spec.method == "mix-of-show"
+    done = train(tall, base, None, config, tmp_path / "run")
+    assert done.adapter.spec.method == "mix-of-show"
 
 
 def test_attention_is_watched_in_the_samples_pass_alone(
@@ -147,7 +145,7 @@ def test_attention_is_watched_in_the_samples_pass_alone(
         AttentionLoss, "observe", lambda loss, *watched: (seen.append(len(watched[1])), observe(loss, *watched))
     )
     config = short_config(attention_weight="0.1", class_images="3", batch_size="2", prior_batch="3")
-    run_of(base, tall, config)
+    trainer_after(base, tall, config)
     cross = [key for key in base.pipeline.unet.attn_processors if "attn2" in key]
     assert seen == [2 + 3] * len(cross)
 
@@ -155,7 +153,7 @@ def test_attention_is_watched_in_the_samples_pass_alone(
 @pytest.mark.parametrize("more", [{}, {"buckets": "1", "class_images": "3"}])
 def test_checkpointing_watches_the_attention_too(base: Base, tall: Concept, more: dict[str, str]) -> None:
     learned = [
-        run_of(base, tall, short_config(attention_weight="10", gradient_checkpointing=switch, **more))[1]
+        trainer_after(base, tall, short_config(attention_weight="10", gradient_checkpointing=switch, **more))[1]
         for switch in ("0", "1")
     ]
     for one, other in zip(*learned, strict=True):

@@ -16,10 +16,9 @@ from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import ConceptPatcher, applied, generate
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import short_config
+from ..helpers import short_config, train
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def adapters(base: Base, concept: Concept, tmp_path: Path) -> list[Adapter]:
             replace(image, caption=image.caption.replace("rex", name)) for image in concept.images
         ))  # fmt: skip
         config = short_config(seed=str(number), learning_rate="5e-2")
-        *_, last = train(renamed, base, Interval(4 * number, 4), config, tmp_path / name)
+        last = train(renamed, base, Interval(4 * number, 4), config, tmp_path / name)
         assert last.adapter
         found.append(last.adapter)
     return found

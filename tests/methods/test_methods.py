@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.data.batches import Sample, StepBatch
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.methods.calibration import prior_states, word_states
@@ -18,11 +19,10 @@ from sbora_diffusion.methods.registry import METHODS, find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import short_config
-from ..training.test_train import assert_same, result, snapshot
+from ..helpers import short_config, train, train_until
+from ..training.test_train import assert_same, snapshot
 
 RANK, HIDDEN = 4, 32
 BASELINES = [name for name in METHODS if not name.startswith("sbora")]
@@ -76,11 +76,9 @@ def test_exactly_these_parameters_train(base: Base, concept: Concept, method: st
 def test_trained_resumed_saved_and_drawn(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
     """The file holds what was trained, a resumed training is the same bit for bit, and the base is as it was."""
     before, config = snapshot(base), short(method)
-    straight = result(list(train(concept, base, interval(method), config, tmp_path / "straight")))
-    stopped = train(concept, base, interval(method), config, tmp_path / "run")
-    next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    resumed = result(list(train(concept, base, interval(method), config, tmp_path / "run", resume=True)))
+    straight = train(concept, base, interval(method), config, tmp_path / "straight").adapter
+    train_until(1, concept, base, interval(method), config, tmp_path / "run")
+    resumed = train(concept, base, interval(method), config, tmp_path / "run", resume=True).adapter
     assert_same(resumed, straight)
     assert_same_dense(resumed, straight)
     straight.save(tmp_path / "rex.safetensors")
@@ -180,13 +178,13 @@ def test_orthogonal_rows_are_frozen_rows_of_one_shared_matrix(base: Base) -> Non
 
 def test_no_more_orthogonal_rows_than_there_are(base: Base, concept: Concept, tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="got rank=33, but a layer has 32 inputs"):
-        next(train(concept, base, None, short("orthogonal", rank="33"), tmp_path))
+        train(concept, base, None, short("orthogonal", rank="33"), tmp_path)
 
 
 def test_custom_diffusions_noun_stays(base: Base, concept: Concept, tmp_path: Path) -> None:
     from sbora_diffusion.models.tokens import class_embedding
 
-    adapter = result(list(train(concept, base, None, short("custom-diffusion"), tmp_path)))
+    adapter = train(concept, base, None, short("custom-diffusion"), tmp_path).adapter
     start, rows = class_embedding(base, "dog", 2)["text_encoder"], adapter.tokens["text_encoder.<rex>"]
     assert torch.equal(rows[1], start[1])
     assert not torch.equal(rows[0], start[0])
@@ -333,7 +331,9 @@ def test_erasure_is_the_relative_output_on_the_prior_rows(base: Base, concept: C
         erasure, seen = OutputErasure(base, live.layers), {}
         key = next(iter(base.layers))
         hook = base.layers[key].register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-        with erasure.recording(1):
+        rows = torch.zeros(1, 4, 8, 8)
+        sample = Sample(rows, rows, rows, rows)
+        with erasure.recording(StepBatch(sample, sample)):
             ids = base.pipeline.tokenizer(
                 ["a", "b"], padding="max_length", max_length=24, return_tensors="pt"
             ).input_ids

@@ -19,7 +19,7 @@ from sbora_diffusion.models import distributed as processes
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
 from sbora_diffusion.training.checkpoint import read_log
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
 from ..helpers import INTERVAL, short_config
@@ -30,7 +30,7 @@ from pathlib import Path
 from torch import distributed
 from typer.testing import CliRunner
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.training import train
+from sbora_diffusion.training import run as run_module
 
 def run(*more, folder):
     Path(folder).mkdir(exist_ok=True)
@@ -53,10 +53,10 @@ written = ["adapters/dog.safetensors", "runs/dog/before-after.png"]
 assert straight.stdout.split() == (written if is_first else []), straight.output
 assert ("step 5/5" in straight.stderr) == ("concept <dog>" in straight.stderr) == is_first, straight.stderr
 
-steps, plain, train.memory_bytes = 0, train.memory_bytes, interrupting
+steps, plain, run_module.memory_bytes = 0, run_module.memory_bytes, interrupting
 stopped = run(folder="stopped")
 assert stopped.exit_code == 130, stopped.output
-assert ("go on with: torchrun … -m sbora_diffusion " in stopped.stderr) == is_first, stopped.stderr
+assert ("resume with: torchrun … -m sbora_diffusion " in stopped.stderr) == is_first, stopped.stderr
 resumed = run("--resume", folder="stopped")
 assert (resumed.exit_code, resumed.stdout) == (0, straight.stdout), resumed.output
 assert "step 1/5" not in resumed.stderr
@@ -135,7 +135,7 @@ def test_the_shares_are_what_one_process_draws(base: Base, tall: Concept, settin
 def drawn(samples: BatchSampler, seed: int) -> list[torch.Tensor]:
     """Everything that is in the batches of a step."""
     generator = torch.Generator().manual_seed(seed)
-    batches = samples.of_concept(generator), samples.of_prior(generator), samples.of_class(generator)
+    batches = samples.concept_batch(generator), samples.prior_batch(generator), samples.class_batch(generator)
     assert isinstance(batches[2], Sample)
     return [part for batch in batches if batch for part in vars(batch).values() if part is not None]
 
@@ -174,9 +174,9 @@ def test_what_looks_at_whole_batches_is_refused(base: Base, tall: Concept, setti
     data = prepare_data(tall, base, config)
     with (
         injected_concept(tall, base, INTERVAL, config) as live,
-        pytest.raises(SboraError, match="erasure_weight and attention_weight look at whole batches"),
+        pytest.raises(SboraError, match="erasure_weight and attention_weight need whole batches"),
     ):
-        Run(live, data, config, base, Processes(0, 2))
+        Trainer(live, data, config, base, Processes(0, 2))
 
 
 @pytest.mark.parametrize("asked", ["ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"])

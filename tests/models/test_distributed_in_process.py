@@ -11,10 +11,8 @@ from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import SINGLE_PROCESS
 from sbora_diffusion.models.tokens import class_embedding
-from sbora_diffusion.training.train import train
 
-from ..helpers import INTERVAL, short_config
-from ..training.test_train import result
+from ..helpers import INTERVAL, short_config, train
 
 TOGETHER = {
     "buckets, no prior": {"buckets": "1", "prior_batch": "0"},
@@ -28,10 +26,10 @@ TOGETHER = {
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_settings_go_together(name: str, base: Base, tall: Concept, tmp_path: Path) -> None:
-    logs = list(train(tall, base, INTERVAL, short_config(**TOGETHER[name]), tmp_path / "run"))
-    assert result(logs).spec.metrics["loss"] > 0
+    done = train(tall, base, INTERVAL, short_config(**TOGETHER[name]), tmp_path / "run")
+    assert done.adapter.spec.metrics["loss"] > 0
     assert not base.pipeline.unet.is_gradient_checkpointing
-    assert "Watched" not in str(base.pipeline.unet.attn_processors)
+    assert "Recorder" not in str(base.pipeline.unet.attn_processors)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -40,8 +38,8 @@ def test_a_token_alone_waits_where_all_captions_are_dropped(
 ) -> None:
     config = short_config("textual-inversion", caption_dropout="1", precision=precision)
     before = class_embedding(base, concept.class_noun, config.method.token_vectors)
-    logs = list(train(concept, base, None, config, tmp_path / "run"))
-    for key, rows in result(logs).tokens.items():
+    done = train(concept, base, None, config, tmp_path / "run")
+    for key, rows in done.adapter.tokens.items():
         assert torch.equal(rows, before[key.split(".")[0]])
 
 
@@ -54,7 +52,7 @@ def test_the_class_is_held_in_place_in_its_own_shape(base: Base, tall: Concept) 
     said = base.tokenizer(base.learners[0]).batch_decode(data.prior[0].ids, skip_special_tokens=True)
     assert all("dog" in caption for caption in said)
     samples, generator = BatchSampler(data, base, config, SINGLE_PROCESS), torch.Generator().manual_seed(0)
-    assert {tuple(samples.of_prior(generator).noisy.shape[2:]) for _ in range(20)} == {wide, square}
+    assert {tuple(samples.prior_batch(generator).noisy.shape[2:]) for _ in range(20)} == {wide, square}
 
 
 def test_many_images_are_asked_about_in_parts(base: Base, tall: Concept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +64,7 @@ def test_many_images_are_asked_about_in_parts(base: Base, tall: Concept, monkeyp
     parts = prepare_data(tall, base, config)
     hook.remove()
     assert max(rows) == 2 * 8  # with and without the prompt
-    assert whole.of_class
-    assert parts.of_class
-    torch.testing.assert_close(parts.of_class.latents, whole.of_class.latents, rtol=1e-3, atol=1e-4)
+    assert whole.class_images
+    assert parts.class_images
+    torch.testing.assert_close(parts.class_images.latents, whole.class_images.latents, rtol=1e-3, atol=1e-4)
     assert [len(part.t) for part in BatchSampler(parts, base, config, SINGLE_PROCESS).held_out()] == [8] * 4

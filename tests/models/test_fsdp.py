@@ -20,9 +20,8 @@ import os, sys, torch
 from pathlib import Path
 from torch import distributed
 from typer.testing import CliRunner
-from sbora_diffusion.cli import train as cli_train
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.training import train
+from sbora_diffusion.training import run as run_module, train
 from sbora_diffusion.adapters.whole import num_held
 
 def run(folder, *words):
@@ -52,7 +51,7 @@ def stopping(device):
 
 distributed.init_process_group()
 watched, shares = ("transformer", "unet", "text_encoder", "text_encoder_2", "vae"), []
-plain, cli_train.load_base = cli_train.load_base, watching
+plain, train.load_base = train.load_base, watching
 settings = ["steps=4", "save_every=2", "sampling_steps=1", "crops=1", "preview_every=2", "preview_prompts={token}",
             "prior_prompts=a cat", "batch_size=2", "prior_batch=1", "precision=fp32"]
 settings = [word for setting in settings for word in ("--set", setting)]
@@ -71,7 +70,7 @@ assert {name for name, share in flux.items() if share < 0.6} == {"transformer", 
 assert {name for name, share in sdxl.items() if share < 0.6} == {"unet"}, sdxl
 
 words = ["--base", sys.argv[1] + "/flux", *settings, "--set", "shuffle_tags=1"]
-steps, memory_bytes, train.memory_bytes = 0, train.memory_bytes, stopping
+steps, memory_bytes, run_module.memory_bytes = 0, run_module.memory_bytes, stopping
 assert run("stopped", *words).exit_code == 130
 assert run("stopped", *words, "--resume").exit_code == 0
 

@@ -18,14 +18,13 @@ from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.target_modules import adapted_layers, blocks_before
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.train import train
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import short_config
+from ..helpers import short_config, train, train_until
 from ..tiny_sdxl import save_tiny_sdxl
 from ..tiny_transformers import save_tiny_sd3
-from ..training.test_train import assert_same, result, snapshot
+from ..training.test_train import assert_same, snapshot
 
 UP = {"blocks": "up_blocks"}
 
@@ -43,14 +42,14 @@ def test_layers_by_the_beginnings_of_their_names(emoji64: Base) -> None:
     unet = {key.partition(".")[2] for key in emoji64.layers if key.startswith("unet.")}
     for blocks in ("up_blocks", "mid_block;up_blocks", "up_blocks.1", "up_blocks.1.attentions.0"):
         wanted = {name for name in unet if any(name.startswith(f"{block}.") for block in blocks.split(";"))}
-        assert set(adapted_layers(emoji64, recipe(blocks=blocks))["unet"]) == wanted
-    assert set(adapted_layers(emoji64, recipe(blocks=""))["unet"]) == unet
-    assert set(adapted_layers(emoji64, recipe(text_encoder_learning_rate="0", **UP))) == {"unet"}
+        assert set(adapted_layers(emoji64, blocks.split(";"))["unet"]) == wanted
+    assert set(adapted_layers(emoji64)["unet"]) == unet
+    assert set(adapted_layers(emoji64, ["up_blocks"], text_encoders=False)) == {"unet"}
 
 
 def test_a_block_that_is_not_there_is_told(emoji64: Base) -> None:
     with pytest.raises(SboraError) as caught:
-        adapted_layers(emoji64, recipe(blocks="up_blocks;up"))
+        adapted_layers(emoji64, ["up_blocks", "up"])
     assert str(caught.value).startswith("got blocks=up,")
     assert "down_blocks, mid_block, up_blocks" in str(caught.value.hint)
     with pytest.raises(SboraError, match="adapts none"):
@@ -67,9 +66,9 @@ def test_blocks_before_the_first_adapted_one(emoji64: Base, tmp_path: Path) -> N
         "up_blocks.1": [*down, "mid_block", "up_blocks.0"],
     }
     for blocks, before in expected.items():
-        assert blocks_before(emoji64, recipe(blocks=blocks)) == before
+        assert blocks_before(emoji64, [blocks] if blocks else []) == before
     sd3 = load_base(str(save_tiny_sd3(tmp_path / "sd3")))  # whose blocks hand the text on to each other
-    assert blocks_before(sd3, short_config(blocks="transformer_blocks.1")) == []
+    assert blocks_before(sd3, ["transformer_blocks.1"]) == []
 
 
 @contextmanager
@@ -89,7 +88,7 @@ def one_step(base: Base, concept: Concept, config: TrainConfig) -> dict[str, Ten
     """What is trained, after one step."""
     data = prepare_data(concept, base, config)
     with injected_concept(concept, base, Interval(0, 4), config) as live:
-        Run(live, data, config, base).advance(0)
+        Trainer(live, data, config, base).train_step(0)
         factors, _, tokens = live.learned()
     return {key: factor.weight for key, factor in factors.items()} | tokens
 
@@ -103,7 +102,7 @@ def test_what_is_learned_is_what_no_grad_below_gives(
     settings = {"layerwise_tokens": layerwise, "output_penalty": "0", "steps": "1", "warmup_steps": "0"}
     found = one_step(base, concept, short_config(**settings, **UP))
     everywhere = short_config(**settings)
-    with without_gradients(base, blocks_before(base, short_config(**UP))):
+    with without_gradients(base, blocks_before(base, ["up_blocks"])):
         expected = one_step(base, concept, everywhere)
     assert any(key.startswith("unet.up_blocks") for key in found)
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
@@ -116,12 +115,9 @@ def test_what_is_learned_is_what_no_grad_below_gives(
 def test_trained_resumed_and_merged(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
     before, config = snapshot(base), short_config(method, **UP)
     interval = Interval(0, 4) if method.startswith("sbora") else None
-    straight = result(list(train(concept, base, interval, config, tmp_path / "straight")))
-    stopped = train(concept, base, interval, config, tmp_path / "run")
-    next(stopped)
-    next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    resumed = result(list(train(concept, base, interval, config, tmp_path / "run", resume=True)))
+    straight = train(concept, base, interval, config, tmp_path / "straight").adapter
+    train_until(2, concept, base, interval, config, tmp_path / "run")
+    resumed = train(concept, base, interval, config, tmp_path / "run", resume=True).adapter
     assert_same(resumed, straight)
     after = snapshot(base)
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -134,7 +130,7 @@ def test_trained_resumed_and_merged(base: Base, concept: Concept, tmp_path: Path
 def test_merged_with_a_concept_that_is_everywhere(base: Base, concept: Concept, tmp_path: Path) -> None:
     """Each layer of the sum holds what its owners have there."""
     parts = [
-        result(list(train(concept, base, Interval(start, 4), short_config(blocks=blocks), tmp_path / str(start))))
+        train(concept, base, Interval(start, 4), short_config(blocks=blocks), tmp_path / str(start)).adapter
         for start, blocks in ((0, "up_blocks"), (4, ""))
     ]
     whole = merge(parts, [1.0, 1.0], "sum")

@@ -16,14 +16,12 @@ from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.noise import Diffusion
 from sbora_diffusion.training.ema import EMA
-from sbora_diffusion.training.optim import PACKAGES
-from sbora_diffusion.training.schedules import learning_rate_factor
-from sbora_diffusion.training.train import StepLog, train
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.optim import PACKAGES, learning_rate_factor
+from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import INTERVAL, run_of, short_config
-from .test_train import assert_same, result
+from ..helpers import INTERVAL, Trained, short_config, train, train_until, trainer_after
+from .test_train import assert_same
 
 SETTINGS = {
     "accumulation": {"accumulation": "2"},
@@ -49,30 +47,27 @@ NO_EFFECT = ("checkpointing",)  # on what is learned, up to rounding
 
 
 @pytest.fixture
-def plain(tall: Concept, base: Base, tmp_path: Path) -> list[StepLog]:
-    return list(train(tall, base, INTERVAL, short_config(), tmp_path / "plain"))
+def plain(tall: Concept, base: Base, tmp_path: Path) -> Trained:
+    return train(tall, base, INTERVAL, short_config(), tmp_path / "plain")
 
 
-def distance(one: list[StepLog], other: list[StepLog]) -> float:
-    pairs = [(factor.weight, result(other).factors[key].weight) for key, factor in result(one).factors.items()]
+def distance(one: Trained, other: Trained) -> float:
+    pairs = [(factor.weight, other.adapter.factors[key].weight) for key, factor in one.adapter.factors.items()]
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_matters_and_is_resumed_bit_for_bit(
-    name: str, base: Base, tall: Concept, plain: list[StepLog], tmp_path: Path
+    name: str, base: Base, tall: Concept, plain: Trained, tmp_path: Path
 ) -> None:
     config = short_config(**SETTINGS[name])
-    straight = list(train(tall, base, INTERVAL, config, tmp_path / "straight"))
+    straight = train(tall, base, INTERVAL, config, tmp_path / "straight")
     assert (distance(straight, plain) > 1e-6) == (name not in NO_EFFECT)
-    stopped = train(tall, base, INTERVAL, config, tmp_path / "run")
-    for _ in range(3):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    resumed = list(train(tall, base, INTERVAL, config, tmp_path / "run", resume=True))
-    assert resumed[0].step == 3
-    assert_same(result(resumed), result(straight))
-    assert "_Watched" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on
+    train_until(3, tall, base, INTERVAL, config, tmp_path / "run")
+    resumed = train(tall, base, INTERVAL, config, tmp_path / "run", resume=True)
+    assert resumed.logs[0].step == 3
+    assert_same(resumed.adapter, straight.adapter)
+    assert "_Recorder" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on
 
 
 @pytest.mark.parametrize("optimizer", ["schedule-free", "prodigy"])
@@ -81,9 +76,9 @@ def test_a_look_at_the_result_changes_nothing(base: Base, concept: Concept, opti
     config = short_config(optimizer=optimizer, scheduler="constant")
     data = prepare_data(concept, base, config)
     with injected_concept(concept, base, INTERVAL, config) as live:
-        run = Run(live, data, config, base)
+        run = Trainer(live, data, config, base)
         for step in range(3):
-            run.advance(step)
+            run.train_step(step)
         before = [parameter.detach().clone() for parameter in live.parameters()]
         with run.eval_parameters():
             pass
@@ -92,13 +87,13 @@ def test_a_look_at_the_result_changes_nothing(base: Base, concept: Concept, opti
 
 def test_accumulation_is_the_mean_over_its_batches(base: Base, concept: Concept) -> None:
     settings = {"max_grad_norm": "1e9", "output_penalty": "0", "prior_batch": "0"}
-    together = run_of(base, concept, short_config(accumulation="3", **settings))[1]
+    together = trainer_after(base, concept, short_config(accumulation="3", **settings))[1]
     apart = []
     for number in range(3):
         config = short_config(**settings)
         data = prepare_data(concept, base, config)
         with injected_concept(concept, base, INTERVAL, config) as live:
-            Run(live, data, config, base).advance(number)
+            Trainer(live, data, config, base).train_step(number)
             apart.append([p.grad.clone() for p in live.parameters() if p.grad is not None])
     for mean, parts in zip(together, zip(*apart, strict=True), strict=True):
         torch.testing.assert_close(mean, sum(parts) / 3, rtol=1e-4, atol=1e-7)
@@ -113,7 +108,7 @@ def test_checkpointing_keeps_less_and_learns_the_same(base: Base, concept: Conce
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _, gradients = run_of(base, concept, short_config(gradient_checkpointing=switch))
+            _, gradients = trainer_after(base, concept, short_config(gradient_checkpointing=switch))
         return sum(seen.values()), gradients
 
     (much, expected), (little, got) = kept_bytes("0"), kept_bytes("1")
@@ -124,8 +119,8 @@ def test_checkpointing_keeps_less_and_learns_the_same(base: Base, concept: Conce
 
 def test_half_precision_keeps_what_is_learned_in_fp32(base: Base, tall: Concept, tmp_path: Path) -> None:
     for precision in ("bf16", "fp16"):
-        logs = list(train(tall, base, INTERVAL, short_config(precision=precision), tmp_path / precision))
-        weights = [factor.weight for factor in result(logs).factors.values()]
+        done = train(tall, base, INTERVAL, short_config(precision=precision), tmp_path / precision)
+        weights = [factor.weight for factor in done.adapter.factors.values()]
         assert {weight.dtype for weight in weights} == {torch.float32}
         assert any((weight != weight.to(torch.bfloat16).float()).any() for weight in weights)
 
@@ -203,19 +198,19 @@ def test_tags_change_places_but_for_the_first() -> None:
 
 
 def test_text_encoder_at_rate_zero_is_left_alone(base: Base, concept: Concept, tmp_path: Path) -> None:
-    logs = list(train(concept, base, INTERVAL, short_config(text_encoder_learning_rate="0"), tmp_path / "run"))
-    assert {key.split(".")[0] for key in result(logs).factors} == {"unet"}
+    done = train(concept, base, INTERVAL, short_config(text_encoder_learning_rate="0"), tmp_path / "run")
+    assert {key.split(".")[0] for key in done.adapter.factors} == {"unet"}
 
 
 def test_validation_is_told_and_the_best_is_kept(base: Base, tall: Concept, tmp_path: Path) -> None:
     config = short_config(validation_images="1", validation_every="2", keep="best")
-    logs = list(train(tall, base, INTERVAL, config, tmp_path / "run"))
-    told = {log.step: log.validation for log in logs[:-1] if log.validation is not None}
+    done = train(tall, base, INTERVAL, config, tmp_path / "run")
+    told = {log.step: log.validation for log in done.logs if log.validation is not None}
     assert sorted(told) == [2, 4, 6]
-    best = result(logs).spec.metrics
+    best = done.adapter.spec.metrics
     assert told[int(best["best_step"])] == min(told.values()) == pytest.approx(best["validation_loss"])
     with pytest.raises(SboraError, match="of 4 images: none is left"):
-        list(train(tall, base, INTERVAL, short_config(validation_images="4"), tmp_path / "other"))
+        train(tall, base, INTERVAL, short_config(validation_images="4"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -245,15 +240,15 @@ def test_a_missing_optimiser_is_told(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     with pytest.raises(SboraError, match=f"needs the package {PACKAGES[name]}"):
-        list(train(concept, base, INTERVAL, short_config(optimizer=name), tmp_path / "run"))
+        train(concept, base, INTERVAL, short_config(optimizer=name), tmp_path / "run")
 
 
 def test_eight_bits_need_a_gpu(base: Base, concept: Concept, tmp_path: Path) -> None:
     if base.device.type == "cuda":
-        list(train(concept, base, INTERVAL, short_config(optimizer="adamw-8bit"), tmp_path / "run"))
+        train(concept, base, INTERVAL, short_config(optimizer="adamw-8bit"), tmp_path / "run")
     else:
         with pytest.raises(SboraError, match="needs a GPU"):
-            list(train(concept, base, INTERVAL, short_config(optimizer="adamw-8bit"), tmp_path / "run"))
+            train(concept, base, INTERVAL, short_config(optimizer="adamw-8bit"), tmp_path / "run")
 
 
 def test_gradients_that_are_not_finite_are_named(base: Base, concept: Concept) -> None:
@@ -262,4 +257,4 @@ def test_gradients_that_are_not_finite_are_named(base: Base, concept: Concept) -
     with injected_concept(concept, base, INTERVAL, config) as live:
         live.trained["text_encoder"][0].register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(SboraError, match="the gradients of the text_encoder are not finite at step 1"):
-            Run(live, data, config, base).advance(0)
+            Trainer(live, data, config, base).train_step(0)

@@ -13,10 +13,9 @@ from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.memory import Activations, activations, advice, estimate, is_out_of_memory
-from sbora_diffusion.training.train import train
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 
-from ..helpers import short_config
+from ..helpers import short_config, train
 from ..tiny_sdxl import save_tiny_sdxl
 from ..tiny_transformers import save_tiny_sd3
 
@@ -88,9 +87,9 @@ def test_a_real_step_keeps_what_is_estimated(
     config = short_config(**settings, blocks=blocks)
     held, data = Held(base), prepare_data(concept, base, config)
     with injected_concept(concept, base, Interval(0, 4), config) as live:
-        run = Run(live, data, config, base)
+        run = Trainer(live, data, config, base)
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda tensor: tensor):
-            run.advance(0)
+            run.train_step(0)
     assert held.num_bytes == pytest.approx(estimate(base, config, activations(base, config)).activations, rel=0.15)
 
 
@@ -98,7 +97,7 @@ def test_a_real_step_keeps_what_is_estimated(
 @pytest.mark.parametrize("blocks", ["", "up_blocks"])
 def test_what_is_trained(base: Base, concept: Concept, tmp_path: Path, method: str, blocks: str) -> None:
     config = short_config(method, steps="1", blocks=blocks)
-    *_, last = train(concept, base, Interval(0, 4), config, tmp_path / "run")
+    last = train(concept, base, Interval(0, 4), config, tmp_path / "run")
     assert last.adapter is not None
     assert estimate(base, config, KEPT).trained == 16 * last.adapter.num_weights()
 

@@ -9,10 +9,10 @@ from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.moments import recorded_inputs
+from sbora_diffusion.models.input_moments import recorded_inputs
 from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.training.losses.output_penalty import OutputPenalty
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 
 from ..helpers import short_config
 
@@ -66,9 +66,9 @@ def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> Non
         config = short_config(output_penalty=weight, prior_batch="0")
         data = prepare_data(concept, base, config)
         with injected_concept(concept, base, INTERVAL, config) as live:
-            run = Run(live, data, config, base)
+            run = Trainer(live, data, config, base)
             for step in range(config.optim.steps):
-                run.advance(step)
+                run.train_step(step)
             found.append(OutputPenalty(base, live.layers, moments)().item())
     assert found[1] < 0.8 * found[0]
 
@@ -76,5 +76,5 @@ def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> Non
 def test_recorded_is_what_is_to_be_quiet(base: Base, concept: Concept) -> None:
     assert prepare_data(concept, base, short_config(output_penalty="0")).moments == {}
     config = short_config(output_penalty="1", blocks="up_blocks")
-    quiet = [f"{part}.{name}" for part, names in adapted_layers(base, config).items() for name in names]
+    quiet = [f"{part}.{name}" for part, names in adapted_layers(base, ["up_blocks"]).items() for name in names]
     assert sorted(prepare_data(concept, base, config).moments) == sorted(quiet)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.cli.train import Request, train_concept
 from sbora_diffusion.data.concept import default_roots
-from sbora_diffusion.library.library import Library
 from sbora_diffusion.training.checkpoint import LOG, append_log, read_log
+from sbora_diffusion.training.train import train
 
 from ..tiny_pipeline import save_tiny_pipeline
 
@@ -31,9 +30,8 @@ def test_a_training_tells_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     base = save_tiny_pipeline(tmp_path / "base")
     packaged = default_roots()[1]
     shutil.copytree(packaged / "dog", tmp_path / "concepts" / "dog")
-    library, runs = Library(tmp_path / "adapters"), tmp_path / "runs"
-    request = Request(concept="dog", base=str(base), method="sbora-fa", overrides=QUICK)
-    train_concept(request, library=library, runs=runs)
+    runs = tmp_path / "runs"
+    train("dog", str(base), runs=runs, settings=QUICK)
     log = read_log(runs / "dog")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert {entry["steps"] for entry in log} == {4}

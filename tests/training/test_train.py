@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +14,18 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.latents import Batch
 from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.tokens import class_embedding
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.schedules import learning_rate_factor
-from sbora_diffusion.training.train import StepLog, train
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.checkpoint import CHECKPOINT, StepLog
+from sbora_diffusion.training.optim import learning_rate_factor
+from sbora_diffusion.training.train import run_training
+from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import short_config
+from ..helpers import short_config, train, train_until
 
 INTERVAL = Interval(4, 4)
-
-
-def result(logs: list[StepLog]) -> Adapter:
-    assert logs[-1].adapter is not None
-    return logs[-1].adapter
 
 
 def assert_same(one: Adapter, other: Adapter) -> None:
@@ -47,9 +45,9 @@ def snapshot(base: Base) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
 def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, tmp_path: Path, method: str) -> None:
     config = short_config(method)
-    logs = list(train(concept, base, INTERVAL, config, tmp_path / "run"))
-    adapter = result(logs)
-    assert [log.step for log in logs] == [1, 2, 3, 4, 5, 6, 6]
+    done = train(concept, base, INTERVAL, config, tmp_path / "run")
+    adapter = done.adapter
+    assert [log.step for log in done.logs] == [1, 2, 3, 4, 5, 6]
     assert adapter.factors.keys() == base.layers.keys()
     for key, factor in adapter.factors.items():
         dim = base.layer_shapes[key][1 if method == "sbora-fa" else 0]
@@ -60,13 +58,12 @@ def test_result_owns_its_interval_and_was_trained(base: Base, concept: Concept, 
     assert not torch.equal(adapter.tokens["text_encoder.<rex>"], start)
     assert adapter.spec.tokens == {"<rex>": "dog"}
     assert adapter.spec.base_fingerprint == base.fingerprint
-    assert logs[-1].before_after is not None
-    assert logs[-1].before_after.stat().st_size > 1000
+    assert done.result.before_after.stat().st_size > 1000
 
 
 def test_the_base_model_is_as_it_was(base: Base, concept: Concept, config: TrainConfig, tmp_path: Path) -> None:
     before = snapshot(base)
-    list(train(concept, base, INTERVAL, config, tmp_path / "run"))
+    train(concept, base, INTERVAL, config, tmp_path / "run")
     after = snapshot(base)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -77,23 +74,20 @@ def test_the_base_model_is_as_it_was(base: Base, concept: Concept, config: Train
 def test_resumed_is_straight_bit_for_bit(
     base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, stop: int
 ) -> None:
-    straight = result(list(train(concept, base, INTERVAL, config, tmp_path / "straight")))
+    straight = train(concept, base, INTERVAL, config, tmp_path / "straight").adapter
     before = snapshot(base)
-    stopped = train(concept, base, INTERVAL, config, tmp_path / "run")
-    for _ in range(stop):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    train_until(stop, concept, base, INTERVAL, config, tmp_path / "run")
     assert all(torch.equal(value, before[key]) for key, value in snapshot(base).items())
 
-    resumed = list(train(concept, base, INTERVAL, config, tmp_path / "run", resume=True))
-    assert resumed[0].step == stop // 2 * 2 + 1  # from the checkpoint after every second step
-    assert_same(result(resumed), straight)
+    resumed = train(concept, base, INTERVAL, config, tmp_path / "run", resume=True)
+    assert resumed.logs[0].step == stop // 2 * 2 + 1  # from the checkpoint after every second step
+    assert_same(resumed.adapter, straight)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_same_seed_same_adapter_other_seed_another(base: Base, concept: Concept, tmp_path: Path) -> None:
     first, again, other = (
-        result(list(train(concept, base, INTERVAL, short_config(seed=seed), tmp_path / name)))
+        train(concept, base, INTERVAL, short_config(seed=seed), tmp_path / name).adapter
         for name, seed in (("first", "1"), ("again", "1"), ("other", "2"))
     )
     assert_same(first, again)
@@ -107,8 +101,8 @@ def test_it_learns(base: Base, concept: Concept, tmp_path: Path) -> None:
     for scale in (1e-2, 1e-12):
         rates = {f"{part}learning_rate": str(scale) for part in ("", "text_encoder_", "token_")}
         config = short_config(steps="60", prior_batch="0", caption_dropout="0", **rates)
-        logs = list(train(concept, base, INTERVAL, config, tmp_path / str(scale)))
-        totals.append(sum(log.loss for log in logs[40:60]))
+        done = train(concept, base, INTERVAL, config, tmp_path / str(scale))
+        totals.append(sum(log.loss for log in done.logs[40:60]))
     assert totals[0] < 0.97 * totals[1]
 
 
@@ -116,7 +110,7 @@ def test_the_prior_holds_the_class_in_place(base: Base, concept: Concept, tmp_pa
     drifts = []
     for weight in ("0", "30"):
         config = short_config(steps="40", learning_rate="2e-2", prior_weight=weight, prior_batch="4")
-        adapter = result(list(train(concept, base, INTERVAL, config, tmp_path / weight)))
+        adapter = train(concept, base, INTERVAL, config, tmp_path / weight).adapter
         drifts.append(adapter.spec.metrics["class_drift"])
     assert drifts[1] < drifts[0]
 
@@ -124,52 +118,84 @@ def test_the_prior_holds_the_class_in_place(base: Base, concept: Concept, tmp_pa
 def test_an_interrupted_training_is_not_overwritten(
     base: Base, concept: Concept, config: TrainConfig, tmp_path: Path
 ) -> None:
-    stopped = train(concept, base, INTERVAL, config, tmp_path)
-    for _ in range(3):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    train_until(3, concept, base, INTERVAL, config, tmp_path)
     with pytest.raises(SboraError, match="interrupted training") as caught:
-        next(train(concept, base, INTERVAL, config, tmp_path))
+        train(concept, base, INTERVAL, config, tmp_path)
     assert "--resume" in (caught.value.hint or "")
     with pytest.raises(SboraError, match=r"differs in config\.seed \(0 there, 5 here\), interval"):
-        next(train(concept, base, Interval(8, 4), short_config(seed="5"), tmp_path, resume=True))
+        train(concept, base, Interval(8, 4), short_config(seed="5"), tmp_path, resume=True)
     (tmp_path / "checkpoint.pt").write_bytes(b"two\nlines")
     with pytest.raises(SboraError, match="cannot read"):
-        next(train(concept, base, INTERVAL, config, tmp_path, resume=True))
+        train(concept, base, INTERVAL, config, tmp_path, resume=True)
 
 
 def test_one_folder_one_training(base: Base, concept: Concept, config: TrainConfig, tmp_path: Path) -> None:
-    first = train(concept, base, INTERVAL, config, tmp_path)
-    next(first)
+    def start_another(_: StepLog) -> None:
+        run_training(concept, base, INTERVAL, config, tmp_path)
+
     with pytest.raises(SboraError, match="another training is running"):
-        next(train(concept, base, INTERVAL, config, tmp_path))
-    first.close()  # type: ignore[attr-defined]
+        run_training(concept, base, INTERVAL, config, tmp_path, on_step=start_another)
+
+
+def test_the_result_is_saved_before_the_checkpoint_is_deleted(
+    base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = tmp_path / "run", tmp_path / "rex.safetensors"
+
+    def fail(_: Adapter, *__: object, **___: object) -> None:
+        raise SboraError("cannot write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapter, "save", fail)
+        with pytest.raises(SboraError, match="cannot write"):
+            train(concept, base, INTERVAL, config, run, save_to=path)
+    assert (run / CHECKPOINT).exists()
+    done = train(concept, base, INTERVAL, config, run, save_to=path, resume=True)
+    assert [entry.step for entry in done.logs] == [5, 6]
+    assert not (run / CHECKPOINT).exists()
+    assert done.result.path == path
+    assert_same(Adapter.load(path), done.adapter)
+
+
+def test_a_file_that_was_created_during_training_is_kept(
+    base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rex.safetensors"
+    options: dict[str, Any] = {"save_to": path, "on_step": lambda _: path.write_bytes(b"other")}
+    result = run_training(concept, base, INTERVAL, config, tmp_path / "run", **options)
+    assert path.read_bytes() == b"other"
+    assert result.path == tmp_path / "run" / "rex.safetensors"
+    assert f"{path} was created during training and was not overwritten; the result is in {result.path}" in caplog.text
+    assert result.path
+    assert_same(Adapter.load(result.path), result.adapter)
+    replaced = run_training(concept, base, INTERVAL, config, tmp_path / "run", overwrite=True, **options)
+    assert replaced.path == path
+    assert_same(Adapter.load(path), replaced.adapter)
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(
     base: Base, concept: Concept, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(base: Base, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return base.pipeline.unet(noisy * float("nan"), t, base.pipeline.text_encoder(ids).last_hidden_state).sample
+    def broken(base: Base, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        return base.pipeline.unet(noisy * float("nan"), t, text.states).sample
 
     monkeypatch.setattr(Base, "predict", broken)
     with pytest.raises(SboraError, match="the loss is nan at step 1") as caught:
-        next(train(concept, base, INTERVAL, config, tmp_path))
+        train(concept, base, INTERVAL, config, tmp_path)
     assert f"--set learning_rate={config.optim.learning_rate / 10:.0e}" in (caught.value.hint or "")
 
 
 def test_a_step_that_fp16_skips_leaves_no_trace_in_the_result(
     base: Base, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict, calls = Run._predict, count()
+    predict, calls = Trainer._predict, count()
 
-    def overflows_once(run: Run, batch: Batch) -> Tensor:
-        return predict(run, batch) * (float("inf") if next(calls) == 0 else 1.0)
+    def overflows_once(trainer: Trainer, batch: Batch) -> Tensor:
+        return predict(trainer, batch) * (float("inf") if next(calls) == 0 else 1.0)
 
-    monkeypatch.setattr(Run, "_predict", overflows_once)
-    first, *_, last = train(concept, base, INTERVAL, short_config(precision="fp16"), tmp_path)
-    assert first.loss != first.loss
-    assert last.adapter is not None
+    monkeypatch.setattr(Trainer, "_predict", overflows_once)
+    last = train(concept, base, INTERVAL, short_config(precision="fp16"), tmp_path)
+    assert last.logs[0].loss != last.logs[0].loss
     assert 0 < last.adapter.spec.metrics["loss"] < 10
     last.adapter.save(tmp_path / "dog.safetensors")
 
@@ -178,18 +204,18 @@ def test_a_caption_that_hides_its_token_is_refused(base: Base, concept: Concept,
     long = replace(concept.images[0], caption="a photo" + " of a place" * 60 + f" with {concept.token}")
     hidden = replace(concept, images=(long, *concept.images[1:]))
     with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
-        next(train(hidden, base, INTERVAL, short_config(), tmp_path))
+        train(hidden, base, INTERVAL, short_config(), tmp_path)
 
 
 def test_a_preview_that_hides_its_token_is_refused_at_once(base: Base, concept: Concept, tmp_path: Path) -> None:
     config = short_config(preview_prompts="a" + " long" * 90 + " {token}")
     with pytest.raises(SboraError, match=f"is too long: {concept.token} is beyond"):
-        next(train(concept, base, INTERVAL, config, tmp_path))
+        train(concept, base, INTERVAL, config, tmp_path)
 
 
 def test_previews_come_in_between(base: Base, concept: Concept, tmp_path: Path) -> None:
-    logs = list(train(concept, base, INTERVAL, short_config(preview_every="2"), tmp_path))
-    previews = [log.preview for log in logs if log.preview]
+    done = train(concept, base, INTERVAL, short_config(preview_every="2"), tmp_path)
+    previews = [log.preview for log in done.logs if log.preview]
     assert [path.name for path in previews] == ["preview-000002.png", "preview-000004.png"]
     assert all(path.exists() for path in previews)
 
@@ -198,11 +224,11 @@ def test_scores_come_on_time_and_the_best_step_is_kept(base: Base, concept: Conc
     """Scores that fall after step 2: what is kept is what a training of two steps at the same rates has learned."""
     given = iter([0.5, 0.9, 0.1])
     config = short_config(eval_every="1", keep="best", steps="3", final_learning_rate="1")
-    scored = list(train(concept, base, INTERVAL, config, tmp_path / "a", score=lambda: {"overall": next(given)}))
-    assert [log.scores for log in scored] == [{"overall": 0.5}, {"overall": 0.9}, {"overall": 0.1}, None]
-    assert result(scored).spec.metrics["best_step"] == 2
+    scored = train(concept, base, INTERVAL, config, tmp_path / "a", score=lambda: {"overall": next(given)})
+    assert [log.scores for log in scored.logs] == [{"overall": 0.5}, {"overall": 0.9}, {"overall": 0.1}]
+    assert scored.adapter.spec.metrics["best_step"] == 2
     two = short_config(steps="2", final_learning_rate="1")
-    assert_same(result(scored), result(list(train(concept, base, INTERVAL, two, tmp_path / "b"))))
+    assert_same(scored.adapter, train(concept, base, INTERVAL, two, tmp_path / "b").adapter)
 
 
 def test_the_best_step_survives_an_interruption(base: Base, concept: Concept, tmp_path: Path) -> None:
@@ -213,11 +239,8 @@ def test_the_best_step_survives_an_interruption(base: Base, concept: Concept, tm
     def score() -> dict[str, float]:
         return {"overall": given[next(steps)]}
 
-    stopped = train(concept, base, INTERVAL, config, tmp_path, score=score)
-    for _ in range(3):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
-    resumed = result(list(train(concept, base, INTERVAL, config, tmp_path, resume=True, score=score)))
+    train_until(3, concept, base, INTERVAL, config, tmp_path, score=score)
+    resumed = train(concept, base, INTERVAL, config, tmp_path, resume=True, score=score).adapter
     assert (resumed.spec.metrics["best_step"], resumed.spec.metrics["overall"]) == (2, 0.9)
 
 
@@ -229,7 +252,7 @@ def test_the_best_step_needs_scores() -> None:
 def test_learning_rates_reach_their_parameters(base: Base, concept: Concept, tmp_path: Path) -> None:
     """A rate of zero leaves its part where it started, and only that part."""
     config = short_config(text_encoder_learning_rate="0", token_learning_rate="0")
-    adapter = result(list(train(concept, base, INTERVAL, config, tmp_path)))
+    adapter = train(concept, base, INTERVAL, config, tmp_path).adapter
     assert torch.equal(
         adapter.tokens["text_encoder.<rex>"],
         class_embedding(base, concept.class_noun, config.method.token_vectors)["text_encoder"],

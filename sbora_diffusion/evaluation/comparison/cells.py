@@ -32,7 +32,7 @@ from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.train import train
+from sbora_diffusion.training.run import run_training
 from sbora_diffusion.utils.files import write_atomically
 
 BATCH = 20  # images generated at once
@@ -51,13 +51,8 @@ def train_once(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, path: Path
 ) -> Adapter:
     """Train a concept, or resume its training in the folder `run`, and save the adapter at `path`."""
-    adapter = None
-    for step in train(concept, base, interval, config, run, resume=(run / CHECKPOINT).exists()):
-        if step.adapter:
-            adapter = step.adapter
-            adapter.save(path, True)
-    assert adapter is not None
-    return adapter
+    resume = (run / CHECKPOINT).exists()
+    return run_training(concept, base, interval, config, run, save_to=path, resume=resume, overwrite=True).adapter
 
 
 def generate_all(base: Base, prompts: Sequence[str], seed: int, steps: int | None = None) -> list[Image.Image]:

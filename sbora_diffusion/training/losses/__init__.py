@@ -1,1 +1,1 @@
-"""The losses that a training adds up."""
+"""The losses that a training minimizes, one file each."""

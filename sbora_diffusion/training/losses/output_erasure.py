@@ -1,6 +1,6 @@
-"""Randomised output erasure (BlockLoRA, arXiv 2503.08575): what an adapter adds where its concept is not, vanishes.
+"""Randomised output erasure (BlockLoRA, arXiv 2503.08575): penalize an adapter's output on other inputs than its own.
 
-The inputs are those of a step's own prior samples, drawn anew at every step; quiet.py has the closed form of the mean.
+The inputs are those of the prior samples of each step; `output_penalty.py` has the closed form of the mean.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,20 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.layer import SboraLayer
+from sbora_diffusion.data.batches import StepBatch
 from sbora_diffusion.models.base import Base
 
 
 class OutputErasure:
-    """The mean over the layers of ‖ΔW x‖² / ‖W x‖² on the prior samples of the last recorded batch."""
+    """The mean over the layers of ‖ΔW x‖² / ‖W x‖² on the prior samples of the recorded batch."""
 
-    def __init__(self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]]) -> None:
+    def __init__(self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]], weight: float = 1.0) -> None:
+        self.weight = weight
         self._layers = {f"{part}.{name}": layer for part, by_name in layers.items() for name, layer in by_name.items()}
         self._weights = {key: base.layers[key] for key in self._layers}
         self._inputs: dict[str, Tensor] = {}
 
     @contextmanager
-    def recording(self, num_prior: int) -> Iterator[None]:
-        """Keep what the layers see of a batch's last `num_prior` rows."""
+    def recording(self, batch: StepBatch) -> Iterator[None]:
+        """Record the layers' inputs of the prior samples, the last rows of the concept samples' forward pass."""
+        assert batch.prior_fits and batch.prior is not None  # noqa: PT018
+        num_prior = len(batch.prior.t)
 
         def recorder(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -41,8 +45,8 @@ class OutputErasure:
             for hook in hooks:
                 hook.remove()
 
-    def __call__(self) -> Tensor:
-        """A scalar that the adapter's factors learn from."""
+    def __call__(self, *_: object) -> Tensor:
+        """Return the mean over the layers."""
         shares = []
         for key, layer in self._layers.items():
             x, base = self._inputs[key], self._weights[key]

@@ -1,4 +1,4 @@
-"""How loud an adapter is on inputs that are not its concept's, in closed form: no forward pass is needed for it."""
+"""The output penalty: an adapter's response on inputs of other prompts, in closed form, without a forward pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,28 +24,33 @@ class _Group:
 
 
 class OutputPenalty:
-    """The mean over the layers of E‖ΔW x‖² / E‖W x‖² on inputs x that were recorded before.
+    """The mean over the layers of E‖ΔW x‖² / E‖W x‖² on inputs x recorded before the training.
 
-    What BlockLoRA (arXiv 2503.08575) has the network learn from randomised inputs ("output erasure") is for a linear
-    layer the quadratic form tr(ΔW E[x xᵀ] ΔWᵀ), for SBoRA-FA of r × r moments.
+    BlockLoRA's output erasure (arXiv 2503.08575) on randomised inputs is, in a linear layer's mean, the quadratic form
+    tr(ΔW E[x xᵀ] ΔWᵀ); for SBoRA-FA it needs r × r moments only.
     """
 
     def __init__(
-        self, base: Base, layers: Mapping[str, Mapping[str, SboraLayer]], moments: Mapping[str, Tensor]
+        self,
+        base: Base,
+        layers: Mapping[str, Mapping[str, SboraLayer]],
+        moments: Mapping[str, Tensor],
+        weight: float = 1.0,
     ) -> None:
+        self.weight = weight
         by_shape: dict[tuple[object, ...], list[tuple[SboraLayer, Tensor]]] = {}
         for component, by_name in layers.items():
             for name, layer in by_name.items():
-                weight = whole(base.layers[f"{component}.{name}"].weight).detach().float()
-                seen = moments[f"{component}.{name}"].to(weight)
+                frozen = whole(base.layers[f"{component}.{name}"].weight).detach().float()
+                seen = moments[f"{component}.{name}"].to(frozen)
                 own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
                 shape = (*layer.trained.shape, *own.shape)
-                by_shape.setdefault(shape, []).append((layer, own / response(weight, seen)))
+                by_shape.setdefault(shape, []).append((layer, own / response(frozen, seen)))
         self._groups = [
             _Group([layer for layer, _ in group], torch.stack([m for _, m in group])) for group in by_shape.values()
         ]
         self._count = sum(len(group.layers) for group in self._groups)
 
-    def __call__(self) -> Tensor:
-        """A scalar that the adapter's factors learn from."""
+    def __call__(self, *_: object) -> Tensor:
+        """Return the mean over the layers."""
         return torch.stack([group() for group in self._groups]).sum() / self._count

@@ -20,8 +20,8 @@ from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.train import train
 
+from ...helpers import train
 from ...original_names import save_original_sdxl
 from ...tiny_pipeline import save_tiny_pipeline
 from ...tiny_sd2 import save_tiny_sd2
@@ -95,9 +95,7 @@ def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def last_of(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, resume: bool = False
 ) -> Adapter:
-    *_, last = train(concept, base, interval, config, run, resume)
-    assert last.adapter is not None
-    return last.adapter
+    return train(concept, base, interval, config, run, resume=resume).adapter
 
 
 def make_concept(folder: Path, name: str, colour: str) -> Concept:

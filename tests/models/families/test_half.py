@@ -13,9 +13,9 @@ from sbora_diffusion.methods.registry import METHODS, configure, find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.loading import inference_precision
 from sbora_diffusion.training.memory import activations, estimate
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
+from ...helpers import train, train_until
 from .conftest import SETTINGS, Life, make_concept, tiny_base
 
 
@@ -56,19 +56,15 @@ def test_a_training_keeps_what_it_learns_in_fp32_and_leaves_nothing_behind(
     life: Life, half: Base, tmp_path: Path
 ) -> None:
     before, config = weights_of(half), life.config(precision="bf16")
-    *_, last = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "whole")
+    last = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "whole")
     learned = last.adapter
-    assert learned is not None
     tensors = [factor.weight for factor in learned.factors.values()] + list(learned.tokens.values())
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert all((tensor != tensor.to(torch.bfloat16).float()).any() for tensor in tensors if tensor.any())
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(half).items())
 
-    for step in train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut"):
-        if step.step == 2:
-            break
-    *_, resumed = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut", resume=True)
-    assert resumed.adapter is not None
+    train_until(2, life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut")
+    resumed = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut", resume=True)
     assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
 
 
@@ -92,8 +88,7 @@ def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) 
     config = configure("sd", method, settings)
     interval = Interval(0, 4) if find_method(method).owns_interval else None
     concept = make_concept(tmp_path, "rex", "red")
-    *_, last = train(concept, base, interval, config, tmp_path / "run")
-    assert last.adapter is not None
+    last = train(concept, base, interval, config, tmp_path / "run")
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(base).items())
     with applied(base, [last.adapter]):
         assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1

@@ -21,9 +21,9 @@ from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.interchange.importing import read_foreign, to_adapter
 from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
+from ...helpers import train_until
 from .conftest import Life, draw_plain, last_of, vanilla
 
 TOLERANCE = 1e-5  # of pixels between 0 and 1
@@ -64,10 +64,7 @@ def test_every_part_was_trained(life: Life) -> None:
 
 def test_resumed_is_straight_bit_for_bit(life: Life, tmp_path: Path) -> None:
     before, run = weights(life.base), tmp_path / "run"
-    stopped = train(life.concepts[0], life.base, Interval(0, 4), life.config(), run)
-    for _ in range(2):
-        next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    train_until(2, life.concepts[0], life.base, Interval(0, 4), life.config(), run)
     assert all(torch.equal(value, before[key]) for key, value in weights(life.base).items())
     resumed = last_of(life.concepts[0], life.base, Interval(0, 4), life.config(), run, resume=True)
     assert_same_adapter(resumed, life.adapters[0])

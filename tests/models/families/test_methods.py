@@ -14,9 +14,9 @@ from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
+from ...helpers import train_until
 from ...training.test_train import assert_same, snapshot
 from .conftest import SAVERS, SETTINGS, draw_plain, last_of, make_concept, tiny_base, vanilla
 from .test_life import TOLERANCE, load_tokens
@@ -41,9 +41,7 @@ def test_from_training_to_vanilla_diffusers(known: tuple[Base, Path], method: st
         last_of(one, base, place, config, tmp_path / one.name) for one, place in zip((rex, tom), places, strict=True)
     ]
 
-    stopped = train(rex, base, places[0], config, tmp_path / "run")
-    next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    train_until(1, rex, base, places[0], config, tmp_path / "run")
     resumed = last_of(rex, base, places[0], config, tmp_path / "run", resume=True)
     assert_same(resumed, adapters[0])
     assert same_dense(resumed, adapters[0])

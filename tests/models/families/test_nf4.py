@@ -15,9 +15,9 @@ from sbora_diffusion.methods.registry import METHODS, configure, find_method
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.quantization import BYTES, packable
 from sbora_diffusion.training.memory import activations, advice, estimate
-from sbora_diffusion.training.train import train
 from sbora_diffusion.utils.errors import SboraError
 
+from ...helpers import train, train_until
 from .conftest import SETTINGS, Life, make_concept, tiny_base
 from .test_half import weights_of
 
@@ -57,16 +57,12 @@ def test_concepts_act_in_its_images_and_leave_no_trace(life: Life, packed: Base)
 
 def test_a_training_leaves_nothing_behind_and_goes_on_bit_for_bit(life: Life, packed: Base, tmp_path: Path) -> None:
     before, config = weights_of(packed), life.config(precision="nf4")
-    *_, last = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "whole")
+    last = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "whole")
     learned = last.adapter
-    assert learned is not None
     assert any(factor.weight.any() for factor in learned.factors.values())
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(packed).items())
-    for step in train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut"):
-        if step.step == 2:
-            break
-    *_, resumed = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut", resume=True)
-    assert resumed.adapter is not None
+    train_until(2, life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut")
+    resumed = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut", resume=True)
     assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
     with applied(life.base, [learned]):  # the file is for the base model, however that is held
         drawn(life.base, "a <rex>")
@@ -92,8 +88,7 @@ def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None
     base = load_base(tiny_base("sd", tmp_path).id, "nf4")
     config = configure("sd", method, settings)
     interval = Interval(0, 4) if find_method(method).owns_interval else None
-    *_, last = train(make_concept(tmp_path, "rex", "red"), base, interval, config, tmp_path / "run")
-    assert last.adapter is not None
+    last = train(make_concept(tmp_path, "rex", "red"), base, interval, config, tmp_path / "run")
     with applied(base, [last.adapter]):
         assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1
 
@@ -101,8 +96,7 @@ def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None
 def test_regions_draw_with_it(tmp_path: Path) -> None:
     base = load_base(tiny_base("sdxl", tmp_path).id, "nf4")
     config = configure("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "2"})
-    *_, last = train(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
-    assert last.adapter is not None
+    last = train(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
     regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a <rex>")]
     (image,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
     assert image.width == base.resolution

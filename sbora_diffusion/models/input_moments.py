@@ -1,4 +1,4 @@
-"""Second moments of the inputs of layers, summed up while the base model runs."""
+"""Second moments of the inputs of a base model's layers, accumulated while it computes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ class Moments:
     """Running E[x xᵀ] of the inputs x of layers, in float64.
 
     Args:
-        columns: by layer, those of x that matter; None: all.
+        columns: by layer, the columns of x to accumulate; None for all.
     """
 
     def __init__(self, columns: Mapping[str, Tensor | None]) -> None:
@@ -36,7 +36,7 @@ class Moments:
 
 @contextmanager
 def recorded_inputs(base: Base, columns: Mapping[str, Tensor | None]) -> Iterator[Moments]:
-    """Record the moments of everything that passes these layers of the base model; `columns` as for `Moments`."""
+    """Record the inputs of these layers of the base model inside the context; `columns` as for `Moments`."""
     moments, hooks = Moments(columns), []
 
     def recorder(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -1,4 +1,4 @@
-"""Half precision where a training computes, and a watch over what is not a number."""
+"""Mixed precision of a training, and checks for values that are not finite."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbora_diffusion.models.loading import TYPES
 from sbora_diffusion.utils.errors import SboraError
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "nf4": torch.bfloat16}
-PATIENCE = 20  # steps that fp16 may skip in a row while its scale is being found
+PATIENCE = 20  # steps that fp16 may skip in a row until its loss scale is small enough
 
 
 class Precision:
@@ -21,31 +21,31 @@ class Precision:
         self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")  # type: ignore[attr-defined]
 
     def arithmetic(self) -> AbstractContextManager[Any]:
-        """Where the model computes."""
+        """Return the autocast context for the model."""
         return torch.autocast(self._device.type, TYPES[self._name], enabled=self._name != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss; there are none where it depends on nothing that is trained."""
+        """Add the gradients of a loss; do nothing if it depends on no trained parameter."""
         if loss.requires_grad:
             self._scaler.scale(loss).backward()
 
     def step(
         self, optimizer: Any, parameters: Mapping[str, Sequence[Tensor]], max_norm: float, loss: float, step: int
     ) -> None:
-        """One optimiser step with the gradients' norm clipped.
+        """Clip the gradients' norm and step the optimizer.
 
-        With fp16 a step whose gradients overflow is left out, as its scale is too large: it is halved. A step without
-        any gradient (a token alone, and all captions dropped) changes nothing.
+        With fp16 a step whose gradients overflow is skipped and the loss scale halved. A step without any gradient
+        (only a token is trained, and all captions are dropped) changes nothing.
 
         Args:
-            parameters: by the name of their part, which an error names.
+            parameters: by the name of their component, for error messages.
 
         Raises:
             SboraError: the loss or a gradient is not finite.
         """
         everything = [parameter for part in parameters.values() for parameter in part]
         if loss == loss and all(parameter.grad is None for parameter in everything):
-            optimizer.step()  # the scaler would ask for gradients
+            optimizer.step()  # the scaler requires gradients
             return
         self._scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(everything, max_norm)
@@ -68,16 +68,16 @@ class Precision:
 
     def _advice(self, optimizer: Any) -> str:
         if self._name == "fp16":
-            return "fp16 cannot hold this model's numbers: --set precision=bf16"
+            return "fp16 overflows on this model: --set precision=bf16"
         first = optimizer.param_groups[0]
-        return f"train with a lower rate: --set learning_rate={first.get('initial_lr', first['lr']) / 10:.0e}"
+        return f"use a lower learning rate: --set learning_rate={first.get('initial_lr', first['lr']) / 10:.0e}"
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on."""
+        """Return what the next step depends on."""
         return {"scaler": self._scaler.state_dict(), "skipped": self._skipped}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore a `state`."""
         self._skipped = state["skipped"]
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
