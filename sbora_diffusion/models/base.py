@@ -250,5 +250,6 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
             to_nf4(model)
         del vars(base)["layers"]  # they are others now
     to_device(base.pipeline, base.family, sharded)
-    keep_linear4bit_unpacked(base.denoiser)
+    for model in base.family.modules(base.pipeline):  # a pipeline can also be stored in four bits
+        keep_linear4bit_unpacked(model)
     return base

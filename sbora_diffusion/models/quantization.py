@@ -1,4 +1,4 @@
-"""Frozen weights in four bits: nf4 (Dettmers et al. 2023, QLoRA, section 3), as bitsandbytes has it."""
+"""Frozen weights in four bits: bitsandbytes' nf4 (Dettmers et al. 2023, QLoRA, section 3)."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import nn
 from sbora_diffusion.models.blocks import repeated_blocks
 from sbora_diffusion.utils.errors import SboraError
 
-DTYPE = torch.bfloat16  # that layers compute in
-BYTES = 0.516  # an entry: four bits, and its share of the scales of 64, which are packed in turn
+DTYPE = torch.bfloat16  # of the layers' arithmetic
+BYTES = 0.516  # per weight: four bits, and the scales of blocks of 64, which are quantized, too
 
 
 def to_nf4(model: Any) -> None:
-    """Have the linear layers of a model's repeated blocks hold their weights in nf4 from when they are moved on.
+    """Replace the linear layers of a model's repeated blocks by nf4 layers, which quantize when they are moved.
 
-    What lies outside of these blocks (embeddings, the first and the last layer) stays what it is, and so does what the
+    Layers outside of these blocks (embeddings, the first and the last layer) stay as they are, and so do those that the
     model's own library keeps in fp32.
 
     Args:
@@ -35,11 +35,11 @@ def to_nf4(model: Any) -> None:
         packed.weight, packed.bias = weight(layer.weight.data, quant_type="nf4", module=packed), layer.bias
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, packed.eval())
-    model.is_loaded_in_4bit = True  # PEFT asks it what to put around a layer
+    model.is_loaded_in_4bit = True  # from which PEFT chooses its layer classes
 
 
 def packable(model: Any) -> dict[str, nn.Linear]:
-    """The layers that `to_nf4` packs, or has packed, by name."""
+    """Return the layers that `to_nf4` replaces, or has replaced, by name."""
     kept, blocks = tuple(model._keep_in_fp32_modules or ()), tuple(f"{name}." for name in repeated_blocks(model))
     return {
         name: module

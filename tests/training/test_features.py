@@ -223,8 +223,8 @@ def test_validation_is_told_and_the_best_is_kept(base: Base, tall: Concept, tmp_
         ({"flip": "2"}, "from 0 to 1"),
         ({"method": "textual-inversion", "token_learning_rate": "0"}, "would learn nothing"),
         ({"prior_prompts": ""}, "prior prompts, of which there are none"),
-        ({"masked_loss": "2"}, "expected 0 or 1"),
-        ({"validation_images": "1", "validation_every": "0"}, "never asked"),
+        ({"masked_loss": "2"}, "expected true or false"),
+        ({"validation_images": "1", "validation_every": "0"}, "never be used"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, str], message: str) -> None:
