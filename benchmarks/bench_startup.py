@@ -2,7 +2,7 @@
 
     python benchmarks/bench_startup.py [--device cpu] [--rounds 5] [--tiny] [--out FILE]
 
-"For good" is how every command imports: the garbage collector does not look at it (`console.imported_for_good`).
+"Collecting less" is how every command imports: with fewer garbage collections (`console.collect_garbage_less`).
 Files are of one concept of rank 8 for emoji64 (random numbers): ours, and the same as a LoRA, as diffusers reads and
 writes it through PEFT. Ours is written into the loaded model's weights, theirs
 attached to its layers; both are taken out again.
@@ -37,10 +37,10 @@ from sbora_diffusion.interchange.exporting import LORA_NAME, export
 from sbora_diffusion.models.base import Base, load_base
 
 RANK = 8
-FOR_GOOD = """
-from sbora_diffusion.cli.console import imported_for_good
-with imported_for_good():
-    import sbora_diffusion.training.train
+COLLECTING_LESS = """
+from sbora_diffusion.cli.console import collect_garbage_less
+collect_garbage_less()
+import sbora_diffusion.cli.train
 """
 STARTS = {
     "python": ["-c", ""],
@@ -48,8 +48,8 @@ STARTS = {
     "import torch": ["-c", "import torch"],
     "import peft": ["-c", "import peft"],
     "import the adapter core": ["-c", "import sbora_diffusion.adapters.layer"],
-    "import the train command": ["-c", "import sbora_diffusion.training.train"],
-    "the same, for good": ["-c", FOR_GOOD],
+    "import the train command": ["-c", "import sbora_diffusion.cli.train"],
+    "the same, collecting less": ["-c", COLLECTING_LESS],
     "load emoji64": ["-c", "from sbora_diffusion.models.base import load_base; load_base('emoji64')"],
 }
 

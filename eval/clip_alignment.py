@@ -14,13 +14,13 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars, set_up_logging, told_in_a_line
+from sbora_diffusion.cli.console import hide_loading_bars, one_line_errors, set_up_logging
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
-@told_in_a_line()
+@one_line_errors()
 def main(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     prompts: Annotated[str, typer.Option(metavar="FILE", help="A suite, or a JSON file of image -> prompt.")],
