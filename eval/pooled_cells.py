@@ -2,18 +2,17 @@
 
     python eval/pooled_cells.py PLAN.toml OUT [--jobs 14] [--deadline SECONDS]
 
-The cells are those of `sbora-diffusion compare` and eval/retention.py, and lie where these look for them; but here a
-process makes many of them, one after the other, and holds its base model. A cell that is there is not made again; after
-the deadline none is begun, and the tables of the comparisons are written (--deadline 0: only these). NVIDIA's MPS has
-to run (`nvidia-cuda-mps-control -d`): without it the processes take turns on the GPU, with it they share it (on an H200
-14 trainings of 60 steps were done in 47 s with it, in 50 s without). `eval/gpu/run.sh` does that on a bare machine.
-A plan names its parts in the order in which they are wanted:
+The cells are those of `sbora-diffusion compare` and eval/retention.py, in the same files; here each process computes
+many of them, one after the other, and keeps its base model. Existing cells are not computed again. After the deadline
+none is begun, and the tables of the comparisons are written (--deadline 0: only these). NVIDIA's MPS should run
+(`nvidia-cuda-mps-control -d`): without it the processes take turns on the GPU (14 trainings of 60 steps on an H200 took
+47 s with it, 50 s without). `eval/gpu/run.sh` starts it on a bare machine. A plan lists its parts in order of priority:
 
     [NAME]
     variants = ["lora", "sbora-fa:rank=4"]   concepts = ["dog"]   seeds = [0]   sizes = [1, 12]
     columns = "gradient"    # see chosen_columns.py
     [retention]
-    schemes = ["disjoint"]   seeds = [0]   hows = ["sum"]   # no hows: only trained
+    schemes = ["disjoint"]   seeds = [0]   hows = ["sum"]   # no hows: training only
 """
 
 import logging
@@ -43,7 +42,7 @@ log = logging.getLogger("cells")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Something to do in one of the processes."""
+    """A cell to compute in one of the processes."""
 
     key: str
     call: Callable[..., None]
@@ -53,7 +52,7 @@ class Task:
 
 
 def run_cell(folder: Path, kind: str, key: str, columns: Path | None) -> None:
-    """A cell of a comparison."""
+    """Compute a cell of a comparison."""
     from chosen_columns import any_rank, chosen_columns
 
     from sbora_diffusion.evaluation.comparison import cells as compare_cells
@@ -65,7 +64,7 @@ def run_cell(folder: Path, kind: str, key: str, columns: Path | None) -> None:
 
 
 def choose_columns(kind: str, folder: Path, path: Path) -> None:
-    """The columns of all concepts of a comparison."""
+    """Choose the columns of all concepts of a comparison."""
     from chosen_columns import choose
 
     from sbora_diffusion.evaluation.comparison.plan import Comparison
@@ -77,34 +76,33 @@ def choose_columns(kind: str, folder: Path, path: Path) -> None:
 
 
 def train_retained(study: Any, scheme: str, seed: int, name: str) -> None:
-    """A training of the retention study."""
+    """Train a cell of the retention study."""
     import retention
 
     retention.train_one(study, scheme, seed, name)
 
 
 def judge_retained(study: Any, scheme: str, seed: int) -> None:
-    """All merges and scores of the retention study's (scheme, seed)."""
+    """Compute all merges and scores of the retention study's (scheme, seed)."""
     import retention_bench
 
     retention_bench.judge_all(study, scheme, seed)
 
 
 def tasks_of(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
-    """All cells of a part of the plan."""
+    """Yield all cells of a part of the plan."""
     return (retention_tasks if name == "retention" else comparison_tasks)(name, settings, out)
 
 
 def comparison_of(settings: dict[str, Any]) -> "Comparison":
-    """What a part of the plan compares."""
+    """Return the comparison of a part of the plan."""
     from sbora_diffusion.evaluation.comparison.plan import Comparison
 
-    lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("variants", "concepts", "seeds", "sizes")}
-    return Comparison(settings=settings.get("settings", {}), **lists)
+    return Comparison.from_dict({key: value for key, value in settings.items() if key != "columns"})
 
 
 def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
-    """Cells of a comparison, variant by variant: a deadline leaves whole rows."""
+    """Yield the cells of a comparison, variant by variant, so that a deadline leaves complete rows."""
     from sbora_diffusion.evaluation.comparison.plan import path_of, trained_as
 
     folder, columns, comparison = out / name, settings.get("columns"), comparison_of(settings)
@@ -124,7 +122,7 @@ def comparison_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator
 
 
 def retention_tasks(name: str, settings: dict[str, Any], out: Path) -> Iterator[Task]:
-    """Cells of the retention study."""
+    """Yield the cells of the retention study."""
     from retention_study import Study
 
     lists: dict[str, Any] = {key: tuple(settings[key]) for key in ("hows", "concepts", "sizes") if key in settings}
@@ -147,7 +145,7 @@ def _is_judged(study: Any, scheme: str, seed: int) -> bool:
 
 
 def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
-    """Do what can be done until a time, what stands first in the plan first."""
+    """Compute cells until a time, in the order of the plan."""
     tasks = [task for name, settings in plan.items() for task in tasks_of(name, settings, out)]
     done = {task.key for task in tasks if task.is_done()}
     waiting, running = [task for task in tasks if task.key not in done], dict[Future[None], Task]()
@@ -171,7 +169,7 @@ def run_all(plan: dict[str, Any], out: Path, jobs: int, ends: float) -> None:
 
 
 def new_pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes that end when this one does, even by a kill."""
+    """Return a pool of processes that end when this one does, even if it is killed."""
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
 
@@ -186,7 +184,7 @@ def _end_with_parent() -> None:
 
 
 def write_tables(plan: dict[str, Any], out: Path) -> None:
-    """Of every comparison, from the cells that are there."""
+    """Write the tables of every comparison, from the existing cells."""
     from sbora_diffusion.evaluation.comparison.report import write_comparison
 
     for name, settings in plan.items():
@@ -195,7 +193,7 @@ def write_tables(plan: dict[str, Any], out: Path) -> None:
 
 
 def _do(key: str, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """In a process of the pool: what it raises is told as text, for not every exception can travel."""
+    """Compute a cell in a process of the pool; exceptions become text, as not all of them can be pickled."""
     try:
         call(*arguments)
     except Exception:
@@ -204,11 +202,11 @@ def _do(key: str, call: Callable[..., None], arguments: tuple[Any, ...]) -> None
 
 def main(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="TOML.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where all cells lie.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of all cells.")],
     jobs: Annotated[int, typer.Option(help="Processes.")] = 14,
     deadline: Annotated[float, typer.Option(metavar="SECONDS", help="From now.")] = 1e9,
 ) -> None:
-    """Make all cells of a plan."""
+    """Compute all cells of a plan."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     out.mkdir(parents=True, exist_ok=True)
     parts = tomllib.loads(plan.read_text())

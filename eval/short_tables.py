@@ -1,4 +1,4 @@
-"""The two short tables of docs/comparison.md, alone and all twelve merged, from what `compare` has found.
+"""The two short tables of docs/comparison.md, single concepts and 12-concept merges, from the results of `compare`.
 
 python eval/short_tables.py eval/results/methods.json
 """
@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-SIZES = {1: "alone", 12: "of twelve"}
+SIZES = {1: "single", 12: "12 merged"}
 METRICS = {"text_mos": "text", "image": "image", "success": "recognised"}
 LAYERWISE = "layerwise_tokens=1,token_vectors=2"
 LOUD = "learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
 QUICK = "steps=160,batch_size=4,learning_rate=9e-3,text_encoder_learning_rate=2.25e-3"
 SLOW = "token_learning_rate=3e-2"
-NAMES = {  # variant -> as the document calls it
+NAMES = {  # variant, as in the committed results with older names of settings -> its name in the document
     "sbora-fa": "SBoRA-FA",
-    f"sbora-fa:output_penalty=2,{LOUD}": "SBoRA-FA, loud",
-    f"sbora-fa:output_penalty=2,{LOUD},{LAYERWISE}": "SBoRA-FA, loud, layer-wise tokens",
-    f"sbora-fa:output_penalty=2,{LOUD},{LAYERWISE},prior_batch=1": "the same, one prior sample",
-    f"sbora-fa:output_penalty=0,{LOUD}": "SBoRA-FA, loudest",
+    f"sbora-fa:quiet_weight=2,{LOUD}": "SBoRA-FA, loud",
+    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE}": "SBoRA-FA, loud, layer-wise tokens",
+    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE},prior_batch=1": "the same, one prior sample",
+    f"sbora-fa:quiet_weight=0,{LOUD}": "SBoRA-FA, loudest",
     f"sbora-fa:{SLOW}": "SBoRA-FA, token at 0.03",
     f"sbora-fa:{SLOW},batch_size=4": "the same, batches of 4",
     f"sbora-fa:{SLOW},{QUICK}": "the same, 160 steps of 4",
-    f"sbora-fa:{SLOW},blocks=,output_penalty=100": "the same, all blocks",
+    f"sbora-fa:{SLOW},blocks=,quiet_weight=100": "the same, all blocks",
     f"sbora-fb:{SLOW}": "SBoRA-FB, token at 0.03",
-    f"sbora-fb:output_penalty=2,{LOUD}": "SBoRA-FB, loud",
+    f"sbora-fb:quiet_weight=2,{LOUD}": "SBoRA-FB, loud",
     "mix-of-show": "Mix-of-Show",
     "orthogonal": "Orthogonal Adaptation",
     "lora": "LoRA",
@@ -38,9 +38,9 @@ NAMES = {  # variant -> as the document calls it
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """With how it is merged, where there is a choice, and its n, if it is not what most rows have."""
-    said: str = row["variant"]
-    variant, fused = said.removesuffix("merge=fuse").rstrip(":,"), said.endswith("merge=fuse")
+    """Return the name, with the way to merge if there is a choice, and n if it is not that of most rows."""
+    full: str = row["variant"]
+    variant, fused = full.removesuffix("merge=fuse").rstrip(":,"), full.endswith("merge=fuse")
     name = NAMES.get(variant) or variant
     if variant.startswith("sbora"):
         name += ", `fuse`" if fused else ", sum"
@@ -48,31 +48,32 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def means(rows: list[dict[str, Any]]) -> str:
-    """Text and image of each variant, alone and of twelve, and what it costs."""
-    lines = ["| | text alone | image alone | text of twelve | image of twelve | parameters | MB | seconds |"]
+    """Return text and image of each variant, single and 12 merged, and its costs."""
+    heads = [f"{metric} {size}" for size in SIZES.values() for metric in ("text", "image")]
+    lines = [f"| | {' | '.join(heads)} | parameters | MB | seconds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     of = {(row["variant"], row["size"]): row for row in rows}
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        alone, merged = of[variant, 1], of[variant, 12]
-        scores = [f"{row[metric]['mean']['mean']:.3f}" for row in (alone, merged) for metric in ("text_mos", "image")]
-        costs = (f"{alone['parameters']:,.0f}", f"{alone['bytes'] / 1e6:.2f}", f"{alone['seconds']:.0f}")
+        single, merged = of[variant, 1], of[variant, 12]
+        scores = [f"{row[metric]['mean']['mean']:.3f}" for row in (single, merged) for metric in ("text_mos", "image")]
+        costs = (f"{single['parameters']:,.0f}", f"{single['bytes'] / 1e6:.2f}", f"{single['seconds']:.0f}")
         lines.append(f"| {' | '.join((name_of(merged), *scores, *costs))} |")
     return "\n".join(lines)
 
 
 def differences(pairs: list[dict[str, Any]]) -> str:
-    """Each variant minus the first, pair by pair; bold without 0."""
+    """Return each variant minus the first, pair by pair; bold if the interval does not contain 0."""
     heads = [f"{metric} {where}" for where in SIZES.values() for metric in METRICS.values()]
     lines = [f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
     of = {(pair["variant"], pair["size"]): pair for pair in pairs}
     for variant in dict.fromkeys(pair["variant"] for pair in pairs):
-        cells = [told(of[variant, size][metric]) for size in SIZES for metric in METRICS]
+        cells = [difference(of[variant, size][metric]) for size in SIZES for metric in METRICS]
         lines.append(f"| {name_of(of[variant, 12])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def told(one: dict[str, float]) -> str:
-    """A mean with its interval; nothing where there is no difference to be."""
+def difference(one: dict[str, float]) -> str:
+    """Return a mean with its interval, or "the same" if all pairs are equal."""
     if not any(one.values()):
         return "the same"
     text = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]".replace("-", "−")

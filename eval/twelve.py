@@ -1,4 +1,4 @@
-"""docs/images/twelve.png: twelve concepts out of one merge, by method, from the sheets beside the cells of `compare`.
+"""docs/images/twelve.png: 12 concepts of one merge, by method, from the image grids beside the cells of `compare`.
 
 python eval/twelve.py FOLDER/table
 """
@@ -21,29 +21,29 @@ ROWS = {
     "Mix-of-Show, gradient fusion": "mix-of-show",
     "SBoRA-FA, sum": "sbora-fa",
     "SBoRA-FA, fuse": "sbora-fa:merge=fuse",
-    "SBoRA-FA, loud, fuse": f"sbora-fa:output_penalty=2,{LOUD},merge=fuse",
+    "SBoRA-FA, loud, fuse": f"sbora-fa:quiet_weight=2,{LOUD},merge=fuse",
     "SBoRA-FB, token at 0.03, fuse": f"sbora-fb:{SLOW},merge=fuse",
 }
 PATH = Path(__file__).parents[1] / "docs" / "images" / "twelve.png"
-CELL = 160  # pixels of an image in those sheets
+CELL = 160  # pixels of an image in those grids
 PROMPT = 1  # "… on the beach"
 
 
-def drawn(path: Path, count: int) -> list[tuple[str, Image.Image]]:
-    """The images of one prompt out of a sheet, concept by concept."""
+def images_of(path: Path, count: int) -> list[tuple[str, Image.Image]]:
+    """Return the images of one prompt from a grid, concept by concept."""
     page, left = Image.open(path), GAP + PROMPT * (CELL + GAP)
     tops = [GAP + number * (2 * LABEL + CELL + GAP) + 2 * LABEL for number in range(count)]
     return [("", page.crop((left, top, left + CELL, top + CELL))) for top in tops]
 
 
 def main(folder: Path) -> None:
-    """Write it."""
+    """Write the image."""
     names = Comparison.load(folder).concepts
     concepts = [load_concept(name, default_roots()) for name in names]
-    rows = [("given (one of five)", [("", load_image(concept.images[1].path)) for concept in concepts])]
+    rows = [("reference images (one of five)", [("", load_image(concept.images[1].path)) for concept in concepts])]
     for title, variant in ROWS.items():
         path = path_of(folder, "scores", f"{variant}/0/{'+'.join(names)}").with_suffix(".png")
-        rows.append((title, drawn(path, len(names))))
+        rows.append((title, images_of(path, len(names))))
     sheet(rows, cell=104).save(PATH, optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""The compare command as people run it, on a tiny base model: real cells, made once, and those that fail told."""
+"""The compare command on a tiny base model: real cells, computed once, and errors for those that fail."""
 
 import json
 import subprocess
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from sbora_diffusion.evaluation.comparison.cells import run_cell
+from sbora_diffusion.cli.app import app
+from sbora_diffusion.evaluation.comparison import cells
 from sbora_diffusion.evaluation.comparison.plan import Comparison, path_of
+from sbora_diffusion.inference.generate import generate
 
 from ..tiny_clip import save_tiny_clip
 from ..tiny_pipeline import save_tiny_pipeline
@@ -26,47 +29,36 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"base": str(base), "judge": str(judge), "suite": str(folder / "two.txt")}
 
 
-def compare(world: dict[str, Any], out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def words(world: dict[str, Any], out: Path, *settings: str) -> list[str]:
+    """The words of the command."""
     chosen = [f"{key}={value}" for key, value in QUICK.items()]
     chosen += [f"suite={world['suite']}", f"encoder={world['judge']}", *settings]
-    command = [sys.executable, "-m", "sbora_diffusion", "compare"]
-    command += [
-        "--methods",
-        "sbora-fa",
-        "--concepts",
-        "dog pumpkin",
-        "--merge",
-        "2",
-        "--seeds",
-        "0",
-        "--base",
-        world["base"],
-        "--out",
-        str(out),
-    ]
-    command += [word for setting in chosen for word in ("--set", setting)]
-    return subprocess.run(command, capture_output=True, text=True)
+    given = {"methods": "sbora-fa", "concepts": "dog pumpkin", "merge": "2", "seeds": "0"}
+    given |= {"base": world["base"], "out": str(out)}
+    options = [word for key, value in given.items() for word in (f"--{key}", value)]
+    return ["compare", *options, *(word for setting in chosen for word in ("--set", setting))]
 
 
-def test_the_command_makes_every_cell_once(world: dict[str, Any], tmp_path: Path) -> None:
-    first = compare(world, tmp_path / "out")
+def test_the_command_computes_every_cell_once(world: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sbora_diffusion", *words(world, tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "| sbora-fa | 2 | 2 |" in first.stdout
     cells = sorted((tmp_path / "out").glob("**/sbora-fa/0/*.json"))
     assert [path.stem for path in cells] == ["dog+pumpkin", "dog", "pumpkin"]
-    made = {path: path.stat().st_mtime_ns for path in cells}
-    again = compare(world, tmp_path / "out")
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in cells} == made
+    written = {path: path.stat().st_mtime_ns for path in cells}
+    again = CliRunner().invoke(app, words(world, tmp_path / "out"))
+    assert again.exit_code == 0, again.output
+    assert {path: path.stat().st_mtime_ns for path in cells} == written
     assert again.stdout == first.stdout
-    other = compare(world, tmp_path / "out", "steps=2")
-    assert other.returncode == 1
+    other = CliRunner().invoke(app, words(world, tmp_path / "out", "steps=2"))
+    assert other.exit_code == 1
     assert "holds a comparison with settings" in other.stderr
 
 
 def test_a_cell_that_fails_is_named(world: dict[str, Any], tmp_path: Path) -> None:
-    failed = compare(world, tmp_path / "out", "rank=64")  # wider than the base model
-    assert failed.returncode == 1
+    failed = CliRunner().invoke(app, words(world, tmp_path / "out", "rank=64"))  # wider than the base model
+    assert failed.exit_code == 1
     assert "2 cells failed: sbora-fa/0/dog, sbora-fa/0/pumpkin" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert (tmp_path / "out/logs/trained/sbora-fa/0/dog.log").stat().st_size > 0
@@ -75,18 +67,21 @@ def test_a_cell_that_fails_is_named(world: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "variant", ["lora", "dora", "orthogonal", "custom-diffusion", "textual-inversion", "blocklora"]
 )
-def test_cells_of_every_method(world: dict[str, Any], tmp_path: Path, variant: str) -> None:
+def test_cells_of_every_method(
+    world: dict[str, Any], tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"steps": 2}))
     settings = QUICK | ({"rank": "4"} if variant == "orthogonal" else {})
     comparison = Comparison(
         variants=(variant,), concepts=("dog", "pumpkin"), seeds=(0,), sizes=(1, 2), settings=settings, **world
     )
     comparison.save(tmp_path)
     for key in comparison.trainings():
-        run_cell(tmp_path, "trained", key)
+        cells.run_cell(tmp_path, "trained", key)
         told = json.loads(path_of(tmp_path, "trained", key).read_bytes())
         assert told["parameters"] > 0 < told["bytes"]
     for key in comparison.merges():
-        run_cell(tmp_path, "scores", key)
+        cells.run_cell(tmp_path, "scores", key)
         told = json.loads(path_of(tmp_path, "scores", key).read_bytes())
         assert sorted(told) == sorted(key.split("/")[-1].split("+"))
         for scores in told.values():

@@ -76,7 +76,7 @@ class Judge(Protocol):
     @property
     def metrics(self) -> Mapping[str, Metric]: ...
 
-    def prepare(self, references: References) -> Scorer:
+    def prepare(self, references: References, /) -> Scorer:
         """Look at every concept's reference images, of which there is at least one for each, and return a scorer."""
         ...
 
