@@ -8,13 +8,15 @@ from sbora_diffusion.methods.registry import METHODS, configure
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
+RECIPES = sorted(f.name for f in (files("sbora_diffusion") / "recipes").iterdir() if f.name.endswith(".toml"))
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (files("sbora_diffusion") / "recipes").iterdir()))
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads(recipe: str) -> None:
     base_id, _, rest = recipe.removesuffix(".toml").partition("-")
     method = next((method for method in METHODS if rest.startswith(method)), "lora")  # else of a base, by any method
     named = rest.removeprefix(method).removeprefix("-")
-    assert configure(base_id, method, {"recipe": named} if named else {}).method == method
+    assert configure(base_id, method, {"recipe": named} if named else {}).method.name == method
 
 
 @pytest.mark.parametrize("method", METHODS)
