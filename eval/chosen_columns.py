@@ -27,8 +27,9 @@ from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept, default_roots, load_concept
 from sbora_diffusion.data.latents import Batch, EncodedImages
 from sbora_diffusion.data.prior import prior_latents
-from sbora_diffusion.methods import inject as injection
-from sbora_diffusion.methods.registry import lora_config, method_side
+from sbora_diffusion.methods import peft_layers
+from sbora_diffusion.methods.peft_layers import lora_config
+from sbora_diffusion.methods.registry import method_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.noise import Noising
 from sbora_diffusion.recipes.config import TrainConfig
@@ -115,8 +116,8 @@ def chosen_columns(path: Path, name: str) -> Iterator[None]:
     def indices(layer: str, *_: Any) -> Tensor:
         return columns[canonical(layer)]
 
-    def config(rank: int, targets: Sequence[str], use_dora: bool = False) -> Any:
-        result = lora_config(rank, targets, use_dora)
+    def config(rank: int, targets: list[str]) -> Any:
+        result = lora_config(rank, targets)
         ends = tuple(f".{target}" for target in targets)
         ranks: Mapping[str, int] = {layer: len(index) for layer, index in columns.items() if layer.endswith(ends)}
         result.rank_pattern = result.alpha_pattern = {f"^(.*\\.)?{layer}": rank for layer, rank in ranks.items()}
@@ -125,7 +126,7 @@ def chosen_columns(path: Path, name: str) -> Iterator[None]:
     with (
         patch.object(attaching, "indices", indices),
         patch.object(attaching, "_check_attachable", lambda *_: None),
-        patch.object(injection, "lora_config", config),
+        patch.object(peft_layers, "lora_config", config),
         any_rank(),
     ):
         yield

@@ -103,14 +103,12 @@ def _sum_layer(
     downs = [dense.down for dense, _ in owners if dense.down is not None and dense.magnitude is None]
     if len(downs) == len(owners):
         return Dense(torch.cat([dense.up * weight for dense, weight in owners], dim=1), torch.cat(downs))
-    deltas = [dense.delta(layers[key].weight).double() * weight for dense, weight in owners]
+    deltas = [dense.delta(layers[key].weight if key in layers else None).double() * weight for dense, weight in owners]
     return Dense(torch.stack(deltas).sum(0).float())
 
 
 def _delta(adapter: Adapter, key: str) -> Tensor:
-    dense = adapter.dense[key]
-    assert dense.magnitude is None
-    return dense.delta(dense.up)
+    return adapter.dense[key].delta(None)
 
 
 def _with_dense(adapter: Adapter, dense: Mapping[str, Dense]) -> Adapter:

@@ -32,11 +32,12 @@ class Dense:
         found = {"up": self.up, "down": self.down}
         return found if self.magnitude is None else found | {"magnitude": self.magnitude}
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """ΔW (out, in), float32 on the CPU. Only DoRA's depends on the untouched base weight (out, in)."""
+    def delta(self, weight: Tensor | None) -> Tensor:
+        """Return ΔW (out, in), float32 on the CPU; DoRA's alone needs the untouched base weight (out, in)."""
         change = self.up if self.down is None else self.up @ self.down
         if self.magnitude is None:
             return change
+        assert weight is not None
         original = weight.detach().to("cpu", torch.float32)
         turned = original + change
         return self.magnitude * turned / turned.norm(dim=1, keepdim=True) - original

@@ -11,6 +11,8 @@ from sbora_diffusion.utils.aliases import CURRENT, with_current_names
 from sbora_diffusion.utils.errors import SboraError
 
 DECAY = Range(low=0, high=1, words="a decay from 0 to below 1, such as 0.99")
+SUM_SAFE = "sum-safe"  # for concepts that will only ever be summed
+FORMER_NAME = "loud"  # of the default, from the time when sum-safe was the default
 SEED = Range(low=0, high=2**62, words=f"a number from 0 to below {2**62}")  # sums with it must still be a seed
 
 
@@ -126,14 +128,16 @@ class TrainConfig(Config):
         Raises:
             SboraError: an unknown recipe or setting, or a value that is not allowed.
         """
-        usual, named = f"{base}-{method}", overrides.get("recipe", "")
-        if named and named not in (known := other_recipes(base, method)):
-            there = ", ".join(known) or "no other recipe than its usual one"
+        named, known = overrides.get("recipe", ""), other_recipes(base, method)
+        if named == FORMER_NAME and SUM_SAFE in known:
+            named = ""
+        if named and named not in known:
+            there = ", ".join(known) or "no other recipe than its default"
             raise SboraError(f"got recipe={named}; {method} on {base} has {there}")
-        if named or _is_there(usual):
-            settings = _read_recipe(f"{usual}-{named}" if named else usual)
-        else:
-            settings = _read_recipe(f"default-{method}") | (_read_recipe(base) if _is_there(base) else {})
+        usual = _usual(base, method)
+        settings = _read_recipe(f"{usual}-{named}" if named else usual)
+        if usual != f"{base}-{method}" and _is_there(base):
+            settings |= _read_recipe(base)
         given = parse_overrides(cls, {k: text for k, text in overrides.items() if k != "recipe"}, CURRENT)
         return cls.from_dict(settings | {"method": method} | given)
 
@@ -147,10 +151,15 @@ _RECIPES = files("sbora_diffusion") / "recipes"
 
 
 def other_recipes(base: str, method: str) -> list[str]:
-    """List the names for `recipe`, besides the usual one."""
-    beginning = f"{base}-{method}-"
+    """List the names for `recipe`, besides the default one."""
+    beginning = f"{_usual(base, method)}-"
     there = [entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir()]
     return sorted(name.removeprefix(beginning) for name in there if name.startswith(beginning))
+
+
+def _usual(base: str, method: str) -> str:
+    """Return the name of the default recipe of a base and method, or of any base where it has none of its own."""
+    return f"{base}-{method}" if _is_there(f"{base}-{method}") else f"default-{method}"
 
 
 def _is_there(name: str) -> bool:

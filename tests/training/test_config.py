@@ -8,13 +8,15 @@ from sbora_diffusion.methods.registry import METHODS, configure
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
+RECIPES = sorted(f.name for f in (files("sbora_diffusion") / "recipes").iterdir() if f.name.endswith(".toml"))
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (files("sbora_diffusion") / "recipes").iterdir()))
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads(recipe: str) -> None:
     base_id, _, rest = recipe.removesuffix(".toml").partition("-")
     method = next((method for method in METHODS if rest.startswith(method)), "lora")  # else of a base, by any method
     named = rest.removeprefix(method).removeprefix("-")
-    assert configure(base_id, method, {"recipe": named} if named else {}).method == method
+    assert configure(base_id, method, {"recipe": named} if named else {}).method.name == method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -30,19 +32,29 @@ def test_overrides_arrive_with_their_types() -> None:
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
-def test_another_recipe_by_its_name() -> None:
-    usual = configure("emoji64", "sbora-fa", {})
-    loud = configure("emoji64", "sbora-fa", {"recipe": "loud", "steps": "7"})
-    assert loud.loss.output_penalty < usual.loss.output_penalty
-    assert loud.optim.learning_rate > usual.optim.learning_rate
-    assert (loud.optim.steps, loud.method.blocks) == (7, usual.method.blocks)
+def test_the_default_shows_a_concept_at_its_best_and_sum_safe_sums() -> None:
+    default = configure("emoji64", "sbora-fa", {"steps": "7"})
+    safe = configure("emoji64", "sbora-fa", {"recipe": "sum-safe", "steps": "7"})
+    assert default.loss.output_penalty < safe.loss.output_penalty
+    assert default.optim.learning_rate > safe.optim.learning_rate
+    assert (safe.optim.steps, safe.method.blocks) == (7, default.method.blocks)
     measured = {"output_penalty": "2", "learning_rate": "1.2e-2", "text_encoder_learning_rate": "3e-3", "steps": "7"}
-    measured |= {"batch_size": "8", "prior_batch": "2"}
-    assert loud == configure("emoji64", "sbora-fa", measured)  # docs/comparison.md
-    with pytest.raises(SboraError, match="got recipe=quiet; sbora-fa on emoji64 has loud"):
+    measured |= {"batch_size": "8", "prior_batch": "2", "recipe": "sum-safe"}
+    assert default == configure("emoji64", "sbora-fa", measured)  # docs/comparison.md
+    with pytest.raises(SboraError, match="got recipe=quiet; sbora-fa on emoji64 has sum-safe"):
         configure("emoji64", "sbora-fa", {"recipe": "quiet"})
     with pytest.raises(SboraError, match="lora on emoji64 has no other recipe"):
         configure("emoji64", "lora", {"recipe": "loud"})
+
+
+@pytest.mark.parametrize("base", ["emoji64", "sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
+def test_every_family_has_both_recipes(base: str, method: str) -> None:
+    default, safe = configure(base, method, {}), configure(base, method, {"recipe": "sum-safe"})
+    assert default.optim.learning_rate == 2 * safe.optim.learning_rate
+    assert default.optim.text_encoder_learning_rate == 2 * safe.optim.text_encoder_learning_rate
+    assert default.loss.output_penalty < safe.loss.output_penalty / 30
+    assert configure(base, method, {"recipe": "loud"}) == default  # its name in older commands and plans
 
 
 @pytest.mark.parametrize(
