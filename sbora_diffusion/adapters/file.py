@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.dense import PARTS, Dense, dense_of
 from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
@@ -57,10 +57,11 @@ class Adapter:
             SboraError: the file exists and `force` is false, the adapter would not load again, the disk is full.
         """
         path = Path(path)
-        if path.exists() and not force:
-            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.")
         _check(self)
-        write_atomically(path, self.to_bytes())
+        try:
+            write_file(path, self.to_bytes(), overwrite=force)
+        except FileExistsError:
+            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.") from None
 
     def to_bytes(self) -> bytes:
         """The content of the concept file, the same bytes for the same adapter."""

@@ -14,7 +14,7 @@ from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_compon
 from sbora_diffusion.interchange.provenance import provenance
 from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 Format = Literal["diffusers", "kohya", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -70,7 +70,7 @@ def export(
     if existing and not force:
         raise SboraError(f"{existing[0]} exists", hint="Choose another folder, or overwrite it with --force.")
     for name, content in files.items():
-        write_atomically(folder / name, content)
+        write_file(folder / name, content, overwrite=True)
     return [folder / name for name in files]
 
 

@@ -11,6 +11,7 @@ import psutil
 
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,8 @@ class State:
         reservations = [
             {**vars(reservation), "interval": str(reservation.interval)} for reservation in self.reservations
         ]
-        temporary = path.with_suffix(".tmp")  # one writer at a time: the lock is held
-        temporary.write_text(json.dumps({"reservations": reservations, "widths": self.widths}, indent=1))
-        temporary.replace(path)
+        content = json.dumps({"reservations": reservations, "widths": self.widths}, indent=1)
+        write_file(path, content.encode(), overwrite=True)
 
 
 def check_not_in_training(state: State, name: str) -> None:
