@@ -5,12 +5,13 @@ from typing import Any
 
 # Written until November 2026 -> now: in concept files, checkpoints, recipes, run logs and results.
 CURRENT = {
-    "output_penalty": "output_penalty",
-    "final_learning_rate": "final_learning_rate",
-    "class_images": "class_images",
-    "validation_images": "validation_images",
-    "images": "images",
-    "image": "image",
+    "quiet_weight": "output_penalty",
+    "final_rate": "final_learning_rate",
+    "class_pictures": "class_images",
+    "validation_pictures": "validation_images",
+    "pictures": "images",
+    "picture": "image",
+    "as_loud": "match_response",
 }
 
 
