@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.certificate import certify, layer_group
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.adapters.weight_patcher import WeightPatcher
 from sbora_diffusion.utils.errors import SboraError
 
 from .random_adapters import SHAPES, adapter, dense, free_intervals, sides
@@ -67,7 +67,7 @@ def test_what_is_guaranteed_is_so(side: Side, intervals: list[Interval], dtype: 
         assert all(torch.equal(sums[0], other) for other in sums)
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     layer.weight.data.copy_(base)
-    written = WrittenWeights(nn.ModuleDict({"layer": layer}))
+    written = WeightPatcher(nn.ModuleDict({"layer": layer}))
     for a in adapters:
         written.write(a.spec.name, {"layer": a.factors[key]}, side)
     for a in adapters[1:]:

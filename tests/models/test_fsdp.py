@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from sbora_diffusion.cli import train as cli_train
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.training import train
-from sbora_diffusion.adapters.whole import num_held
+from sbora_diffusion.adapters.linear_function import num_held
 
 def run(folder, *words):
     Path(folder).mkdir(exist_ok=True)
