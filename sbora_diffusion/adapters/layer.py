@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer, MultiheadAttention, ParamWrapper
@@ -222,8 +223,8 @@ def _downgrade(module: LoraLayer, adapter: str) -> None:
         del module.frozen_peft_weight_names[adapter]
 
 
-def keep_linear4bit_unpacked(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking the 4-bit layers of any module; to be called wherever one is loaded.
+def keep_linear4bit_unpacked(model: Any) -> None:
+    """Prevent bitsandbytes from repacking the 4-bit layers of any module; call it wherever one is loaded.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation. Repacked layers give no
     gradient, and small ones fail ("N must be divisible by block_n"). Layers that are repacked already are unpacked.

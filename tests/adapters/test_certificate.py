@@ -72,7 +72,7 @@ def test_what_is_guaranteed_is_so(side: Side, intervals: list[Interval], dtype: 
         written.write(a.spec.name, {"layer": a.factors[key]}, side)
     for a in adapters[1:]:
         written.restore(a.spec.name)
-    if "taken out again, to the bit" in text or "comes out to the bit" in text:
+    if "removed again, bit for bit" in text or "are removed bit for bit" in text:
         assert torch.equal(layer.weight, added(base, adapters[:1], key, side))
 
 

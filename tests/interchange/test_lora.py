@@ -109,7 +109,7 @@ def test_what_is_no_lora(down: Tensor, up: Tensor, scale: float, message: str) -
 
 
 def test_an_adapter_for_another_model() -> None:
-    with pytest.raises(SboraError, match="which the model has not"):
+    with pytest.raises(SboraError, match="which the model does not have"):
         to_loras(random_adapter(), {})
 
 
