@@ -49,7 +49,7 @@ def answers(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("side", ["fa", "fb"])
-def test_they_answer_as_if_they_were_in_the_weights(model: Any, side: Side, autocast: bool) -> None:
+def test_output_equals_written_weights(model: Any, side: Side, autocast: bool) -> None:
     x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(9))
     own, placed = factors(side, 1), AdapterPatcher(model)
     expected = x @ (0.5 * delta(own["packed"], side)).T
@@ -82,7 +82,7 @@ def test_any_order_and_any_way_out_is_bit_for_bit(model: Any) -> None:
     assert all(not torch.equal(seen[0][key], before[key]) for key in before)
 
 
-def test_what_does_not_fit_changes_nothing(model: Any) -> None:
+def test_misfit_changes_nothing(model: Any) -> None:
     before, placed = answers(model), AdapterPatcher(model)
     wide = Factor(torch.tensor([WIDTH]), torch.ones(OUT, 1))
     with pytest.raises(SboraError, match="does not fit its weight of shape 32×64"):

@@ -37,7 +37,7 @@ def test_certificate_counts_by_interval_arithmetic(side: Side, intervals: list[I
             assert norm == pytest.approx(float(dense(adapters[position].factors[key], side, SHAPES[key]).norm()), 1e-5)
 
 
-def test_certificate_says_what_is_not_guaranteed() -> None:
+def test_certificate_lists_what_is_not_guaranteed() -> None:
     disjoint = [adapter(Interval(0, 3), name="dog"), adapter(Interval(3, 3), name="cat")]
     text = certify(disjoint, widths(disjoint)).describe()
     assert text.startswith("disjoint: no column of 3 layers is written by two adapters")
@@ -54,7 +54,7 @@ def test_certificate_says_what_is_not_guaranteed() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(sides, intervals_of_several, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_what_is_guaranteed_is_so(side: Side, intervals: list[Interval], dtype: torch.dtype) -> None:
+def test_guarantees_hold(side: Side, intervals: list[Interval], dtype: torch.dtype) -> None:
     adapters = [adapter(interval, side, seed, name=f"{seed}") for seed, interval in enumerate(intervals)]
     text = certify(adapters).describe()
     key, shape = next(iter(SHAPES.items()))

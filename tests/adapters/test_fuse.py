@@ -96,7 +96,7 @@ def test_no_other_delta_on_the_support_is_better(side: Side, seed: int, prior_we
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
-def test_least_squares_says_the_same(side: Side) -> None:
+def test_matches_least_squares(side: Side) -> None:
     """The stacked problem over the inputs themselves, solved by lstsq."""
     adapters, seen = problem(3, side)
     fused = fuse(adapters, [1, 1], seen, prior_weight=0.5, ridge=TINY, match_response=False)
@@ -111,7 +111,7 @@ def test_least_squares_says_the_same(side: Side) -> None:
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
-def test_one_concept_stays_what_it_is(side: Side) -> None:
+def test_single_concept_is_unchanged(side: Side) -> None:
     adapters, seen = problem(1, side, count=1)
     fused = fuse(adapters, [1], seen, prior_weight=0)
     torch.testing.assert_close(dense(fused), dense(adapters[0]), rtol=1e-4, atol=1e-5)

@@ -68,7 +68,7 @@ def test_a_merge_can_be_merged_again() -> None:
     assert all(torch.equal(nested.factors[key].weight, flat.factors[key].weight) for key in flat.factors)
 
 
-def test_a_concept_in_two_merges_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_concept_in_two_merges_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     dog, cat, fox = (
         adapter(Interval(3 * i, 3), seed=i, name=n, tokens={}) for i, n in enumerate(("dog", "cat", "fox"))
     )
@@ -139,7 +139,7 @@ def test_tokens_that_differ_in_capitals_are_renamed() -> None:
         ),
     ],
 )
-def test_what_does_not_belong_together(other: dict[str, Any], message: str, hint: str) -> None:
+def test_incompatible_adapters_are_refused(other: dict[str, Any], message: str, hint: str) -> None:
     dog = adapter()
     with pytest.raises(SboraError, match=message) as caught:
         merge([dog, replace(dog, spec=replace(dog.spec, **other))], [1.0, 1.0], "sum")

@@ -37,7 +37,7 @@ def is_right(joiner: FactorCache, side: Side, given_parts: list[ScaledFactor]) -
 
 @each_side
 @torch.no_grad()
-def test_what_has_not_changed_is_joined_once(side: Side) -> None:
+def test_unchanged_factors_are_concatenated_once(side: Side) -> None:
     joiner, given_parts = FactorCache(side), parts(side)
     assert is_right(joiner, side, given_parts)
     assert joiner(given_parts)[1] is joiner([ScaledFactor(p.index, p.factor, p.scaling) for p in given_parts])[1]
@@ -81,7 +81,7 @@ def test_every_change_is_noticed(side: Side, changes: list[tuple[str, int]], see
 
 
 @each_side
-def test_gradients_are_never_from_what_is_kept(side: Side) -> None:
+def test_gradients_bypass_the_cache(side: Side) -> None:
     joiner, given_parts = FactorCache(side), parts(side)
     for part in given_parts:
         part.factor.requires_grad_(True)

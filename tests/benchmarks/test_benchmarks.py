@@ -51,7 +51,7 @@ def threads() -> Any:
 
 @pytest.mark.filterwarnings("ignore:.* has no adapter:UserWarning")
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_each_runs_and_says_on_what(name: str, tmp_path: Path) -> None:
+def test_each_runs_and_records_the_machine(name: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     arguments = (
         ["--tiny", "--out", str(out)]

@@ -133,14 +133,14 @@ JOINT = "transformer.transformer_blocks.0.attn.to_q"
         ({JOINT: (8, 8), "text_encoder.encoder.layers.0.q_proj": (8, 8)}, 1024, "flux1", "flux-1-dev"),
     ],
 )
-def test_what_files_say_of_the_base(
+def test_base_model_metadata(
     shapes: dict[str, tuple[int, int]], resolution: int, version: str, architecture: str
 ) -> None:
     assert base_model(shapes, resolution) == (version, architecture)
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_format_says_where_it_is_from(tmp_path: Path, to: str) -> None:
+def test_every_format_has_provenance(tmp_path: Path, to: str) -> None:
     recipe = {"steps": 7, "learning_rate": 1e-3, "text_encoder_learning_rate": 1e-4, "seed": 3, "images": "abcd"}
     merged = random_adapter(recipe=recipe, parents=("rex", "tom"), tokens={"<rex>": "dog", "<tom>": "dog"})
     write(merged, tmp_path, to)
@@ -277,7 +277,7 @@ def test_columns_of_a_strangers_choice(tmp_path: Path) -> None:
     assert got.spec.recipe == {"imported from": "dog.safetensors"}
 
 
-def test_what_a_token_means_and_where_it_is(tmp_path: Path) -> None:
+def test_token_metadata_and_location(tmp_path: Path) -> None:
     *_, token = write(random_adapter(), tmp_path, "diffusers")
     flat = {"<sks>": torch.randn(8)}
     safetensors.torch.save_file(flat, tmp_path / "flat.safetensors")
@@ -379,7 +379,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_damage_is_told_or_harmless(tmp_path: Path, seed: int) -> None:
+def test_random_damage_is_reported_or_harmless(tmp_path: Path, seed: int) -> None:
     """Any byte anywhere may be another one, and any tail may be missing."""
     chance = random.Random(seed)
     write(random_adapter(), tmp_path, FORMATS[seed % 3])

@@ -289,7 +289,7 @@ def test_a_zombie_is_dead(library: Library, training_dog: BaseProcess) -> None:
         ("host", "elsewhere", "8:16"),  # a shared folder: whether that process lives cannot be known here
     ],
 )
-def test_whose_process_it_is(library: Library, field: str, value: object, expected: str) -> None:
+def test_reservation_belongs_to_a_process(library: Library, field: str, value: object, expected: str) -> None:
     ledger = library.folder / ".ledger.json"
     content = json.loads(ledger.read_text())
     content["reservations"][0][field] = value
@@ -337,7 +337,7 @@ def test_trainings_of_one_base_may_adapt_other_layers(library: Library) -> None:
     assert library.widths("f00d", "fa") == {"unet.narrow": 64, "unet.wide": 128}
 
 
-def test_room_is_what_the_gaps_hold() -> None:
+def test_room_counts_the_gaps() -> None:
     owners = tuple(Owner("x", Interval.parse(text)) for text in ("4:12", "8:20", "32:40"))
     ledger = Ledger(base_id="toy", base_fingerprint="f00d", side="fa", width=50, owners=owners)
     assert [str(gap) for gap in ledger.gaps] == ["0:4", "20:32", "40:50"]
