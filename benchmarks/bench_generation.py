@@ -29,7 +29,7 @@ from bench_models import TARGETS, adapted, sd15_unet
 from bench_switch import RANK, random_factors
 from torch import Tensor
 
-from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.adapters.weight_patcher import WeightPatcher
 from sbora_diffusion.models.base import load_base
 
 app = new_app()
@@ -80,7 +80,7 @@ def _written(unet: Any, count: int) -> Any:
     """A copy with the concepts in its attention layers, and no weights of its own but theirs."""
     shared = (p for name, p in unet.named_parameters() if not name.removesuffix(".weight").endswith(TARGETS))
     model = copy.deepcopy(unet, memo={id(parameter): parameter for parameter in shared})
-    weights = WrittenWeights(model)
+    weights = WeightPatcher(model)
     for number in range(count):
         weights.write(f"concept_{number}", random_factors(model, "fa", number), "fa")
     return model

@@ -22,7 +22,7 @@ from torch import nn
 
 from sbora_diffusion.adapters.basis import Interval, Side, indices
 from sbora_diffusion.adapters.file import Factor
-from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.adapters.weight_patcher import WeightPatcher
 
 RANK = 8
 CONCEPTS = ("concept_0", "concept_1")
@@ -89,7 +89,7 @@ def _merged(model: nn.Module) -> Callable[[], None]:
 
 def _written(model: nn.Module, side: Side) -> Callable[[], None]:
     """The same with SBoRA's own."""
-    weights, names = WrittenWeights(model), cycle(CONCEPTS)
+    weights, names = WeightPatcher(model), cycle(CONCEPTS)
     factors = {name: random_factors(model, side, number) for number, name in enumerate(CONCEPTS)}
 
     def run() -> None:

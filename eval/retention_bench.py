@@ -58,7 +58,7 @@ class Bench:
             result = fuse(adapters, weights, self.inputs)
         elif how.startswith("fuse"):
             prior_weight = float(how.partition(":")[2] or PRIOR_WEIGHT)
-            result = fuse(adapters, weights, self.inputs, prior_weight=prior_weight, as_loud=False)
+            result = fuse(adapters, weights, self.inputs, prior_weight=prior_weight, match_response=False)
         else:
             keys = sorted({key for adapter in adapters for key in adapter.factors})
             solved = {key: self._dense(how, key, adapters).float() for key in keys}

@@ -1,4 +1,4 @@
-"""Which columns (or rows) of a layer belong to whom: intervals of one seeded permutation per layer."""
+"""Assign columns (or rows) of each layer to owners: intervals of one seeded permutation per layer."""
 
 import re
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from sbora_diffusion.utils.errors import SboraError
 
 Side = Literal["fa", "fb"]
 
-_WRAPPERS = ("base_layer", "_orig_mod")  # path components that PEFT and torch.compile put in
+_WRAPPERS = ("base_layer", "_orig_mod")  # path components that PEFT and torch.compile insert
 
 
 @dataclass(frozen=True, order=True)
 class Interval:
-    """Positions [start, start + rank) of every layer's permutation. Written "start:stop", as a Python slice."""
+    """Positions [start, start + rank) of every layer's permutation, written "start:stop" like a Python slice."""
 
     start: int
     rank: int
@@ -41,7 +41,7 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str) -> "Interval":
-        """Inverse of `str`: "8:16" is Interval(start=8, rank=8)."""
+        """Parse the output of `str`: "8:16" is Interval(start=8, rank=8)."""
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
         if match is None:
             raise SboraError(f"got interval {text!r}, expected start:stop such as 8:16")
@@ -49,9 +49,9 @@ class Interval:
         return cls(start, stop - start)
 
 
-@lru_cache(maxsize=16384)  # every switch of a concept asks for the names of all layers
+@lru_cache(maxsize=16384)  # switching a concept looks up the names of all layers
 def canonical(layer: str) -> str:
-    """One name for one layer, whatever wraps the model: PEFT, torch.compile, or transformers before 5.6.
+    """Return a layer's name without the wrappers of PEFT, torch.compile, or transformers before 5.6.
 
     `base_model.model.text_model.encoder.layers.0.mlp.fc1.base_layer` becomes `encoder.layers.0.mlp.fc1`.
     """
@@ -64,11 +64,11 @@ def canonical(layer: str) -> str:
 
 
 def permutation(layer: str, dim: int, seed: int) -> Tensor:
-    """The order in which a layer's columns (FA) or rows (FB) are handed out, the same on every machine and for ever.
+    """Return the order in which a layer's columns (FA) or rows (FB) are assigned, the same on every machine.
 
     Args:
         layer: the layer's name, canonical or not.
-        dim: how many columns or rows there are.
+        dim: the number of columns or rows.
 
     Returns:
         (dim,) int64, a permutation of 0 … dim - 1: the stable argsort of `dim` raw 64-bit words of the counter-based
@@ -85,7 +85,7 @@ def _permutation(layer: str, dim: int, seed: int) -> np.ndarray:
 
 
 def indices(layer: str, dim: int, interval: Interval, seed: int) -> Tensor:
-    """The columns (FA) or rows (FB) of a layer that an interval stands for: (rank,) int64, in permutation order."""
+    """Return the columns (FA) or rows (FB) of a layer for an interval: (rank,) int64, in permutation order."""
     if interval.stop > dim:
         raise SboraError(
             f"interval {interval} does not fit layer {canonical(layer)}, which has the positions 0:{dim}",
@@ -95,22 +95,26 @@ def indices(layer: str, dim: int, interval: Interval, seed: int) -> Tensor:
 
 
 def capacity(dims: Iterable[int], rank: int) -> int:
-    """How many disjoint adapters of one rank fit: the narrowest layer binds."""
+    """Return how many disjoint adapters of one rank fit into the narrowest layer."""
     return min(dims) // rank
 
 
 def first_free(taken: Iterable[Interval], rank: int, width: int) -> Interval:
-    """The first gap of `rank` positions below `width` that overlaps nothing taken; SboraError when there is none."""
+    """Return the first gap of `rank` positions below `width`.
+
+    Raises:
+        SboraError: there is none.
+    """
     start = 0
     for interval in sorted(taken):
         if start + rank <= interval.start:
             break
         start = max(start, interval.stop)
     if rank > width:
-        raise SboraError(f"got rank {rank}, expected at most {width}: so many positions there are")
+        raise SboraError(f"got rank {rank}, expected at most {width}, the number of positions")
     if start + rank > width:
         raise SboraError(
-            f"no {rank} consecutive positions are free of {width}",
+            f"no {rank} consecutive positions are free ({width} in all)",
             hint="Remove an adapter, choose a smaller rank, or use another folder of adapters.",
         )
     return Interval(start, rank)

@@ -1,4 +1,4 @@
-"""What a sum of adapters guarantees, what it does not, and how large it is: known before anybody looks at an image."""
+"""Certify what a sum of adapters guarantees, what it does not, and how large it is, from the files alone."""
 
 import math
 import re
@@ -16,16 +16,16 @@ from sbora_diffusion.adapters.merge import check_mergeable
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """One layer of a certificate, or a group of layers: then the sum of overlaps, the least free, joint norms."""
+    """One layer of a certificate, or a group of layers: summed overlaps, the minimum of free, and joint norms."""
 
-    overlap: int  # columns or rows that more than one adapter writes
-    free: int | None  # columns or rows that nobody writes, if the layer's width is known
+    overlap: int  # columns or rows that several adapters write
+    free: int | None  # columns or rows that no adapter writes, if the layer's width is known
     norms: tuple[float, ...]  # Frobenius norm of each adapter's ΔW, at strength one
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about a sum of adapters."""
+    """Overlaps, free columns and norms of a sum of adapters."""
 
     names: tuple[str, ...]
     side: Side
@@ -38,15 +38,15 @@ class Certificate:
 
     @property
     def groups(self) -> dict[str, tuple[int, LayerCertificate]]:
-        """By group, such as "unet.down_blocks.attn1": how many layers it has, and what holds for them together."""
+        """Layer groups, such as "unet.down_blocks.attn1": their number of layers, and a joint certificate."""
         members: dict[str, list[LayerCertificate]] = {}
         for key, layer in self.layers.items():
             members.setdefault(layer_group(key), []).append(layer)
-        return {group: (len(layers), _together(layers)) for group, layers in members.items()}
+        return {group: (len(layers), _combine(layers)) for group, layers in members.items()}
 
     def describe(self) -> str:
-        """What is guaranteed for these files, what is not, and the sizes, a line each."""
-        what, total = ("column" if self.side == "fa" else "row"), _together(self.layers.values())
+        """Return what is guaranteed for these files, what is not, and the norms, one line each."""
+        what, total = ("column" if self.side == "fa" else "row"), _combine(self.layers.values())
         lines = _guarantees(what, len(self.layers)) if self.disjoint else self._overlaps(what)
         lines.append("not guaranteed: that concepts do not disturb each other; each acts on every activation")
         if total.free is not None:
@@ -59,19 +59,19 @@ class Certificate:
         return [
             f"not disjoint: {sum(shared)} {what}s in {len(shared)} of {len(self.layers)} layers are written by several",
             *(f"  {one} and {other} share {number}" for (one, other), number in self.collisions.items()),
-            "not guaranteed: that a merged file can be taken apart again, or that other tools add to the same bits",
-            "guaranteed: here they add up in a fixed order, and what is written live comes out to the bit",
+            "not guaranteed: that a concept can be removed from a merged file, or that other tools give the same bits",
+            "guaranteed: sums are in a fixed order here, and applied concepts are removed bit for bit",
         ]
 
 
 def certify(adapters: Sequence[Adapter], widths: Mapping[str, int] | None = None) -> Certificate:
-    """Measure what a sum of these adapters shares and how large each is, by the indices that the files hold.
+    """Compare the indices of adapters, and measure the norm of each.
 
     Args:
-        widths: how many columns (FA) or rows (FB) each layer has, by "<component>.<layer>": files do not know it.
+        widths: the number of columns (FA) or rows (FB) of each layer, by "<component>.<layer>"; it is not in the files.
 
     Raises:
-        SboraError: adapters of different sides or base models, or none.
+        SboraError: no adapters, or adapters of different sides or base models.
     """
     check_mergeable([adapter.spec for adapter in adapters], ("side", "base_fingerprint"))
     layers, collisions = {}, Counter()
@@ -87,7 +87,8 @@ def certify(adapters: Sequence[Adapter], widths: Mapping[str, int] | None = None
 
 
 def layer_group(key: str) -> str:
-    """ "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" belongs to "unet.down_blocks.attn1"."""
+    """Return a layer's group: "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" is in
+    "unet.down_blocks.attn1"."""
     component, *path = [part for part in key.split(".") if not part.isdigit()]
     attention = [part for part in path if re.fullmatch(r"attn\d*|.*_attn", part)]
     return ".".join([component, *path[:1], *attention[-1:]])
@@ -103,13 +104,13 @@ def _certify_layer(factors: Mapping[int, Factor], number: int, width: int | None
 
 
 def _shared(factors: Mapping[int, Factor]) -> dict[tuple[int, int], int]:
-    """How many columns or rows each pair of adapters shares in one layer."""
+    """Count the columns or rows that each pair of adapters shares in one layer."""
     owned = {position: set(factor.index.tolist()) for position, factor in factors.items()}
     pairs = {(i, j): len(owned[i] & owned[j]) for i, j in combinations(sorted(owned), 2)}
     return {pair: number for pair, number in pairs.items() if number}
 
 
-def _together(layers: Iterable[LayerCertificate]) -> LayerCertificate:
+def _combine(layers: Iterable[LayerCertificate]) -> LayerCertificate:
     layers = list(layers)
     free = [layer.free for layer in layers if layer.free is not None]
     return LayerCertificate(
@@ -123,6 +124,6 @@ def _guarantees(what: str, num_layers: int) -> list[str]:
     return [
         f"disjoint: no {what} of {num_layers} layers is written by two adapters",
         "guaranteed: each weight is written by at most one concept",
-        "guaranteed: the sum is the same in any order, to the bit",
-        "guaranteed: any of them can be taken out again, to the bit",
+        "guaranteed: the sum is the same in any order, bit for bit",
+        "guaranteed: each of them can be removed again, bit for bit",
     ]

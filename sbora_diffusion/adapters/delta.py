@@ -7,7 +7,7 @@ from torch import nn
 
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.adapters.whole import whole
+from sbora_diffusion.adapters.linear_function import full_weight
 
 
 def written_side(adapter: Adapter) -> Side:
@@ -21,7 +21,7 @@ def written_factors(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[s
     Args:
         layers: "<component>.<canonical layer>" -> layer, with nothing written into it (DoRA reads its weight).
     """
-    changes = {key: dense.delta(whole(layers[key].weight)) for key, dense in adapter.dense.items()}
+    changes = {key: dense.delta(full_weight(layers[key].weight)) for key, dense in adapter.dense.items()}
     return adapter.factors | {key: Factor(torch.arange(delta.shape[1]), delta) for key, delta in changes.items()}
 
 

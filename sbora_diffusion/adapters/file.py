@@ -1,4 +1,4 @@
-"""The concept file: an SBoRA adapter with everything needed to use it, read with suspicion and written atomically."""
+"""The concept file: an adapter with everything needed to use it, validated when read and written atomically."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.dense import PARTS, Dense, dense_of
 from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What an adapter adds to one layer: columns (FA) or rows (FB) of its weight. The scale is folded in."""
+    """An adapter's change of one layer: columns (FA) or rows (FB) of its weight, with the scale folded in."""
 
     index: Tensor  # (r,) int64
     weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
@@ -28,13 +28,13 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An SBoRA adapter in memory: one trained concept, or a merge of several.
+    """An adapter in memory: one trained concept, or a merge of several.
 
     Attributes:
         factors: by "<component>.<canonical layer>", such as "unet.mid_block.attentions.0.proj_in".
         tokens: learned embeddings by "<component>.<token>", such as "text_encoder.<dog>", (n, hidden) float32; of
             spec.embedding_layers L > 0: (L · n, hidden), layer by layer.
-        dense: what methods other than SBoRA add, by the same names as `factors`.
+        dense: changes by methods other than SBoRA, by the same names as `factors`.
     """
 
     spec: Spec
@@ -44,26 +44,27 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Read a concept file. Any defect whatsoever is a SboraError that names the file."""
+        """Read a concept file; any defect raises a SboraError that names the file."""
         try:
             return _parse(*_read(Path(path)))
         except SboraError as defect:
             raise SboraError(f"{path}: {defect}", defect.hint) from None
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write a concept file, or nothing at all: whoever looks sees the old file or the whole new one.
+        """Write a concept file atomically.
 
         Raises:
-            SboraError: the file exists and `force` is false, the adapter would not load again, the disk is full.
+            SboraError: the file exists and `force` is false, the adapter is invalid, or the disk is full.
         """
         path = Path(path)
-        if path.exists() and not force:
-            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.")
         _check(self)
-        write_atomically(path, self.to_bytes())
+        try:
+            write_file(path, self.to_bytes(), overwrite=force)
+        except FileExistsError:
+            raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.") from None
 
     def to_bytes(self) -> bytes:
-        """The content of the concept file, the same bytes for the same adapter."""
+        """Return the content of the concept file, the same bytes for the same adapter."""
         tensors = {f"tokens.{key}": embedding for key, embedding in self.tokens.items()}
         for key, factor in self.factors.items():
             tensors[f"{key}.index"] = factor.index.to(torch.int32)
@@ -74,17 +75,17 @@ class Adapter:
         return safetensors.torch.save(contiguous, metadata={"sbora": self.spec.to_json()})
 
     def component(self, name: str) -> dict[str, Factor]:
-        """The factors of one component, by canonical layer."""
+        """Return the factors of one component, by canonical layer."""
         return {key.removeprefix(f"{name}."): f for key, f in self.factors.items() if key.split(".")[0] == name}
 
     def num_weights(self) -> int:
-        """How many numbers of weights the file holds, tokens apart."""
+        """Count the parameters, without the token embeddings."""
         held = [factor.weight for factor in self.factors.values()]
         held += [tensor for dense in self.dense.values() for tensor in dense.parts().values()]
         return sum(tensor.numel() for tensor in held)
 
     def describe(self) -> str:
-        """A few lines for people."""
+        """Return a summary of a few lines."""
         spec, count = self.spec, self.num_weights()
         tokens = ", ".join(f"{token} ({noun})" for token, noun in spec.tokens.items()) or "none"
         lines = [
@@ -102,7 +103,7 @@ class Adapter:
 
 
 def read_spec(path: str | Path) -> Spec:
-    """The specification of a concept file, from its header: the tensors are neither read nor checked."""
+    """Read the specification of a concept file from its header; tensors are neither read nor checked."""
     try:
         return Spec.from_json(_read(Path(path), header_only=True)[0])
     except SboraError as defect:
@@ -110,11 +111,11 @@ def read_spec(path: str | Path) -> Spec:
 
 
 def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> None:
-    """SboraError unless every layer of the adapter is in `layer_shapes` ("<component>.<layer>" -> (out, in))."""
+    """Raise SboraError unless the adapter's layers fit `layer_shapes` ("<component>.<layer>" -> (out, in))."""
     for key in (*adapter.factors, *adapter.dense):
         if key not in layer_shapes:
             raise SboraError(
-                f"adapter {adapter.spec.name!r} has the layer {key}, which the model has not",
+                f"adapter {adapter.spec.name!r} has the layer {key}, which the model does not have",
                 hint=f"It was trained for {adapter.spec.base_id}.",
             )
         if key in adapter.dense:
@@ -124,7 +125,7 @@ def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int]) -> None:
-    """SboraError unless a factor fits a weight of shape (out, in)."""
+    """Raise SboraError unless a factor fits a weight of shape (out, in)."""
     out_dim, in_dim = shape
     rank = len(factor.index)
     fits = tuple(factor.weight.shape) == ((out_dim, rank) if side == "fa" else (rank, in_dim))
@@ -133,7 +134,7 @@ def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int])
 
 
 def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]]:
-    """Metadata and tensors; copies, so that nothing depends on the file any more."""
+    """Return metadata and tensors, copied so that nothing refers to the file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("sbora")
@@ -144,7 +145,7 @@ def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]
     except FileNotFoundError:
         raise SboraError("no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        # RuntimeError: torch opens it once more, and it may be gone by then
+        # RuntimeError: torch opens the file a second time, when it may have been deleted
         raise SboraError(f"cannot be read as safetensors ({error})") from None
 
 
@@ -175,16 +176,16 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
 
 
 def _check(adapter: Adapter) -> None:
-    """Everything that holds for a sound adapter, whatever base it belongs to."""
+    """Raise SboraError unless the adapter is valid in itself, whatever its base model."""
     for key in (*adapter.factors, *adapter.dense):
         component, _, layer = key.partition(".")
         if component not in COMPONENTS or not layer:
             raise SboraError(f"layer {key!r} belongs to no known component, expected one of {', '.join(COMPONENTS)}")
     for key, dense in adapter.dense.items():
         for part, tensor in dense.parts().items():
-            _check_numbers(f"{key}.{part}", tensor)
+            _check_values(f"{key}.{part}", tensor)
     for key, factor in adapter.factors.items():
-        _check_numbers(key, factor.weight)
+        _check_values(key, factor.weight)
         index, dim = factor.index, 1 if adapter.spec.side == "fa" else 0
         if index.ndim != 1 or factor.weight.shape[dim] != len(index) or len(index) > adapter.spec.rank:
             shapes = f"{tuple(index.shape)} and {tuple(factor.weight.shape)}"
@@ -195,13 +196,17 @@ def _check(adapter: Adapter) -> None:
         component, _, token = key.partition(".")
         if component not in COMPONENTS or token not in adapter.spec.tokens:
             raise SboraError(f"embedding {key!r} belongs to no known component and token")
-        _check_numbers(key, embedding)
+        _check_values(key, embedding)
         if len(embedding) % max(1, adapter.spec.embedding_layers):
-            raise SboraError(f"{key}: {len(embedding)} embeddings do not share {adapter.spec.embedding_layers} layers")
+            raise SboraError(
+                f"{key}: {len(embedding)} embeddings cannot be divided among {adapter.spec.embedding_layers} layers"
+            )
 
 
-def _check_numbers(key: str, tensor: Tensor) -> None:
+def _check_values(key: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.float32 or tensor.ndim != 2 or tensor.numel() == 0:
         raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
     if not tensor.isfinite().all():
-        raise SboraError(f"{key}: some numbers are not finite", hint="The training has diverged: lower the rate.")
+        raise SboraError(
+            f"{key}: some values are not finite", hint="The training has diverged: lower the learning rate."
+        )

@@ -1,17 +1,17 @@
-"""Closed-form fusion: the one merged delta that answers each concept's own inputs most like that concept alone.
+"""Closed-form fusion: the merged ΔW whose response to each concept's inputs is closest to that concept's own.
 
 For every layer, over all ΔW on the union of the concepts' columns (FA) or rows (FB):
 
     minimise  Σ_j E‖(ΔW − ΔW_j) x_j‖² + λ E‖ΔW x_prior‖² + ε ‖ΔW − Σ_j ΔW_j‖²
 
-x_j are the inputs that the layer sees while concept j's own model draws concept j. This is the objective of gradient
-fusion (Mix-of-Show, Gu et al. 2023), which that paper minimises by LBFGS, with a term for inputs that belong to no
-concept. It is a linear least-squares problem, so one symmetric positive definite solve a layer has the optimum.
+x_j are the layer's inputs while concept j's own model generates concept j. This is the objective of gradient fusion
+(Mix-of-Show, Gu et al. 2023), which that paper minimises by LBFGS, plus a term for inputs of no concept. It is a linear
+least-squares problem, so one symmetric positive definite solve per layer finds the optimum.
 
-The optimum is quieter than the concepts are: least squares leaves out whatever of their answers cannot be told apart.
-So each layer's ΔW is scaled until its answers to the concepts' inputs have the energy of their own ("as loud"),
-Σ_j E‖ΔW x_j‖² = Σ_j E‖ΔW_j x_j‖²: further away by the objective above, and closer in the images (docs/results.md).
-No paper has this; the factor is one number a layer, from the moments that the solve has seen anyway.
+The optimum has a smaller response norm than the concepts, because least squares drops the part of their responses that
+cannot be separated. So each layer's ΔW is rescaled to match the response norm on the concepts' inputs,
+Σ_j E‖ΔW x_j‖² = Σ_j E‖ΔW_j x_j‖²: the objective gets worse, the images better (docs/results.md). This is not from a
+paper; it is one factor per layer, from moments that the solve needs anyway.
 """
 
 import math
@@ -25,13 +25,13 @@ from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.merge import in_order, put_together
 
-PRIOR_WEIGHT = 0.3  # of 0 to 1, a little the best on emoji64: docs/results.md
+PRIOR_WEIGHT = 0.3  # slightly the best value from 0 to 1 on emoji64: docs/results.md
 RIDGE = 1e-3  # of the mean second moment of an input
 
 Inputs = Callable[[Adapter | None, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Moments E[x xᵀ], (n, n) float64, of the inputs of each layer under a concept's own model, or of the prior (None).
+"""Return moments E[x xᵀ], (n, n) float64, of each layer's inputs under a concept's own model, or of the prior (None).
 
-Only of the given columns (n,) of each layer: "<component>.<canonical layer>" -> int64."""
+Restricted to the given columns (n,) of each layer: "<component>.<canonical layer>" -> int64."""
 
 
 def fuse(
@@ -41,18 +41,18 @@ def fuse(
     *,
     prior_weight: float = PRIOR_WEIGHT,
     ridge: float = RIDGE,
-    as_loud: bool = True,
+    match_response: bool = True,
 ) -> Adapter:
     """Merge adapters of one base by the closed form above; ΔW_j are the adapters' deltas times their weights.
 
-    The result is an ordinary adapter over the union of the columns or rows, the same bit for bit whatever the order of
-    the arguments (if `inputs` gives the same). One adapter alone, with λ = 0, stays what it is up to rounding.
+    The result is an ordinary adapter over the union of the columns or rows. It does not depend on the order of the
+    arguments, bit for bit (if `inputs` does not). A single adapter with λ = 0 is returned unchanged up to rounding.
 
     Args:
-        inputs: asked once for each adapter, one after the other, and once for the prior if λ > 0.
-        prior_weight: λ, from 0 on.
-        ridge: ε as a share of the mean diagonal entry of Σ_j E[x_j x_jᵀ] + λ E[x_prior x_priorᵀ]; greater than 0.
-        as_loud: scale the optimum as said above; False is the optimum itself.
+        inputs: called once for each adapter, in turn, and once for the prior if λ > 0.
+        prior_weight: λ, at least 0.
+        ridge: ε as a fraction of the mean diagonal entry of Σ_j E[x_j x_jᵀ] + λ E[x_prior x_priorᵀ]; greater than 0.
+        match_response: rescale the optimum to the concepts' response norm; False returns the optimum itself.
 
     Raises:
         SboraError: adapters that cannot be merged, as in `merge`.
@@ -71,59 +71,59 @@ def fuse(
         moments = inputs(None, columns)
         for key, system in systems.items():
             system.add_prior(moments[key] * prior_weight)
-    recipe = {"how": "fuse", "prior_weight": prior_weight, "ridge": ridge, "as_loud": as_loud}
+    recipe = {"how": "fuse", "prior_weight": prior_weight, "ridge": ridge, "match_response": match_response}
     solved = {key: system.solve(ridge) for key, system in systems.items()}
-    if as_loud:
-        solved = {key: systems[key].as_loud(delta) for key, delta in solved.items()}
+    if match_response:
+        solved = {key: systems[key].match_response(delta) for key, delta in solved.items()}
     factors = {key: Factor(unions[key], delta.float()) for key, delta in solved.items()}
     return put_together(adapters, weights, factors, recipe)
 
 
 @dataclass(eq=False)
 class System:
-    """The normal equations of one layer, ΔW · (seen + prior) = answers, summed up concept by concept in float64."""
+    """The normal equations of one layer, ΔW · (seen + prior) = responses, summed concept by concept in float64."""
 
     seen: Tensor | None = None  # (n, n) Σ M_j
     prior: Tensor | None = None  # (n, n) λ P
-    answers: Tensor | None = None  # (m, n) Σ ΔW_j M_j
+    responses: Tensor | None = None  # (m, n) Σ ΔW_j M_j
     total: Tensor | None = None  # (m, n) Σ ΔW_j
     energy: float = 0.0  # Σ E‖ΔW_j x_j‖²
 
     def add(self, delta: Tensor, moments: Tensor) -> None:
-        """A concept's ΔW_j (m, n) and M_j (n, n)."""
+        """Add a concept's ΔW_j (m, n) and M_j (n, n)."""
         delta, moments = delta.double(), moments.double()
-        answers = delta @ moments
-        self.energy += (answers * delta).sum().item()
-        self.seen = _added(self.seen, moments)
-        self.answers = _added(self.answers, answers)
-        self.total = _added(self.total, delta)
+        responses = delta @ moments
+        self.energy += (responses * delta).sum().item()
+        self.seen = _add(self.seen, moments)
+        self.responses = _add(self.responses, responses)
+        self.total = _add(self.total, delta)
 
     def add_prior(self, moments: Tensor) -> None:
-        """λ P (n, n)."""
+        """Set λ P (n, n)."""
         self.prior = moments.double()
 
     def solve(self, ridge: float) -> Tensor:
-        """ΔW (m, n) float64; the plain sum where no input was ever seen."""
+        """Return ΔW (m, n) float64; the plain sum if no input was recorded."""
         assert self.seen is not None
-        assert self.answers is not None
+        assert self.responses is not None
         assert self.total is not None
         gram = self.seen if self.prior is None else self.seen + self.prior
         mean = gram.diagonal().mean().item()
         epsilon = ridge * mean if mean > 0 else 1.0
         factor = torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram)).to(gram))
-        return torch.cholesky_solve((self.answers + epsilon * self.total).T, factor).T
+        return torch.cholesky_solve((self.responses + epsilon * self.total).T, factor).T
 
-    def as_loud(self, delta: Tensor) -> Tensor:
-        """ΔW (m, n) times what gives its answers to the concepts' inputs the energy of the concepts' own."""
+    def match_response(self, delta: Tensor) -> Tensor:
+        """Rescale ΔW (m, n) so that its response norm on the concepts' inputs is the concepts' own."""
         assert self.seen is not None
-        answered = response(delta, self.seen).item()
-        return delta * math.sqrt(self.energy / answered) if answered > 0 else delta
+        energy = response(delta, self.seen).item()
+        return delta * math.sqrt(self.energy / energy) if energy > 0 else delta
 
 
 def full_support(
     deltas: Sequence[Tensor], moments: Sequence[Tensor], prior: Tensor, *, prior_weight: float, ridge: float = RIDGE
 ) -> Tensor:
-    """The optimum over all columns, (out, in) float64: what Mix-of-Show's gradient fusion converges to, for comparison.
+    """Return the optimum over all columns, (out, in) float64, to which Mix-of-Show's gradient fusion converges.
 
     Args:
         deltas: each concept's ΔW_j (out, in).
@@ -140,18 +140,18 @@ def full_support(
 def objective(
     delta: Tensor, deltas: Sequence[Tensor], moments: Sequence[Tensor], prior: Tensor, prior_weight: float
 ) -> Tensor:
-    """Σ_j E‖(ΔW − ΔW_j) x_j‖² + λ E‖ΔW x_prior‖² of one layer, a scalar; arguments as in `full_support`."""
+    """Return Σ_j E‖(ΔW − ΔW_j) x_j‖² + λ E‖ΔW x_prior‖² of one layer, a scalar; arguments as in `full_support`."""
     own = [response(delta - each, seen) for each, seen in zip(deltas, moments, strict=True)]
     return torch.stack(own).sum() + prior_weight * response(delta, prior)
 
 
 def response(delta: Tensor, moments: Tensor) -> Tensor:
-    """E‖ΔW x‖² = tr(ΔW E[x xᵀ] ΔWᵀ); of a batch of layers, their sum."""
+    """Return E‖ΔW x‖² = tr(ΔW E[x xᵀ] ΔWᵀ), summed over a batch of layers."""
     return ((delta @ moments) * delta).sum()
 
 
-def _added(total: Tensor | None, more: Tensor) -> Tensor:
-    """The total, in place, with more; a copy of more where there is no total yet."""
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    """Add in place; copy `more` if there is no total yet."""
     return more.clone() if total is None else total.add_(more)
 
 
@@ -160,12 +160,12 @@ def _union(key: str, adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _width(key: str, adapters: Sequence[Adapter]) -> int:
-    """Of FB: how many columns the layer has."""
+    """Return the number of columns of a layer, from FB factors."""
     return next(adapter.factors[key].weight.shape[1] for adapter in adapters if key in adapter.factors)
 
 
 def _on_support(key: str, adapter: Adapter, adapters: Sequence[Adapter], side: Side, union: Tensor) -> Tensor:
-    """A concept's delta on all the columns (out, |union|) or rows (|union|, in); zero if it leaves the layer alone."""
+    """Return a concept's delta on the union of columns (out, |union|) or rows (|union|, in); 0 without this layer."""
     like = next(each.factors[key].weight for each in adapters if key in each.factors)
     shape = (len(like), len(union)) if side == "fa" else (len(union), like.shape[1])
     delta = torch.zeros(shape, dtype=torch.float64)

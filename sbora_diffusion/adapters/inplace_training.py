@@ -1,8 +1,8 @@
-"""Direct training: the columns or rows being trained stand in the base weight itself, so a layer costs one product.
+"""In-place training: the trained columns or rows live in the base weight itself, so a layer costs one product.
 
-The fused kernel adds a narrow product to the layer's own in each direction. Here the trained factor is the master
-copy: before each forward pass the layer writes original + scaled factor into its columns (FA) or rows (FB), and the
-backward pass needs no more than the written weight and the gathered inputs.
+The fused kernel adds a narrow product to the layer's own, in both directions. Here the trained factor is the master
+copy: before each forward pass, original + scaled factor is written into the columns (FA) or rows (FB) of the weight,
+and the backward pass needs only the written weight and the gathered inputs.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from torch.autograd.function import Function, once_differentiable
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.linear_function import (
     add_to_input_gradient,
-    column_places,
+    expand_columns,
     factor_gradient,
     is_quantised,
     overwrite,
@@ -31,47 +31,45 @@ from sbora_diffusion.adapters.peft_variant import SboraVariant
 def inplace_training(model: nn.Module, adapter: str) -> Iterator[list[str]]:
     """Train an SBoRA adapter inside the base weights: same outputs and gradients, up to rounding, in less time.
 
-    Meanwhile the base weights may hold the adapter: read or change them in no other way than by running the model.
-    Everything else works as always (other active adapters, `disable_adapter`, merging): such a layer takes the entries
-    out first, and goes on with the fused kernel. In half precision the written entries are rounded to the weight's
-    dtype, as a merge would do; the trained factor is not. At the end, also after an exception, the base weights are
-    what they were, bit for bit.
+    Within the block, base weights may contain the adapter: do not read or change them, only run the model. Everything
+    else works as usual (other active adapters, `disable_adapter`, merging): the layer restores its weight first and
+    uses the fused kernel. In half precision, written entries are rounded to the weight's dtype, as by a merge; the
+    trained factor is not. At the end, also after an exception, the base weights are restored bit for bit.
 
-    Layers whose weight is quantised, sharded, offloaded, not frozen, used in several places or trained directly already
-    are left as they are.
+    Layers are skipped whose weight is quantised, sharded, offloaded, not frozen, shared, or already trained in place.
 
-    Returns:
-        The names of the modules that are trained directly.
+    Yields:
+        The names of the modules that are trained in place.
     """
-    shared = _shared_places(model)
+    shared = _shared_addresses(model)
     found = {
-        name: DirectWeight(module, adapter)
+        name: InplaceWeight(module, adapter)
         for name, module in model.named_modules()
         if isinstance(module, FastForward) and _is_writable(module, adapter, shared)
     }
     try:
-        for direct in found.values():
-            direct.module.direct = direct
+        for weight in found.values():
+            weight.module.inplace = weight
         yield list(found)
     finally:
-        for direct in found.values():
-            direct.restore()
-            direct.module.direct = None
+        for weight in found.values():
+            weight.restore()
+            weight.module.inplace = None
 
 
-def _shared_places(model: nn.Module) -> set[int]:
-    """Places of the parameters that have several names."""
-    seen = Counter(map(_place, (parameter for _, parameter in model.named_parameters(remove_duplicate=False))))
-    return {place for place, count in seen.items() if count > 1}
+def _shared_addresses(model: nn.Module) -> set[int]:
+    """Return the addresses of parameters with several names."""
+    seen = Counter(map(_address, (parameter for _, parameter in model.named_parameters(remove_duplicate=False))))
+    return {address for address, count in seen.items() if count > 1}
 
 
-def _place(parameter: Tensor) -> int:
-    """Its address; on the meta device, where there is none, its identity."""
+def _address(parameter: Tensor) -> int:
+    """Return a parameter's address in memory; on the meta device, which has none, its identity."""
     return parameter.data_ptr() or id(parameter)
 
 
 def _is_writable(module: Any, adapter: str, shared: set[int]) -> bool:
-    if not isinstance(module.lora_variant.get(adapter), SboraVariant) or module.direct is not None:
+    if not isinstance(module.lora_variant.get(adapter), SboraVariant) or module.inplace is not None:
         return False
     if module.merged or module.fan_in_fan_out:
         return False
@@ -79,11 +77,11 @@ def _is_writable(module: Any, adapter: str, shared: set[int]) -> bool:
     if not has_known_frozen_weight(base) or type(base.weight) is not nn.Parameter or is_quantised(base.weight):
         return False
     is_sharded = any(hasattr(base.weight, mark) for mark in ("_fsdp_flattened", "ds_id"))
-    return not is_sharded and _place(base.weight) not in shared
+    return not is_sharded and _address(base.weight) not in shared
 
 
-class DirectWeight:
-    """One adapter's place in one base weight: what it replaces there, and whether it is written at the moment."""
+class InplaceWeight:
+    """One adapter in one base weight: the original entries, and whether the adapter's are written at the moment."""
 
     def __init__(self, module: Any, adapter: str) -> None:
         self.module, self.adapter = module, adapter
@@ -93,7 +91,7 @@ class DirectWeight:
         self._trained: nn.Linear = (module.lora_B if self.side == "fa" else module.lora_A)[adapter]
         weight, factor = self._base.weight.detach(), self._trained.weight
         self._original = weight.index_select(self._dim, self._index).to(torch.promote_types(weight.dtype, factor.dtype))
-        self._places = column_places(weight, self._index)
+        self._expanded = expand_columns(weight, self._index)
         self._written_scaling: float | None = None  # None while the original entries are in place
 
     @property
@@ -105,48 +103,48 @@ class DirectWeight:
         return self._variant.index_on(self._base.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output (..., out) for x (..., in)."""
+        """Return the layer's output (..., out) for x (..., in)."""
         factor, scaling, index = self._trained.weight, self.module.scaling[self.adapter], self._index
         self._write(factor.detach(), scaling, index)
-        result = _DirectLinear.apply(x, factor, scaling, self, self._base, index)
+        result = _InplaceLinear.apply(x, factor, scaling, self, self._base, index)
         assert isinstance(result, Tensor)
         return result
 
     def holds(self, scaling: float) -> bool:
-        """Whether the adapter is written with this scaling; what was written with another one is taken out."""
+        """Return whether the adapter is written with this scaling; restore the weight if it is another one."""
         if self._written_scaling != scaling:
             self.restore()
         return self._written_scaling == scaling
 
     def _write(self, factor: Tensor, scaling: float, index: Tensor) -> None:
-        """`.data`, for autograd must not take this for a change of the weight: whatever is in these entries, the
-        backward pass knows it from the factor, whose changes autograd does see."""
+        """Write the adapter's entries through `.data`, which autograd does not count as a change of the weight: the
+        backward pass knows these entries from the factor, whose changes autograd does track."""
         weight = self._base.weight.data
         if self._original.device != weight.device:
-            self._original, self._places = self._original.to(weight.device), column_places(weight, index)
+            self._original, self._expanded = self._original.to(weight.device), expand_columns(weight, index)
         written = torch.add(self._original, factor, alpha=scaling).to(weight.dtype)
-        self._written_scaling = scaling  # before: an interrupt in between leaves it to be restored
-        overwrite(weight, self._dim, index, written, self._places)
+        self._written_scaling = scaling  # set first: after an interrupt in between, the weight will be restored
+        overwrite(weight, self._dim, index, written, self._expanded)
 
     def restore(self) -> None:
-        """Put the original entries back, if they are not there."""
+        """Write the original entries back, if the adapter's are there."""
         if self._written_scaling is not None:
             weight = self._base.weight.data
             overwrite(weight, self._dim, self._index, self._original.to(weight))
             self._written_scaling = None
 
 
-class _DirectLinear(Function):
+class _InplaceLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, factor: Tensor, scaling: float, direct: DirectWeight, base: nn.Module, index: Tensor
+        ctx: Any, x: Tensor, factor: Tensor, scaling: float, inplace: InplaceWeight, base: nn.Module, index: Tensor
     ) -> Tensor:
         needs_x, needs_factor, *_ = ctx.needs_input_grad
-        is_gathered = needs_factor and direct.side == "fa"
-        gathered = x.index_select(-1, index) if is_gathered else x  # before the product pushes x out of the caches
+        is_gathered = needs_factor and inplace.side == "fa"
+        gathered = x.index_select(-1, index) if is_gathered else x  # first: the product evicts x from the caches
         y = base(x)
         kept = gathered.to(y.dtype) if is_gathered else x if needs_factor else None
-        ctx.about = x.shape, x.dtype, scaling, direct
+        ctx.about = x.shape, x.dtype, scaling, inplace
         ctx.save_for_backward(kept, base.weight if needs_x else None, factor, index)
         return y
 
@@ -156,15 +154,15 @@ class _DirectLinear(Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         kept, weight, factor, index = ctx.saved_tensors  # raises if the factor has changed
-        shape, dtype, scaling, direct = ctx.about
-        grad, side = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1]), direct.side
+        shape, dtype, scaling, inplace = ctx.about
+        grad, side = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1]), inplace.side
         grad_x = grad_factor = None
         with without_autocast(grad.device.type):  # every cast below is explicit
             if kept is not None:
                 grad_factor = factor_gradient(side, grad, kept, index)
                 grad_factor = grad_factor if scaling == 1 else grad_factor * scaling
             if weight is not None:
-                is_written = direct.holds(scaling)
+                is_written = inplace.holds(scaling)
                 grad_x = grad @ weight.to(grad.dtype)
                 if not is_written:
                     add_to_input_gradient(side, grad_x, grad, factor * scaling, index)

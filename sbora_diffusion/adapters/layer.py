@@ -1,4 +1,4 @@
-"""SBoRA on PEFT's LoRA layers: attach to freshly injected ones, detect in what somebody loaded, collect the result."""
+"""SBoRA on PEFT's LoRA layers: attach to injected adapters, detect in loaded ones, collect the result."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Interval, Side, canonical, indices
 from sbora_diffusion.adapters.file import Factor
-from sbora_diffusion.adapters.peft_layer import end_direct, make_fast
+from sbora_diffusion.adapters.peft_layer import end_inplace_training, make_fast
 from sbora_diffusion.adapters.peft_variant import SboraVariant, trained_factor
 from sbora_diffusion.utils.errors import SboraError
 
@@ -41,23 +41,23 @@ class SboraLayer:
         return self.module.scaling[self.adapter]
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the columns or rows `index` of the base weight: (out, r) for fa, (r, in) for fb."""
+        """Return the change of the columns or rows `index` of the base weight: (out, r) for fa, (r, in) for fb."""
         return self.trained * self.scaling
 
 
 def attach(model: nn.Module, adapter: str, side: Side, interval: Interval, seed: int) -> dict[str, SboraLayer]:
     """Turn a freshly injected LoRA adapter into an SBoRA adapter that changes nothing yet.
 
-    Works in place after any injection (`get_peft_model`, `add_adapter`), on the meta device too: writes one-hot rows
-    into A (FA) or one-hot columns into B (FB) and freezes them for good, sets the other factor to zero, and gives the
-    layers the fast forward.
+    Works in place after any injection (`get_peft_model`, `add_adapter`), also on the meta device: writes one-hot rows
+    into A (FA) or one-hot columns into B (FB) and freezes them permanently, sets the other factor to zero, and gives
+    the layers the fast forward.
 
     Returns:
         The adapter's layers by canonical name.
 
     Raises:
-        SboraError: nothing to attach to, a rank that is not the interval's, an interval that does not fit, a layer
-            that is not linear, or DoRA or another variant of LoRA in the same place.
+        SboraError: no layer to attach to, a rank that is not the interval's, an interval that does not fit, a layer
+            that is not linear, or DoRA or another LoRA variant on the same layer.
     """
     found = {canonical(name): module for name, module in _lora_layers(model, adapter)}
     if not found:
@@ -77,9 +77,8 @@ def attach(model: nn.Module, adapter: str, side: Side, interval: Interval, seed:
 def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
     """Find the layers in which a loaded LoRA adapter has a one-hot factor, and make them SBoRA layers in place.
 
-    One-hot factors may carry a scale per row (as `add_weighted_adapter("cat")` leaves them): it is folded into the
-    other factor. Call it again after a hot-swap. Layers without a one-hot factor are left (or become again) plain
-    LoRA layers.
+    A scale per one-hot row (from `add_weighted_adapter("cat")`) is folded into the other factor. Call this again after
+    a hot-swap. Layers without a one-hot factor stay, or become again, plain LoRA layers.
 
     Returns:
         The layers found, by canonical name.
@@ -96,7 +95,7 @@ def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
 
 
 def collect(model: nn.Module, adapter_name: str, component: str) -> dict[str, Factor]:
-    """Take an adapter out of a live model: detached float32 copies on the CPU, by "<component>.<layer>"."""
+    """Copy an adapter from a live model: detached float32 tensors on the CPU, by "<component>.<layer>"."""
     layers = detect(model, adapter_name)
     if not layers:
         raise SboraError(f"adapter {adapter_name!r} of the {component} has no layer with a one-hot factor")
@@ -138,7 +137,7 @@ def _check_unmerged(name: str, module: LoraLayer, adapter: str) -> None:
 
 
 def _is_free(module: LoraLayer, adapter: str) -> bool:
-    """Whether no other variant of LoRA sits in the slot."""
+    """Return whether no other LoRA variant occupies the adapter's slot."""
     variant = getattr(module, "lora_variant", {}).get(adapter)
     return (variant is None or isinstance(variant, SboraVariant)) and not module.lora_bias[adapter]
 
@@ -171,12 +170,15 @@ def _detect_layer(name: str, module: LoraLayer, adapter: str) -> SboraLayer | No
 
 
 def _one_hot_factor(module: LoraLayer, adapter: str, side: Side) -> tuple[nn.Parameter, int]:
-    """The frozen factor and the dimension along which it is one-hot: A (r, in) and 1, or B (out, r) and 0."""
+    """Return the frozen factor and the dimension along which it is one-hot: A (r, in) and 1, or B (out, r) and 0."""
     return (trained_factor(module, adapter, "fb"), 1) if side == "fa" else (trained_factor(module, adapter, "fa"), 0)
 
 
 def _one_hot_index(factor: Tensor, dim: int) -> Tensor | None:
-    """Where each row (dim 1) or column (dim 0) has its only nonzero entry; None unless all have one, all elsewhere."""
+    """Return where each row (dim 1) or column (dim 0) has its only nonzero entry; None if the factor is not one-hot.
+
+    One-hot means exactly one nonzero entry each, all in different places.
+    """
     if factor.is_meta:
         return None
     nonzero = factor != 0
@@ -197,7 +199,7 @@ def _upgrade(name: str, module: LoraLayer, adapter: str, side: Side, index: Tens
     module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter: (frozen,)}
     module.lora_variant[adapter] = SboraVariant(side, index)  # type: ignore[assignment]  # has a LoraVariant's methods
     make_fast(module)
-    end_direct(module, adapter)  # it knows the columns or rows of the variant that was replaced
+    end_inplace_training(module, adapter)  # it refers to the columns or rows of the replaced variant
     return SboraLayer(name, module, adapter, side, index)
 
 
@@ -209,24 +211,25 @@ def _warn_of_missing_hooks(layers: dict[str, SboraLayer]) -> None:
     missing = {hook for layer in layers.values() for hook in _missing_hooks(layer.module)}
     if missing:
         logger.warning(
-            "this PEFT lacks %s: adapters stay dense LoRAs, slower, same output, and set_adapter unfreezes their basis",
+            "this PEFT has no %s: adapters stay dense LoRAs (slower, same output); set_adapter unfreezes the basis",
             ", ".join(sorted(missing)),
         )
 
 
 def _downgrade(module: LoraLayer, adapter: str) -> None:
-    """Back to a plain LoRA adapter, when a hot-swap has replaced the one-hot factor by a dense one."""
+    """Make an adapter plain LoRA again, after a hot-swap has replaced its one-hot factor by a dense one."""
     if isinstance(getattr(module, "lora_variant", {}).get(adapter), SboraVariant):
         del module.lora_variant[adapter]
         del module.frozen_peft_weight_names[adapter]
 
 
 def keep_linear4bit_unpacked(model: Any) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, and then has no gradient.
+    """Prevent bitsandbytes from repacking the 4-bit layers of any module; call it wherever one is loaded.
 
-    Taking the state dict of a layer that was already repacked is how bitsandbytes unpacks it.
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation. Repacked layers give no
+    gradient, and small ones fail ("N must be divisible by block_n"). Layers that are repacked already are unpacked.
     """
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu":
-            module.state_dict()
+        if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # bitsandbytes unpacks a layer when it is saved

@@ -7,6 +7,7 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.distributed.tensor import DTensor
 
 from sbora_diffusion.adapters.basis import Side
 
@@ -22,8 +23,8 @@ def sbora_linear(
     """y = base_layer(x) + x[..., fa_index] @ fa_weightᵀ, then y[..., fb_index] += x @ fb_weightᵀ.
 
     Several adapters of one side are concatenated along the rank; their indices may repeat. Adapters compute in the
-    dtype of the base layer's output. The backward pass keeps the gathered columns of x for FA, x itself for FB, and
-    only where a gradient is asked for. The base layer is taken to be frozen.
+    dtype of the base layer's output. For the backward pass, the gathered columns of x (FA) or x itself (FB) are saved,
+    and only if a gradient is required. The base layer must be frozen.
 
     Args:
         x: (..., in).
@@ -34,7 +35,7 @@ def sbora_linear(
     Returns:
         (..., out).
     """
-    if not torch.is_grad_enabled():  # a small layer costs hardly more than the bookkeeping of a Function
+    if not torch.is_grad_enabled():  # for a small layer, a Function costs as much as the product
         return _forward(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)[0]
     result = _SboraLinear.apply(x, base_layer, fa_index, fa_weight, fb_index, fb_weight)
     assert isinstance(result, Tensor)
@@ -49,15 +50,17 @@ def _forward(
     fb_index: Tensor | None,
     fb_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and the gathered columns of x (tokens, r) if there is an FA adapter."""
+    """Return the output, and the gathered columns of x (tokens, r) if there is an FA adapter."""
     y = base_layer(x)
     rows = y.reshape(-1, y.shape[-1])  # (tokens, out)
     gathered = None
     if fa_index is not None and fa_weight is not None:
-        gathered = gathered_inputs(x, fa_index, y.dtype)
+        gathered = gather_inputs(x, fa_index, y.dtype)
         rows.addmm_(gathered, fa_weight.to(y.dtype).t())
     if fb_index is not None and fb_weight is not None:
-        with without_autocast(y.device.type):  # a quantised layer answers in its input's dtype, a product would not
+        with without_autocast(
+            y.device.type
+        ):  # a quantised layer returns its input's dtype, under autocast a product does not
             rows.index_add_(-1, fb_index, _narrow_product(_rows(x).to(y.dtype), fb_weight.to(y.dtype)))
     return rows.view(y.shape), gathered
 
@@ -113,18 +116,18 @@ class _SboraLinear(Function):
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Within it nothing is cast by itself. Autocast is off in most backward passes, and this asks before it acts."""
+    """Disable autocast; the check first is cheaper, because autocast is off in most backward passes."""
     is_on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
-def gathered_inputs(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The columns `index` (r,) of x (..., in), as rows (tokens, r) of `dtype`."""
+def gather_inputs(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the columns `index` (r,) of x (..., in), as rows (tokens, r) of `dtype`."""
     return x.index_select(-1, index).reshape(-1, len(index)).to(dtype)
 
 
 def factor_gradient(side: Side, grad: Tensor, kept: Tensor, index: Tensor) -> Tensor:
-    """The gradient of the trained factor: (out, r) for fa, (r, in) for fb.
+    """Return the gradient of the trained factor: (out, r) for fa, (r, in) for fb.
 
     Args:
         grad: (tokens, out), of the layer's output.
@@ -136,7 +139,7 @@ def factor_gradient(side: Side, grad: Tensor, kept: Tensor, index: Tensor) -> Te
 
 
 def add_to_input_gradient(side: Side, grad_x: Tensor, grad: Tensor, factor: Tensor, index: Tensor) -> None:
-    """Add, in place, what an adapter contributes to grad_x (tokens, in), given grad (tokens, out)."""
+    """Add an adapter's contribution to grad_x (tokens, in) in place, given grad (tokens, out)."""
     factor = factor.to(grad.dtype)
     if side == "fa":
         grad_x.index_add_(-1, index, _narrow_product(grad, factor.t()))
@@ -149,27 +152,41 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _narrow_product(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows (n, k) @ factorᵀ (k, r), r small, as (factor @ rowsᵀ)ᵀ: BLAS on CPUs is up to eight times faster at that."""
+    """Return rows (n, k) @ factorᵀ (k, r) for a small r, as (factor @ rowsᵀ)ᵀ: up to eight times faster on CPUs."""
     return (factor @ rows.t()).t()
 
 
-def overwrite(weight: Tensor, dim: int, index: Tensor, values: Tensor, places: Tensor | None = None) -> None:
-    """Put values (r, in) into the rows `index` of a weight (out, in), or (out, r) into its columns if `dim` is 1.
+def overwrite(weight: Tensor, dim: int, index: Tensor, values: Tensor, expanded: Tensor | None = None) -> None:
+    """Write values (r, in) into the rows `index` of a weight (out, in), or (out, r) into its columns if `dim` is 1.
 
     Args:
-        places: `column_places(weight, index)`, if it is known.
+        expanded: `expand_columns(weight, index)`, if it is known.
     """
     if dim == 0:
         weight.index_copy_(0, index, values)
     else:  # two to three times faster than index_copy_ on CPUs
-        weight.scatter_(1, column_places(weight, index) if places is None else places, values)
+        weight.scatter_(1, expand_columns(weight, index) if expanded is None else expanded, values)
 
 
-def column_places(weight: Tensor, index: Tensor) -> Tensor:
-    """The columns `index` (r,) of each row of a weight (out, in): a view (out, r)."""
+def expand_columns(weight: Tensor, index: Tensor) -> Tensor:
+    """Return the columns `index` (r,) for each row of a weight (out, in): a view (out, r)."""
     return index.expand(weight.shape[0], -1)
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether the entries of a weight cannot be read or written one by one."""
+    """Return whether the entries of a weight are packed, so that they cannot be read or written one by one."""
     return getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
+
+
+def full_weight(weight: Any) -> Tensor:
+    """Return a weight (out, in) dequantised and gathered; if it is sharded, all processes must call this together."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    return dequantize_bnb_weight(weight) if is_quantised(weight) else weight
+
+
+def num_held(weight: Any) -> int:
+    """Count the entries of a weight that this process holds, packed ones included."""
+    if isinstance(weight, DTensor):
+        return weight.to_local().numel()
+    return weight.quant_state.shape.numel() if is_quantised(weight) else weight.numel()

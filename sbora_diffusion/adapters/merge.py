@@ -1,4 +1,4 @@
-"""Several adapters become one."""
+"""Merge several adapters into one by a sum."""
 
 import logging
 import math
@@ -19,22 +19,22 @@ logger = logging.getLogger(__name__)
 
 _BAKE = "write them all into one pipeline: sbora-diffusion bake NAME NAME --out FOLDER"
 _HINTS = {
-    "side": f"FA writes columns and FB rows, one file holds one of both. Train them with one method, or {_BAKE}",
-    "method_name": f"Each method has a merge of its own. Train them with one method, or {_BAKE}",
-    "embedding_layers": "Their tokens are made for other models. Train them with one layerwise_tokens.",
-    "seed": f"Their intervals count in different orders. Train them with one basis_seed, or {_BAKE}",
-    "base_fingerprint": "Each belongs to a base model of its own. Train them for the same one.",
+    "side": f"FA writes columns and FB rows; a file holds one kind. Train them with one method, or {_BAKE}",
+    "method_name": f"Each method has its own merge. Train them with one method, or {_BAKE}",
+    "embedding_layers": "Train them with the same layerwise_tokens.",
+    "seed": f"Their intervals refer to different permutations. Train them with one basis_seed, or {_BAKE}",
+    "base_fingerprint": "Train them for the same base model.",
 }
 
 
 def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["sum"]) -> Adapter:
-    """Put adapters of one base together: ΔW = Σ weight · ΔW_i, over the union of their columns or rows.
+    """Sum adapters of one base: ΔW = Σ weight · ΔW_i, over the union of their columns or rows.
 
-    Shared columns are added, in float64. The result is the same, bit for bit, whatever the order of the arguments. A
-    token that several adapters have is renamed in all but the first of them, by name and content: "<dog-2>".
+    Shared columns are added in float64. The result does not depend on the order of the arguments, bit for bit. A token
+    that several adapters have is renamed in all but the first, in the order of names and contents: "<dog-2>".
 
     Raises:
-        SboraError: adapters of different sides, seeds or base models, layers of different shapes, nothing to merge.
+        SboraError: no adapters, different sides, seeds or base models, or layers of different shapes.
     """
     if how != "sum":
         raise SboraError(f"got merge method {how!r}, expected 'sum'")
@@ -45,18 +45,20 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
 
 
 def merged_name(adapters: Sequence[Adapter]) -> str:
-    """`cat+dog`, what a merge of them is called."""
+    """Return the name of a merge, such as `cat+dog`."""
     return "+".join(sorted(adapter.spec.name for adapter in adapters))
 
 
 def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
-    """What is merged, by name and content, so that no merge depends on the order of its arguments.
+    """Sort adapters by name and content, so that no merge depends on the order of its arguments.
 
     Raises:
         SboraError: as in `merge`.
     """
     if len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
-        raise SboraError(f"got {len(adapters)} adapters and the weights {list(weights)}, expected one number for each")
+        raise SboraError(
+            f"got {len(adapters)} adapters and the weights {list(weights)}, expected one finite weight for each"
+        )
     pairs = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].spec.name, _digest(*pair)))
     check_mergeable([adapter.spec for adapter, _ in pairs])
     _warn_of_repeated_parents([adapter.spec for adapter, _ in pairs])
@@ -66,7 +68,7 @@ def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[lis
 def put_together(
     adapters: Sequence[Adapter], weights: Sequence[float], factors: Mapping[str, Factor], recipe: Mapping[str, Any]
 ) -> Adapter:
-    """The adapter of merged factors, with all tokens (renamed where several adapters have one) and where it is from."""
+    """Make the adapter of merged factors, with all tokens (renamed if several adapters have one) and its parents."""
     renamings = _renamings(adapters)
     tokens = {}
     for adapter, names in zip(adapters, renamings, strict=True):
@@ -75,7 +77,7 @@ def put_together(
 
 
 def distinct_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The same adapters, in the same order, so that no two have a token or a name in common: later ones are renamed."""
+    """Rename later adapters and tokens so that no two adapters have a name or a token in common."""
     named = []
     for adapter, names in zip(adapters, _renamings(adapters), strict=True):
         spec = adapter.spec
@@ -88,7 +90,7 @@ def distinct_tokens(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def check_mergeable(specs: Sequence[Spec], same: Sequence[str] = tuple(_HINTS)) -> None:
-    """SboraError unless there are adapters, and all agree on what `same` names."""
+    """Raise SboraError unless there are adapters, all with the same value of each attribute in `same`."""
     if not specs:
         raise SboraError("got no adapters, expected at least one")
     for what in same:
@@ -100,20 +102,22 @@ def check_mergeable(specs: Sequence[Spec], same: Sequence[str] = tuple(_HINTS)) 
 
 
 def _warn_of_repeated_parents(specs: Sequence[Spec]) -> None:
-    """A concept that two merges brought along counts twice: its columns are added."""
+    """Warn of a concept that is in two merges: its columns are added twice."""
     parents = Counter(parent for spec in specs for parent in spec.parents or (spec.name,))
     for parent, number in parents.items():
         if number > 1:
-            logger.warning("%s is in %d of what is merged: where both write, it counts several times", parent, number)
+            logger.warning(
+                "%s is in %d of the merged adapters: it counts several times in columns that they share", parent, number
+            )
 
 
 def _digest(adapter: Adapter, weight: float) -> bytes:
-    """Tells adapters of the same name apart, whatever the order they come in."""
+    """Return what sorts adapters of the same name."""
     return blake2b(adapter.to_bytes() + float(weight).hex().encode()).digest()
 
 
 def _sum_layer(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Factor:
-    """Σ weight · ΔW of one layer, over the ascending union of the indices."""
+    """Return Σ weight · ΔW of one layer, over the ascending union of the indices."""
     owners = [(a.factors[key], weight) for a, weight in zip(adapters, weights, strict=True) if key in a.factors]
     union = torch.cat([factor.index for factor, _ in owners]).unique()  # sorted
     dim = 1 if adapters[0].spec.side == "fa" else 0
@@ -127,9 +131,9 @@ def _sum_layer(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) 
 
 
 def _renamings(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
-    """For each adapter, its tokens' names in the merge: the first owner keeps a name, the next gets "<name-2>".
+    """Return each adapter's token names in the merge: the first owner keeps a name, the next gets "<name-2>".
 
-    Capitals make no other name: tokenizers read them as small letters.
+    Names that differ only in case are equal, because tokenizers ignore case.
     """
     taken = {token.casefold() for adapter in adapters for token in adapter.spec.tokens}
     kept, renamings = set[str](), []
@@ -138,14 +142,14 @@ def _renamings(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
         for token in sorted(token for token in names if token.casefold() in kept):
             names[token] = next(name for name in _numbered(token) if name.casefold() not in taken)
             taken.add(names[token].casefold())
-            logger.warning("%s of %s is called %s in the merge", token, adapter.spec.name, names[token])
+            logger.warning("%s of %s is renamed to %s in the merge", token, adapter.spec.name, names[token])
         kept.update(token.casefold() for token in adapter.spec.tokens)
         renamings.append(names)
     return renamings
 
 
 def _numbered(token: str) -> Iterator[str]:
-    """<dog-2>, <dog-3>, …"""
+    """Generate <dog-2>, <dog-3>, …"""
     stem, end = (token[:-1], ">") if token.endswith(">") else (token, "")
     return (f"{stem}-{number}{end}" for number in count(2))
 

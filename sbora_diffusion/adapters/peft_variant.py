@@ -1,4 +1,4 @@
-"""What a PEFT LoRA layer does with an SBoRA adapter: forward, merge by writing columns, exact unmerge."""
+"""The LoRA variant of SBoRA in PEFT's layers: forward, merge by writing columns or rows, exact unmerge."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from sbora_diffusion.utils.errors import SboraError
 
 
 class SboraVariant:
-    """One adapter of one layer, in the slot where PEFT looks for a `LoraVariant` (same methods, signatures tested).
+    """One adapter of one layer, with the methods of PEFT's `LoraVariant` (tests compare the signatures).
 
-    PEFT's variants are stateless; this one knows its side and index, and between merge and unmerge the original
-    columns (FA) or rows (FB), so that unmerge restores them bit for bit whatever happened to the scale meanwhile.
+    PEFT's variants are stateless. This one holds its side and index, and between merge and unmerge the original
+    columns (FA) or rows (FB): unmerge restores them bit for bit, even if the scale has changed meanwhile.
     """
 
     def __init__(self, side: Side, index: Tensor) -> None:
@@ -27,9 +27,9 @@ class SboraVariant:
         return True
 
     def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to do: `attach` has written the factors."""
+        """Do nothing: `attach` writes the factors."""
 
-    def forward(  # PEFT hands keywords of other variants to all
+    def forward(  # PEFT passes the keywords of all variants
         self,
         module: Any,
         active_adapter: str,
@@ -37,7 +37,7 @@ class SboraVariant:
         result: Tensor,
         **kwargs: Any,  # noqa: ARG002
     ) -> Tensor:
-        """The general path: dropout, mixed batches, quantisers that the kernel does not know."""
+        """Compute the output on the general path: dropout, mixed batches, quantisers unknown to the kernel."""
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         index = self.index_on(x.device)
         if self.side == "fa":
@@ -62,7 +62,7 @@ class SboraVariant:
         return orig_weight.data
 
     def index_on(self, device: torch.device) -> Tensor:
-        """The index where the computation is. It follows the model to another device, but not to the meta device."""
+        """Return the index on a device. It follows the model to another device, but not to the meta device."""
         if self.index.device != device and device.type != "meta":
             self.index = self.index.to(device)
         return self.index.to(device)
@@ -86,7 +86,7 @@ class SboraVariant:
 
 
 def trained_factor(module: LoraLayer, adapter: str, side: Side) -> nn.Parameter:
-    """B (out, r) for FA, A (r, in) for FB."""
+    """Return B (out, r) for FA, or A (r, in) for FB."""
     factor = (module.lora_B if side == "fa" else module.lora_A)[adapter]
     assert isinstance(factor, nn.Linear)
     assert isinstance(factor.weight, nn.Parameter)
@@ -94,5 +94,5 @@ def trained_factor(module: LoraLayer, adapter: str, side: Side) -> nn.Parameter:
 
 
 def _out_by_in(module: Any, weight: Tensor) -> Tensor:
-    """A view (out, in) of the base weight: transformers' Conv1D stores its transpose."""
+    """Return a view (out, in) of the base weight: transformers' Conv1D stores its transpose."""
     return weight.t() if getattr(module, "fan_in_fan_out", False) else weight

@@ -1,4 +1,4 @@
-"""What a concept file says about its adapter besides the numbers, as one JSON object."""
+"""The metadata of a concept file, as one JSON object."""
 
 import json
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 
-FORMAT = 1  # SBoRA adapters, as they always were
-FORMAT_OF_METHODS = 2  # other methods' adapters: two more keys
+FORMAT = 1  # SBoRA adapters
+FORMAT_OF_METHODS = 2  # adapters of other methods: two more keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """Everything about an adapter but its numbers."""
+    """Everything about an adapter except its tensors."""
 
     side: Side
     rank: int  # the largest number of columns or rows of any layer
@@ -25,13 +25,13 @@ class Spec:
     base_fingerprint: str
     tokens: dict[str, str]  # token -> class noun, {"<dog>": "dog"}
     name: str
-    parents: tuple[str, ...] = ()  # the names that were merged
+    parents: tuple[str, ...] = ()  # names of the adapters that it was merged from
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
-    method: str = ""  # "" is SBoRA of this side; of other methods the side says nothing, unless they own an interval
-    embedding_layers: int = 0  # a token has its own embeddings for each of so many cross-attention layers; 0: for all
+    method: str = ""  # "": SBoRA of this side; for other methods the side matters only if they own an interval
+    embedding_layers: int = 0  # cross-attention layers for which tokens have separate embeddings; 0: shared by all
 
     def __post_init__(self) -> None:
         if self.format not in (FORMAT, FORMAT_OF_METHODS):
@@ -56,7 +56,7 @@ class Spec:
 
     @property
     def method_name(self) -> str:
-        """Such as sbora-fa or lora."""
+        """The method's full name, such as sbora-fa or lora."""
         return self.method or f"sbora-{self.side}"
 
     def to_json(self) -> str:
@@ -70,14 +70,14 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str) -> "Spec":
-        """Inverse of `to_json`; every key must be there, known and of its type."""
+        """Parse the output of `to_json`; every key must be present, known and of its type."""
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SboraError(f"the sbora metadata is not JSON ({error})") from None
         types = _TYPES | (_TYPES_OF_METHODS if isinstance(fields, dict) and "method" in fields else {})
         if not isinstance(fields, dict) or fields.keys() != types.keys():
-            raise SboraError(f"the sbora metadata must have the keys {', '.join(types)} and no other")
+            raise SboraError(f"the sbora metadata must have exactly the keys {', '.join(types)}")
         for key, kind in types.items():
             if type(fields[key]) is not kind:
                 raise SboraError(f"metadata {key} is {type(fields[key]).__name__}, expected {kind.__name__}")
@@ -91,9 +91,9 @@ class Spec:
 
 
 def check_file_name(name: str) -> None:
-    """SboraError unless a concept's name can be a file's, wherever folders are named after it."""
+    """Raise SboraError unless a concept's name is valid as the name of a file or folder."""
     if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
-        raise SboraError(f"got the name {name!r}, expected one without slashes and leading dots")
+        raise SboraError(f"got the name {name!r}, expected a name without slashes and leading dots")
 
 
 _TYPES: dict[str, type] = {

@@ -1,1 +1,1 @@
-"""Adapters in the formats of other programs, and back: PEFT, diffusers, kohya, and files of token embeddings."""
+"""Export to and import from other programs: PEFT, diffusers, kohya, and files of token embeddings."""

@@ -1,4 +1,4 @@
-"""Files of learned tokens: one a token, in the layout of diffusers, of kohya, or of SDXL's pair of encoders."""
+"""Files of learned tokens, one each, in the layout of diffusers, kohya, or SDXL's two encoders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from sbora_diffusion.interchange.safefile import read_tensors
 from sbora_diffusion.utils.errors import SboraError
 
-BUNDLED = "bundle_emb."  # A1111 puts embeddings into LoRA files, under this prefix
+BUNDLED = "bundle_emb."  # prefix of embeddings that A1111 stores in LoRA files
 _TOKEN, _NOUN = "sbora.token", "sbora.noun"  # metadata
 _PARTS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _BUNDLED_ENDS = (".string_to_param.*", *(f".{part}" for part in _PARTS))
@@ -21,16 +21,16 @@ class Embedding:
     """A learned token."""
 
     token: str
-    noun: str | None  # of the token's class, if the file says it
+    noun: str | None  # of the token's class, if it is in the file
     vectors: dict[str, Tensor]  # component -> (n, hidden) float32
 
 
 def embedding_file(embedding: Embedding, *, kohya: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a token's file.
+    """Return tensors and metadata of a token's file.
 
     Args:
-        kohya: one encoder's embedding as `emb_params`, for ComfyUI and A1111, instead of under the token's own name,
-            for diffusers. Two encoders' are `clip_l` and `clip_g` for all of them.
+        kohya: store one encoder's embedding as `emb_params`, for ComfyUI and A1111, instead of under the token itself,
+            for diffusers. Two encoders' embeddings are `clip_l` and `clip_g` in both layouts.
     """
     vectors = embedding.vectors
     if "text_encoder_2" in vectors:
@@ -42,7 +42,7 @@ def embedding_file(embedding: Embedding, *, kohya: bool) -> tuple[dict[str, Tens
 
 
 def read_embedding(path: Path) -> Embedding:
-    """Read a token's file of any layout; one that has not the token's name in it is named after the file."""
+    """Read a token's file of any layout; a token without a name is named after the file."""
     metadata, tensors = read_tensors(path)
     try:
         return _embedding(metadata.get(_TOKEN) or f"<{path.stem}>", metadata.get(_NOUN), tensors)
@@ -51,7 +51,7 @@ def read_embedding(path: Path) -> Embedding:
 
 
 def bundled_embeddings(tensors: Mapping[str, Tensor]) -> list[Embedding]:
-    """The tokens in a LoRA file, under keys that begin with `BUNDLED`."""
+    """Return the tokens in a LoRA file, whose keys begin with `BUNDLED`."""
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(BUNDLED):
@@ -78,7 +78,9 @@ def _embedding(token: str, noun: str | None, tensors: Mapping[str, Tensor]) -> E
 def _matrix(token: str, tensor: Tensor) -> Tensor:
     matrix = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
     if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
-        raise SboraError(f"token {token!r}: got {tensor.dtype} {tuple(tensor.shape)}, expected (n, hidden) numbers")
+        raise SboraError(
+            f"token {token!r}: got {tensor.dtype} {tuple(tensor.shape)}, expected a floating-point matrix (n, hidden)"
+        )
     if not torch.isfinite(matrix).all():
-        raise SboraError(f"token {token!r}: some numbers are not finite")
+        raise SboraError(f"token {token!r}: some values are not finite")
     return matrix.float()

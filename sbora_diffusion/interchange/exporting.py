@@ -1,4 +1,4 @@
-"""Export: an adapter as a folder of files that other programs load."""
+"""Export an adapter as a folder of files that other programs load."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +14,7 @@ from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_compon
 from sbora_diffusion.interchange.provenance import provenance
 from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 Format = Literal["diffusers", "kohya", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -32,29 +32,27 @@ def export(
     date: str,
     force: bool = False,
 ) -> list[Path]:
-    """Write an adapter in the format of other programs.
-
-    The scale is folded in, one LoRA with alpha = rank. An adapter that was merged from several becomes one LoRA.
+    """Write an adapter in the format of other programs, as one LoRA with the scale folded in and alpha = rank.
 
     Args:
         layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
         to: one of `FORMATS`.
-        resolution, date: for the metadata: pixels of an image's side; today, ISO 8601.
+        resolution, date: for the metadata: an image's side in pixels, and today as ISO 8601.
 
     Returns:
-        What was written: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory's
-        files for each component (peft), and `embeddings/<token>.safetensors` for each learned token.
+        The files: `pytorch_lora_weights.safetensors` (diffusers), `<name>.safetensors` (kohya) or a directory for each
+        component (peft), and `embeddings/<token>.safetensors` for each learned token.
 
     Raises:
-        SboraError: the adapter does not fit the layers, a file exists and `force` is false, components that the format
-            has no names for, embeddings for each layer, a change that is no LoRA. Nothing is written then.
+        SboraError: the adapter does not fit the layers, a file exists and `force` is false, the format has no name for
+            a component, tokens have embeddings for each layer, or a change is no LoRA. Nothing is written then.
     """
     if to not in FORMATS:
         raise SboraError(f"got format {to!r}, expected one of {', '.join(FORMATS)}")
     if adapter.spec.embedding_layers:
         raise SboraError(
-            f"the token of {adapter.spec.name!r} has embeddings for each layer, which other programs do not know",
-            "train with --set layerwise_tokens=0",
+            f"the token of {adapter.spec.name!r} has embeddings for each layer, which other programs cannot load",
+            "Train with --set layerwise_tokens=false.",
         )
     loras = to_loras(adapter, layer_shapes)
     about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
@@ -70,7 +68,7 @@ def export(
     if existing and not force:
         raise SboraError(f"{existing[0]} exists", hint="Choose another folder, or overwrite it with --force.")
     for name, content in files.items():
-        write_atomically(folder / name, content)
+        write_file(folder / name, content, overwrite=True)
     return [folder / name for name in files]
 
 
@@ -98,5 +96,5 @@ def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
 
 
 def _slug(text: str) -> str:
-    """A file's name: ComfyUI knows tokens by it, so no brackets and spaces."""
+    """Return a file name without brackets and spaces: in ComfyUI, prompts contain it."""
     return re.sub(r"[^\w+-]+", "-", text).strip("-") or "token"

@@ -1,4 +1,4 @@
-"""Import: an adapter from the files of other programs, if it is SBoRA at heart."""
+"""Import adapters from the files of other programs, if one factor of each layer is one-hot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,23 +21,22 @@ from sbora_diffusion.utils.errors import SboraError
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """What files of another program hold."""
+    """The content of another program's files."""
 
     path: Path
-    loras: dict[str, Lora]  # by the file's own names of layers
+    loras: dict[str, Lora]  # by layer names as in the file
     embeddings: tuple[Embedding, ...]
-    spec: Spec | None  # what we wrote when we exported it
+    spec: Spec | None  # from our own exports
 
 
 def read_foreign(path: Path, embeddings: Sequence[Path] = ()) -> Foreign:
     """Read a LoRA file of diffusers or kohya, a PEFT directory, or a folder that `export` wrote.
 
     Args:
-        embeddings: files of learned tokens. Those in `embeddings/` beside the LoRA are read without being named, if we
-            wrote it.
+        embeddings: files of learned tokens. For our own exports, those in `embeddings/` are found automatically.
 
     Raises:
-        SboraError: whatever is wrong with a file; it names the file.
+        SboraError: any defect of a file, which it names.
     """
     metadata, loras, bundled = _read(path)
     try:
@@ -55,18 +54,18 @@ def read_foreign(path: Path, embeddings: Sequence[Path] = ()) -> Foreign:
 def to_adapter(
     foreign: Foreign, layer_shapes: Mapping[str, tuple[int, int]], base: tuple[str, str], name: str, noun: str = ""
 ) -> Adapter:
-    """The SBoRA adapter that a LoRA is.
+    """Convert a LoRA to an SBoRA adapter.
 
-    What we wrote into the file about it is kept, if the numbers agree; the columns are always read off the numbers.
+    Metadata of our own exports is kept where it agrees with the tensors; columns are always read from the tensors.
 
     Args:
         layer_shapes: "<component>.<layer>" -> (out, in), of the base model's layers.
-        base: id and fingerprint of the base model, for a file that does not say which it was trained for.
-        name: of the concept.
-        noun: class of tokens whose files do not say it; the token's own name if empty.
+        base: id and fingerprint of the base model, for files without this metadata.
+        name: the concept's name.
+        noun: the class noun of tokens without one in their file; if empty, the token's own name.
 
     Raises:
-        SboraError: a dense LoRA, layers or tokens that do not fit the base model, a token that is missing.
+        SboraError: a dense LoRA, layers or tokens that do not fit the base model, or a missing token.
     """
     try:
         side, factors = from_loras(foreign.loras, foreign.spec.side if foreign.spec else "fa")
@@ -92,7 +91,7 @@ def to_adapter(
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Lora], list[Embedding]]:
-    """Metadata, LoRAs, and the tokens that A1111 would have put among them."""
+    """Return metadata, LoRAs, and the embeddings that A1111 stores in the same file."""
     if path.is_dir() and is_peft_folder(path):
         return *read_peft(path), []
     file = _lora_in(path) if path.is_dir() else path
@@ -105,12 +104,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Lora], list[Embedding]]
 
 
 def _lora_in(folder: Path) -> Path:
-    """The one LoRA file of a folder."""
+    """Return the only LoRA file of a folder."""
     files = sorted(folder.glob("*.safetensors"))
     if folder / LORA_NAME in files:
         return folder / LORA_NAME
     if len(files) != 1:
-        raise SboraError(f"{folder}: has {len(files)} safetensors files, expected one", hint="Name the file itself.")
+        raise SboraError(
+            f"{folder}: has {len(files)} safetensors files, expected one", hint="Give the path of the file."
+        )
     return files[0]
 
 
@@ -121,7 +122,7 @@ def _check_shapes(loras: Mapping[str, Lora], layer_shapes: Mapping[str, tuple[in
             expected = "×".join(map(str, layer_shapes[key]))
             raise SboraError(
                 f"layer {key} is for a weight of {shape[0]}×{shape[1]}, the base model has {expected}",
-                hint="Name the base model that it was trained for, with --base.",
+                hint="Give its base model with --base.",
             )
 
 
@@ -131,12 +132,12 @@ def _nouns(foreign: Foreign, noun: str) -> dict[str, str]:
     tokens = [embedding.token for embedding in foreign.embeddings]
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice:
-        raise SboraError(f"the token {twice!r} comes from two files", hint="Name only one of them with --embedding.")
+        raise SboraError(f"the token {twice!r} is in two files", hint="Give only one of them with --embedding.")
     missing = [token for token in claimed if token not in tokens]
     if missing:
         raise SboraError(
-            f"the token {missing[0]!r} belongs to it and is in none of the files",
-            hint="Name its file with --embedding FILE.",
+            f"the token {missing[0]!r} belongs to it, but is in none of the files",
+            hint="Give its file with --embedding FILE.",
         )
     return {
         one.token: one.noun or claimed.get(one.token) or noun or one.token.strip("<>") for one in foreign.embeddings
@@ -144,16 +145,16 @@ def _nouns(foreign: Foreign, noun: str) -> dict[str, str]:
 
 
 def _tokens(foreign: Foreign, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """The embeddings by "<component>.<token>"."""
+    """Return the embeddings by "<component>.<token>"."""
     found = {}
     for embedding in foreign.embeddings:
         for component, vectors in embedding.vectors.items():
             widths = [in_dim for key, (_, in_dim) in layers.items() if key.startswith(f"{component}.")]
             if not widths or vectors.shape[1] not in widths:
                 raise SboraError(
-                    f"the token {embedding.token!r} has {vectors.shape[1]} numbers a vector, which do not fit the base "
-                    f"model's {component} ({', '.join(map(str, sorted(set(widths)))) or 'it has none'})",
-                    hint="Name the base model that it was trained for, with --base.",
+                    f"the token {embedding.token!r} has vectors of width {vectors.shape[1]}, which do not fit the "
+                    f"base model's {component} ({', '.join(map(str, sorted(set(widths)))) or 'it has none'})",
+                    hint="Give its base model with --base.",
                 )
             found[f"{component}.{embedding.token}"] = vectors
     return found

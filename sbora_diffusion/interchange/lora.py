@@ -1,4 +1,4 @@
-"""The plain LoRA that an adapter is for every other program, and back to SBoRA if one of its factors is one-hot."""
+"""Convert adapters to plain LoRAs, and back if one of the factors is one-hot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,29 +27,29 @@ class Lora:
         return self.down.shape[0]
 
     def padded(self, rank: int) -> "Lora":
-        """The same ΔW and scale in a higher rank, with zeros."""
+        """Return the same ΔW and scale in a higher rank, padded with zeros."""
         more = rank - self.rank
         return Lora(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.scale)
 
 
 def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Lora]:
-    """The adapter as LoRAs of scale one: one-hot rows in `down` for FA, one-hot columns in `up` for FB.
+    """Convert an adapter to LoRAs of scale one: one-hot rows in `down` for FA, one-hot columns in `up` for FB.
 
-    Low-rank adapters of other methods are what they are.
+    Low-rank adapters of other methods are returned as they are.
 
-    Where layers differ in rank, all are padded to the highest: diffusers gets the scale of kohya files wrong if alpha
-    differs from layer to layer, and vLLM knows one rank and alpha only.
+    If layers differ in rank, all are padded to the highest: diffusers misreads the scale of kohya files with several
+    alphas, and vLLM supports only one rank and alpha.
 
     Args:
-        layer_shapes: "<component>.<layer>" -> (out, in), of the adapter's layers at least: the adapter does not know
-            how many columns (FA) or rows (FB) there are.
+        layer_shapes: "<component>.<layer>" -> (out, in), of the adapter's layers at least; the adapter does not hold
+            the number of columns (FA) or rows (FB).
 
     Raises:
-        SboraError: the adapter does not fit these shapes, has no layer, or changes that are no product of two factors.
+        SboraError: the adapter does not fit these shapes, has no layer, or has changes that are no LoRA.
     """
     check_fits(adapter, layer_shapes)
     if not (adapter.factors or adapter.dense):
-        raise SboraError(f"adapter {adapter.spec.name!r} has no layer", "its token alone is in the concept file")
+        raise SboraError(f"adapter {adapter.spec.name!r} has no layer", "It consists of a token only.")
     loras = {key: _as_lora(adapter, key, dense) for key, dense in adapter.dense.items()}
     for key, factor in adapter.factors.items():
         out_dim, in_dim = layer_shapes[key]
@@ -66,23 +66,23 @@ def _as_lora(adapter: Adapter, key: str, dense: Dense) -> Lora:
     if dense.down is None or dense.magnitude is not None:
         raise SboraError(
             f"{adapter.spec.name!r} is of the method {adapter.spec.method_name}, whose change of {key} is no LoRA",
-            "write it into a pipeline for other programs: sbora-diffusion bake",
+            "Write it into a pipeline for other programs: sbora-diffusion bake",
         )
     return Lora(down=dense.down, up=dense.up)
 
 
 def common_rank(loras: Mapping[str, Lora]) -> int:
-    """The highest rank of any layer."""
+    """Return the highest rank of any layer."""
     return max(lora.rank for lora in loras.values())
 
 
 def from_loras(loras: Mapping[str, Lora], prefer: Side = "fa") -> tuple[Side, dict[str, Factor]]:
-    """Inverse of `to_loras`: find the one-hot factors, and fold what scales them into the other ones.
+    """Invert `to_loras`: find the one-hot factors, and fold their scale into the other ones.
 
-    Columns or rows that occur twice (LoRAs that were concatenated) are added in float64, padding is left out.
+    Columns or rows that occur twice (concatenated LoRAs) are added in float64; padding is dropped.
 
     Args:
-        prefer: which factors to take for one-hot if both are.
+        prefer: the side to choose if both factors are one-hot.
 
     Raises:
         SboraError: a LoRA without a one-hot factor, or one-hot factors that are not all of one side.
@@ -100,23 +100,23 @@ def from_loras(loras: Mapping[str, Lora], prefer: Side = "fa") -> tuple[Side, di
         raise SboraError(
             f"is a dense LoRA, not an SBoRA adapter: neither factor of layer {dense[0]} is one-hot "
             f"({len(dense)} of {len(loras)} layers)",
-            hint="Use it with diffusers or ComfyUI as it is: it owns no columns, so it cannot be taken out exactly.",
+            hint="Use it directly in diffusers or ComfyUI: it owns no columns, so it cannot be removed exactly.",
         )
     raise SboraError(
-        "has one-hot columns in some layers and one-hot rows in others", hint="Export SBoRA-FA and SBoRA-FB apart."
+        "has one-hot columns in some layers and one-hot rows in others", hint="Export SBoRA-FA and SBoRA-FB separately."
     )
 
 
 def owned_intervals(
     factors: Mapping[str, Factor], loras: Mapping[str, Lora], side: Side, seed: int, claimed: Sequence[Interval] = ()
 ) -> tuple[Interval, ...]:
-    """The intervals of the ledger that the indices stand for.
+    """Find the intervals of the ledger that the indices belong to.
 
     Args:
-        claimed: what the file says they are; kept if all indices lie in them.
+        claimed: the intervals in the file's metadata, kept if all indices lie in them.
 
     Returns:
-        None if the layers differ in their positions.
+        The intervals; none if the layers differ in their positions.
     """
     owned = set()
     for key, factor in factors.items():
@@ -129,7 +129,7 @@ def owned_intervals(
 
 
 def check_lora(key: str, lora: Lora) -> None:
-    """SboraError unless the factors are finite matrices that can be multiplied."""
+    """Raise SboraError unless the factors are finite matrices that can be multiplied."""
     for name, factor in (("down", lora.down), ("up", lora.up)):
         if factor.ndim != 2 or factor.numel() == 0:
             shape = "×".join(map(str, factor.shape))
@@ -137,7 +137,7 @@ def check_lora(key: str, lora: Lora) -> None:
         if not factor.is_floating_point():
             raise SboraError(f"the {name} factor of layer {key} has dtype {factor.dtype}, expected floating point")
         if not factor.isfinite().all():
-            raise SboraError(f"the {name} factor of layer {key} has numbers that are not finite")
+            raise SboraError(f"the {name} factor of layer {key} has values that are not finite")
     if lora.up.shape[1] != lora.rank:
         raise SboraError(f"the factors of layer {key} have the ranks {lora.rank} (down) and {lora.up.shape[1]} (up)")
     if not math.isfinite(lora.scale):
@@ -145,7 +145,7 @@ def check_lora(key: str, lora: Lora) -> None:
 
 
 def _factor(lora: Lora, side: Side) -> Factor | None:
-    """What a LoRA adds to single columns (FA) or rows (FB); None if its factor of that side is not one-hot."""
+    """Return a LoRA's change of single columns (FA) or rows (FB); None if that factor is not one-hot."""
     one_hot, trained = (lora.down, lora.up) if side == "fa" else (lora.up.t(), lora.down.t())  # (r, dim), (other, r)
     is_used = one_hot.any(1)  # the others are padding
     one_hot, trained = one_hot[is_used], trained[:, is_used]
@@ -166,7 +166,7 @@ def _positions(intervals: Sequence[Interval]) -> set[int]:
 
 
 def _runs(positions: Sequence[int]) -> list[Interval]:
-    """Ascending positions as intervals."""
+    """Convert ascending positions to intervals."""
     runs: list[Interval] = []
     for position in positions:
         if runs and runs[-1].stop == position:

@@ -1,4 +1,4 @@
-"""LoRA files: diffusers' `pytorch_lora_weights.safetensors`, and kohya's, which ComfyUI, A1111 and Forge read."""
+"""LoRA files of diffusers (`pytorch_lora_weights.safetensors`) and kohya (for ComfyUI, A1111 and Forge)."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ _PARTS = {
 
 
 def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a diffusers LoRA file.
+    """Return tensors and metadata of a diffusers LoRA file.
 
     Args:
         loras: of scale one and one rank, by "<component>.<canonical layer>".
@@ -46,11 +46,11 @@ def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tu
 
 
 def kohya_file(loras: Mapping[str, Lora], *, sdxl: bool) -> dict[str, Tensor]:
-    """Tensors of a kohya LoRA file; alpha = rank says that the scale is one.
+    """Return the tensors of a kohya LoRA file; alpha = rank means that the scale is one.
 
     Args:
         loras: of scale one and one rank, by "<component>.<canonical layer>".
-        sdxl: whether the U-Net's blocks have the original implementation's names.
+        sdxl: use the original implementation's names of U-Net blocks.
     """
     tensors, rank = {}, common_rank(loras)
     for key, lora in loras.items():
@@ -64,14 +64,13 @@ def kohya_file(loras: Mapping[str, Lora], *, sdxl: bool) -> dict[str, Tensor]:
 def read_loras(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], scale: Callable[[str, int], float] | None = None
 ) -> dict[str, Lora]:
-    """The LoRAs of a file of any format, in float32, by the names that it has for the layers.
+    """Read the LoRAs of a file of any format, in float32, by the file's own layer names.
 
     Args:
-        scale: what a layer of a rank is multiplied with if there is no `alpha` in the file; by diffusers' metadata, or
-            one, if None.
+        scale: returns the scale of a layer and rank without `alpha` in the file; None: from diffusers' metadata, or 1.
 
     Raises:
-        SboraError: keys that belong to no plain LoRA, factors that are missing or do not fit.
+        SboraError: keys that belong to no plain LoRA, or factors that are missing or do not fit.
     """
     scale = scale or _diffusers_scale(metadata)
     loras = {}
@@ -91,14 +90,14 @@ def read_loras(
 
 
 def _gather(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """layer -> down, up, alpha -> tensor."""
+    """Group tensors by layer and part (down, up, alpha)."""
     gathered: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in _PARTS if key.endswith(ending)), None)
         if ending is None or not key.isprintable():
             raise SboraError(
                 f"has the key {key!r}, which belongs to no plain LoRA",
-                hint="DoRA, LyCORIS, bias and whole layers cannot be SBoRA adapters.",
+                hint="DoRA, LyCORIS, biases and full layers cannot be imported.",
             )
         parts = gathered.setdefault(key.removesuffix(ending), {})
         if _PARTS[ending] in parts:
@@ -108,7 +107,7 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _diffusers_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """What diffusers multiplies a layer with, by the metadata it writes; one without them."""
+    """Return diffusers' scale of a layer, from its metadata; 1 without metadata."""
     try:
         config = json.loads(metadata.get(_CONFIG, "{}"))
     except (ValueError, RecursionError) as error:
@@ -128,5 +127,5 @@ def _diffusers_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]
 
 def _number(name: str, alpha: Tensor) -> float:
     if alpha.numel() != 1 or alpha.is_complex():
-        raise SboraError(f"alpha of layer {name} has {alpha.numel()} numbers of {alpha.dtype}, expected one")
+        raise SboraError(f"alpha of layer {name} has {alpha.numel()} values of {alpha.dtype}, expected one")
     return float(alpha)

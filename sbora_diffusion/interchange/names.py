@@ -1,4 +1,4 @@
-"""What other programs call the layers that adapters write."""
+"""Layer names of other programs."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,31 +11,33 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def is_sdxl(layers: Iterable[str]) -> bool:
-    """Whether a model with these layers ("<component>.<layer>") is built like SDXL: it has two text encoders."""
+    """Return whether a model with these layers ("<component>.<layer>") is built like SDXL, with two text encoders."""
     return any(key.startswith("text_encoder_2.") for key in layers)
 
 
 def diffusers_name(key: str) -> str:
-    """`text_encoder.encoder.layers.0.mlp.fc1` is `text_encoder.text_model.encoder.layers.0.mlp.fc1` in diffusers.
+    """Return diffusers' name of a layer.
 
-    transformers dropped `text_model` from the names of CLIPTextModel in 5.6; files go on having it.
+    `text_encoder.encoder.layers.0.mlp.fc1` becomes `text_encoder.text_model.encoder.layers.0.mlp.fc1`: transformers
+    dropped `text_model` from the names of CLIPTextModel in 5.6, files still have it.
 
     Raises:
-        SboraError: a layer of another component than U-Net, transformer and text encoders.
+        SboraError: the layer is in no U-Net, transformer or text encoder.
     """
     component, layer = _split(key, ("unet", "transformer", *TEXT_ENCODERS))
     return f"{component}.text_model.{layer}" if component in TEXT_ENCODERS else key
 
 
 def kohya_name(key: str, sdxl: bool) -> str:
-    """`unet.mid_block.attentions.0.proj_in` is `lora_unet_mid_block_attentions_0_proj_in` in kohya's files.
+    """Return kohya's name of a layer: `unet.mid_block.attentions.0.proj_in` becomes
+    `lora_unet_mid_block_attentions_0_proj_in`.
 
     Args:
-        sdxl: whether U-Net blocks have the names of the original implementation, as those of SDXL have in these files:
+        sdxl: use the original implementation's names of U-Net blocks, as kohya does for SDXL:
             `lora_unet_middle_block_1_proj_in`.
 
     Raises:
-        SboraError: a layer of another component than U-Net and text encoders; for SDXL, one outside the attentions.
+        SboraError: the layer is in no U-Net or text encoder; for SDXL, a U-Net layer is in no attention block.
     """
     component, layer = _split(key)
     if component == "unet":
@@ -45,12 +47,12 @@ def kohya_name(key: str, sdxl: bool) -> str:
 
 
 def peft_name(key: str, layers: Iterable[str]) -> str:
-    """The name of the layer's module in its component, in transformers from 5.6 on.
+    """Return the name of the layer's module in its component, in transformers from 5.6 on.
 
-    Encoders with a projection, which are all of SD3's and the second of SDXL's, have kept `text_model`.
+    Encoders with a projection, which are all of SD3's and the second of SDXL's, still have `text_model`.
 
     Args:
-        layers: all of the model, "<component>.<layer>".
+        layers: all layers of the model, "<component>.<layer>".
     """
     component, _, layer = key.partition(".")
     components = {name.partition(".")[0] for name in layers}
@@ -60,14 +62,14 @@ def peft_name(key: str, layers: Iterable[str]) -> str:
 
 
 def resolve(names: Iterable[str], layers: Mapping[str, object]) -> dict[str, str]:
-    """The layers "<component>.<layer>" of a model that names in anybody's file stand for.
+    """Map layer names of any program to the layers "<component>.<layer>" of a model.
 
     Args:
-        names: kohya's, or modules with or without their component in front.
-        layers: what the model has.
+        names: kohya's, or module names with or without their component in front.
+        layers: the layers of the model.
 
     Raises:
-        SboraError: a name of no layer, of two layers, or two names of one layer.
+        SboraError: a name matches no layer or two layers, or two names match one layer.
     """
     kohya = {kohya_name(key, is_sdxl(layers)): key for key in layers if key.partition(".")[0] in _COMPONENTS}
     found: dict[str, str] = {}
@@ -88,11 +90,12 @@ def resolve(names: Iterable[str], layers: Mapping[str, object]) -> dict[str, str
 def _not_one(name: str, candidates: list[str]) -> SboraError:
     if candidates:
         return SboraError(
-            f"layer {name} may be {' or '.join(candidates)}", hint="Name the folder after its component: text_encoder."
+            f"layer {name} may be {' or '.join(candidates)}",
+            hint="Name the folder after its component, such as text_encoder.",
         )
     return SboraError(
-        f"has the layer {name!r}, which the base model has not, or which adapters do not write",
-        hint="Name its base model with --base.",
+        f"has the layer {name!r}, which the base model does not have, or which is never adapted",
+        hint="Give its base model with --base.",
     )
 
 
@@ -110,7 +113,7 @@ def _split(key: str, components: tuple[str, ...] = _COMPONENTS) -> tuple[str, st
 
 
 def _original_name(layer: str) -> str:
-    """The original implementation's name of an attention layer in the U-Net; it counts the blocks through."""
+    """Return the original implementation's name of a U-Net attention layer; it numbers all blocks in one sequence."""
     if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", layer):
         return f"middle_block.1.{match[1]}"
     match = re.fullmatch(r"(down|up)_blocks\.([0-9]+)\.attentions\.([0-9]+)\.(.+)", layer)

@@ -1,4 +1,4 @@
-"""Rank and scale as PEFT's LoraConfig says them."""
+"""Rank and scale in PEFT's LoraConfig."""
 
 import math
 import re
@@ -12,7 +12,7 @@ _UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "module
 
 
 def config_of(layers: Iterable[str], rank: int) -> dict[str, Any]:
-    """Fields of a LoraConfig in which every layer has this rank and the scale one.
+    """Return fields of a LoraConfig that gives every layer this rank and a scale of one.
 
     Args:
         layers: names of modules; they match with any prefix.
@@ -21,10 +21,10 @@ def config_of(layers: Iterable[str], rank: int) -> dict[str, Any]:
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """What PEFT multiplies a layer of this rank with, α/r or, for rsLoRA, α/√r.
+    """Return PEFT's scale of a layer of this rank: α/r or, for rsLoRA, α/√r.
 
     Raises:
-        SboraError: no number, a pattern that is more than a name, something that plain LoRA does not have.
+        SboraError: α is not a number, a pattern is more than a name, or an option is not plain LoRA.
     """
     for field in _UNSUPPORTED:
         if config.get(field):
@@ -41,9 +41,9 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def _matches(name: str, layer: str) -> bool:
-    """Whether a pattern means a layer. PEFT takes it for a regular expression; from strangers we take names only."""
+    """Return whether a pattern matches a layer. PEFT allows regular expressions; here only names are accepted."""
     plain = name.removeprefix("^").replace("\\.", ".")
     if not re.fullmatch(r"[\w.\-]+", plain):
-        raise SboraError(f"alpha_pattern has the regular expression {name!r}, only names of layers can be read")
+        raise SboraError(f"alpha_pattern has the regular expression {name!r}, only layer names are supported")
     plain, layer = canonical(plain), canonical(layer)
     return layer == plain or (not name.startswith("^") and layer.endswith(f".{plain}"))

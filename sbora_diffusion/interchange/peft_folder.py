@@ -1,4 +1,4 @@
-"""PEFT directories, one a component, which vLLM, SGLang and llama.cpp's converter read too."""
+"""PEFT directories, one per component; vLLM, SGLang and llama.cpp's converter read them, too."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -21,11 +21,11 @@ _PREFIX = "base_model.model."
 
 
 def peft_component(loras: Mapping[str, Lora], base_id: str, layers: Collection[str]) -> tuple[str, dict[str, Tensor]]:
-    """Configuration (JSON) and tensors of one component's directory.
+    """Return the configuration (JSON) and tensors of one component's directory.
 
     Args:
         loras: of scale one, one rank and one component, by "<component>.<canonical layer>".
-        layers: all that the base model has, by the same names.
+        layers: all layers of the base model, by the same names.
     """
     names = {key: peft_name(key, layers) for key in loras}
     is_language_model = all(key.startswith("model.") for key in loras)
@@ -51,15 +51,15 @@ def peft_component(loras: Mapping[str, Lora], base_id: str, layers: Collection[s
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """Whether it is a PEFT directory, or holds one a component."""
+    """Return whether a folder is a PEFT directory, or contains one for a component."""
     return bool(_folders(folder))
 
 
 def read_peft(folder: Path) -> tuple[dict[str, str], dict[str, Lora]]:
-    """Metadata and the LoRAs of a PEFT directory, or of a folder that holds one a component.
+    """Read metadata and LoRAs of a PEFT directory, or of a folder with one per component.
 
     Returns:
-        The layers by their modules' names, with the component in front if the directory is named after it.
+        Metadata, and LoRAs by module name, with the component in front if the directory is named after it.
     """
     metadata, loras = {}, {}
     for one in _folders(folder):

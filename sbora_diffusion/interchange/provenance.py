@@ -1,23 +1,23 @@
-"""What an exported file says of itself, in the words that other programs read: kohya's ss_ keys and modelspec."""
+"""Metadata of exported files for other programs: kohya's ss_ keys and modelspec."""
 
 import json
 from collections.abc import Mapping
 
 from sbora_diffusion.adapters.spec import Spec
 
-SPEC = "sbora.spec"  # the metadata in which our specification travels
+SPEC = "sbora.spec"  # the key of our own specification
 
 
 def provenance(
     spec: Spec, layers: Mapping[str, tuple[int, int]], rank: int, resolution: int, date: str
 ) -> dict[str, str]:
-    """Metadata of an exported file: trigger words, base model, training, date, and our whole specification.
+    """Return metadata of an exported file: trigger words, base model, training, date, and our full specification.
 
     Args:
         layers: "<component>.<layer>" -> (out, in), of the base model.
-        rank: of the exported LoRA.
-        resolution: pixels of an image's side.
-        date: of today, ISO 8601.
+        rank: the exported LoRA's.
+        resolution: an image's side in pixels.
+        date: today, ISO 8601.
     """
     version, architecture = base_model(layers, resolution)
     tokens, recipe = list(spec.tokens), spec.recipe
@@ -49,7 +49,7 @@ def provenance(
 
 
 def base_model(layers: Mapping[str, tuple[int, int]], resolution: int) -> tuple[str, str]:
-    """The base model in kohya's words and in modelspec's, by its components and the width of its text embeddings."""
+    """Return the base model's names for kohya and modelspec, from its components and its text embeddings' width."""
     components = {key.partition(".")[0] for key in layers}
     has_two_encoders = "text_encoder_2" in components
     if "transformer" in components:

@@ -1,4 +1,4 @@
-"""Safetensors files of other programs, read with suspicion."""
+"""Read safetensors files of other programs, and write reproducible ones."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,22 @@ from sbora_diffusion.utils.errors import SboraError
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors; copies, so that nothing depends on the file any more."""
+    """Read metadata and tensors, copied so that nothing refers to the file."""
     with _opened(path) as file:
         return dict(file.metadata() or {}), {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata only."""
+    """Read only the metadata."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, the same bytes for the same tensors and metadata.
+    """Return the content of a safetensors file, the same bytes for the same tensors and metadata.
 
-    The library writes metadata in an order that differs from run to run, so the header is written again here: eight
-    bytes of length, then JSON padded with blanks to a multiple of eight.
+    The library's order of metadata differs from run to run, so the header is rewritten here: eight bytes of length,
+    then JSON padded with spaces to a multiple of eight.
     """
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     content = safetensors.torch.save(contiguous)

@@ -1,4 +1,4 @@
-"""Where an adapter would write columns or rows that others in a folder own."""
+"""Find columns or rows of an adapter that others in a library own."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,10 +12,10 @@ from sbora_diffusion.utils.errors import SboraError
 
 
 def collisions(adapter: Adapter, library: Library) -> list[str]:
-    """One line for each concept and reservation of the same base model and side that shares columns with an adapter.
+    """Describe each concept and reservation of the same base model and side that shares columns with an adapter.
 
-    The columns themselves are compared, not the intervals: foreign adapters may have none. Broken files are left out,
-    as is what has the adapter's own name.
+    Columns are compared, not intervals: imported adapters may have none. Invalid files are skipped, and so is the
+    adapter's own name.
     """
     spec = adapter.spec
     lines = []
@@ -38,7 +38,7 @@ def _load(library: Library, name: str) -> Adapter | None:
 
 
 def _reserved(owner: Owner, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """The columns or rows, by layer, that an interval will be; narrower layers than it are not its trainer's."""
+    """Return the columns or rows of an interval by layer; layers that are too narrow are not adapted by its owner."""
     return {
         key: indices(key.partition(".")[2], dim, owner.interval, owner.seed)
         for key, dim in widths.items()

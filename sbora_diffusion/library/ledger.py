@@ -1,4 +1,4 @@
-"""Who owns which columns or rows of a base model: concept files, trainings under way, and reservations."""
+"""The ledger: which columns or rows of a base model belong to concept files, running trainings and reservations."""
 
 import os
 import socket
@@ -16,18 +16,18 @@ from sbora_diffusion.utils.errors import SboraError
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds an interval: a concept file, a training that will write one, or a name it was reserved for."""
+    """The owner of an interval: a concept file, a running training, or a name that it is reserved for."""
 
     name: str
     interval: Interval
     state: Literal["trained", "in training", "reserved"] = "trained"
-    seed: int = 0  # of the permutations that give the positions their meaning
-    parents: tuple[str, ...] = ()  # what it was merged from
+    seed: int = 0  # of the permutations that positions refer to
+    parents: tuple[str, ...] = ()  # the concepts that it was merged from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What concepts share: the adapted layers of one base model and side, in the order of one seed's permutations."""
+    """The adapted layers that concepts of one base model, side and seed share."""
 
     base_id: str
     base_fingerprint: str
@@ -42,18 +42,18 @@ class Space:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The positions of one base model and side. Every layer has at least `width` of them, where that is known."""
+    """The positions of one base model and side; every layer has at least `width` of them, None if unknown."""
 
     base_id: str
     base_fingerprint: str
     side: Side
     width: int | None
     owners: tuple[Owner, ...]  # by position
-    unplaced: tuple[str, ...] = ()  # concepts without an interval: imported, they write columns of their own choice
+    unplaced: tuple[str, ...] = ()  # imported concepts without an interval
 
     @property
     def first_owners(self) -> tuple[Owner, ...]:
-        """The owners without merges where these have only what a concept brought that is here itself."""
+        """The owners, without merges whose intervals all belong to concepts that are in the library themselves."""
         own = {(owner.name, owner.interval) for owner in self.owners}
         return tuple(o for o in self.owners if not any((parent, o.interval) in own for parent in o.parents))
 
@@ -65,7 +65,7 @@ class Ledger:
 
     @property
     def gaps(self) -> tuple[Interval, ...]:
-        """What nobody owns; empty if the width is not known."""
+        """Free intervals; empty if the width is unknown."""
         if self.width is None:
             return ()
         gaps, start = [], 0
@@ -77,12 +77,12 @@ class Ledger:
         return tuple(gaps)
 
     def room(self, rank: int) -> int:
-        """How many more concepts of one rank fit."""
+        """Return how many more concepts of one rank fit."""
         return sum(gap.rank // rank for gap in self.gaps)
 
 
 def owners_of(state: State, specs: Mapping[str, Spec], base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
-    """By position. Merges own what they were merged from, so that nothing new is put there while they exist."""
+    """List owners by position. Merges own the intervals of their parents, which stay occupied while they exist."""
     here = [r for r in state.reservations if (r.base_fingerprint, r.side) == (base_fingerprint, side)]
     owners = [
         Owner(name, interval, "trained", spec.seed, spec.parents)
@@ -101,7 +101,7 @@ def owners_of(state: State, specs: Mapping[str, Spec], base_fingerprint: str, si
 
 
 def is_fulfilled(reservation: Reservation, specs: Mapping[str, Spec]) -> bool:
-    """Whether the concept's file is there."""
+    """Return whether the reservation's concept file exists."""
     spec = specs.get(reservation.name)
     place = (reservation.base_fingerprint, reservation.side)
     return spec is not None and (spec.base_fingerprint, spec.side) == place
@@ -114,7 +114,7 @@ def partition(owners: Sequence[Owner], name: str) -> tuple[list[Owner], list[Own
 
 
 def reservation_of(space: Space, name: str, interval: Interval, lasting: bool) -> Reservation:
-    """A promise to this process, or a lasting one to the name."""
+    """Make a reservation for this process, or a lasting one for the name."""
     return Reservation(
         name=name,
         base_id=space.base_id,
@@ -129,18 +129,18 @@ def reservation_of(space: Space, name: str, interval: Interval, lasting: bool) -
 
 
 def check_seed(space: Space, others: Sequence[Owner]) -> None:
-    """Raise SboraError if others count their positions in another order."""
+    """Raise SboraError if other owners' positions refer to another seed's permutations."""
     for owner in others:
         if owner.seed != space.seed:
             raise SboraError(
-                f"{owner.name} has its columns in the order of basis_seed {owner.seed}, got {space.seed}: "
-                "intervals of different orders may share columns",
+                f"{owner.name} uses basis_seed {owner.seed}, got {space.seed}: "
+                "intervals of different basis seeds may share columns",
                 hint=f"Set basis_seed={owner.seed}, or use another folder.",
             )
 
 
 def check_pinned(pinned: Interval, others: Sequence[Owner], rank: int, width: int) -> Interval:
-    """The pinned interval; SboraError if it has another size, does not fit or is taken."""
+    """Return the pinned interval; raise SboraError if its size is wrong, or it does not fit or is taken."""
     if pinned.rank != rank:
         raise SboraError(f"the interval {pinned} has {pinned.rank} positions, rank {rank} needs {rank}")
     if pinned.stop > width:

@@ -1,4 +1,4 @@
-"""A folder of concept files, out of which columns are handed to new concepts."""
+"""A library: a folder of concept files that assigns columns to new concepts."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -31,32 +31,32 @@ LOCK_TIMEOUT = 60  # seconds; the lock is held for milliseconds
 
 
 class Library:
-    """A folder of concept files, "<name>.safetensors" each. They are the truth; what lies beside them is:
+    """A folder of concept files, "<name>.safetensors" each, from which the ledger is read. It also holds:
 
-    `.ledger.json`: reservations, of running trainings and by hand, and the layers' widths of the base models met here;
-    `.ledger.lock`: held while intervals are handed out.
+    `.ledger.json`: reservations of running trainings and by hand, and the layer widths of base models seen here;
+    `.ledger.lock`: locked while intervals are assigned.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, name: str) -> Path:
-        """Where the concept of this name lies, or would."""
+        """Return the path of a concept's file, which may not exist."""
         check_file_name(name)
         return self.folder / f"{name}{SUFFIX}"
 
     def names(self) -> list[str]:
-        """What lies in the folder, sound or not, in alphabetical order."""
+        """List the names of all concept files, valid or not, in alphabetical order."""
         return sorted(path.stem for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
     def locate(self, name_or_path: str) -> Path:
-        """The file that a user means: a path that exists, or a name in this folder."""
+        """Return the file for a path that exists, or for a name in this folder."""
         if Path(name_or_path).is_file():
             return Path(name_or_path)
         if name_or_path in self.names():
             return self.path(name_or_path)
         known = ", ".join(self.names()) or "none"
-        raise SboraError(f"no adapter {name_or_path!r}, neither a file nor in {self.folder} (there: {known})")
+        raise SboraError(f"no adapter {name_or_path!r}, neither a file nor in {self.folder} (available: {known})")
 
     def load(self, name: str) -> Adapter:
         """Read the concept of this name."""
@@ -65,18 +65,18 @@ class Library:
     def reserve(
         self, space: Space, rank: int, name: str, pinned: Interval | None = None, *, lasting: bool = False
     ) -> Interval:
-        """Promise an interval to this process, until it writes the concept's file, releases the name, or ends.
+        """Reserve an interval for this process, until it writes the concept's file, releases the name, or ends.
 
-        What the name itself owned counts as free: the new file takes its place. An interval that was reserved for the
-        name by hand is the one it gets.
+        What the name itself owned counts as free, because its file will be replaced. If an interval was reserved for
+        the name by hand, that one is used.
 
         Args:
-            pinned: this interval or none, instead of the first that is free.
-            lasting: promise it to the name instead: until its file is there, whoever writes it, or it is removed.
+            pinned: the interval to reserve, instead of the first free one.
+            lasting: reserve it for the name instead: until its file exists, or the reservation is removed.
 
         Raises:
-            SboraError: another process is training this name, nothing is free, the pinned interval is taken or does
-                not fit, others' positions mean other columns, `lasting` for a name that has an interval.
+            SboraError: another process is training this name, no interval is free, the pinned interval is taken or
+                does not fit, other owners use another basis seed, or `lasting` for a name that has an interval.
         """
         with self._changing_state() as state:
             known = state.widths.get(space.key, {})  # others may adapt other layers of the same base
@@ -98,30 +98,32 @@ class Library:
         return interval
 
     def release(self, name: str) -> None:
-        """End this process's reservation of this name, if there is one, and one by hand if its file is there now."""
+        """End this process's reservation of a name, if any, and one by hand if its file exists by now."""
         with self._changing_state() as state:
             specs = self._specs()
             ended = [r for r in state.reservations if (is_fulfilled(r, specs) if r.pid is None else r.is_own())]
             state.reservations = [r for r in state.reservations if r.name != name or r not in ended]
 
     def check_not_in_training(self, name: str) -> None:
-        """SboraError if another process is training this name into columns or rows of its own."""
+        """Raise SboraError if another process is training this name."""
         check_not_in_training(self._state(), name)
 
     def what_is(self, name: str) -> str:
-        """In words: a concept's file, or a reservation; SboraError if there is neither."""
+        """Describe what has this name, a concept file or a reservation; raise SboraError if there is neither."""
         path = self.path(name)
         if path.exists():
             return str(path)
         if any(reservation.name == name for reservation in self._state().reservations):
             return f"the reservation of {name}"
-        raise SboraError(f"nothing of the name {name!r} in {self.folder} (there: {', '.join(self.names()) or 'none'})")
+        raise SboraError(
+            f"no concept or reservation {name!r} in {self.folder} (available: {', '.join(self.names()) or 'none'})"
+        )
 
     def remove(self, name: str) -> tuple[str, ...]:
         """Delete a concept's file and end all reservations of its name.
 
         Returns:
-            Who else has columns of its, such as a merge of it: these are not free. Not told: what it was merged from.
+            Names of others that own some of its columns, such as merges of it, but not its own parents.
         """
         self.what_is(name)
         also = self._also_own(name)
@@ -131,7 +133,7 @@ class Library:
         return also
 
     def _also_own(self, name: str) -> tuple[str, ...]:
-        """Names of the others that have columns or rows of a file's."""
+        """Return the names of others that own columns or rows of a file."""
         specs = self._specs()
         if name not in specs:
             return ()
@@ -140,11 +142,11 @@ class Library:
         return tuple(sorted(shared - set(specs[name].parents)))
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
-        """Who owns what of one base model and side, by position."""
+        """List the owners of one base model and side, by position."""
         return owners_of(self._state(), self._specs(), base_fingerprint, side)
 
     def ledgers(self) -> list[Ledger]:
-        """All bases and sides that have an owner."""
+        """List the ledgers of all base models and sides with an owner."""
         state, specs = self._state(), self._specs()
         claims: set[tuple[str, str, Side]] = {
             (s.base_id, s.base_fingerprint, s.side) for s in specs.values() if s.intervals or not s.method
@@ -167,28 +169,28 @@ class Library:
         ]
 
     def widths(self, base_fingerprint: str, side: Side) -> dict[str, int] | None:
-        """Columns (FA) or rows (FB) of every adapted layer, if a training or reservation here has met the base."""
+        """Return the columns (FA) or rows (FB) of every adapted layer, if a training or reservation recorded them."""
         return self._state().widths.get(f"{base_fingerprint}/{side}")
 
     def _specs(self) -> dict[str, Spec]:
-        """What every sound file says of itself, by file name."""
+        """Read the specification of every valid file, by file name."""
         specs = {}
         for name in self.names():
             try:
                 specs[name] = read_spec(self.path(name))
             except SboraError as defect:
-                log.warning("%s; left out, its columns count as free", defect)
+                log.warning("%s; it is skipped, and its columns count as free", defect)
         return specs
 
     def _state(self) -> State:
-        """Reservations that are alive. To be read before the files: a training writes its file, then it releases."""
+        """Read live reservations. Read them before the files: a training writes its file first, then releases."""
         state = State.read(self.folder / ".ledger.json")
         state.reservations = [reservation for reservation in state.reservations if reservation.is_live()]
         return state
 
     @contextmanager
     def _changing_state(self) -> Iterator[State]:
-        """The same under the lock; written back when the block succeeds."""
+        """Yield the state under the lock, and write it back if the block succeeds."""
         with self.locked():
             state = self._state()
             yield state
@@ -196,13 +198,13 @@ class Library:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else is given columns meanwhile; for milliseconds only."""
+        """Lock the ledger, for milliseconds only: no other process can reserve columns."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".ledger.lock", timeout=LOCK_TIMEOUT):
                 yield
         except Timeout:
-            raise SboraError(f"somebody has held {self.folder}/.ledger.lock for {LOCK_TIMEOUT} s") from None
+            raise SboraError(f"another process has locked {self.folder}/.ledger.lock for {LOCK_TIMEOUT} s") from None
         except OSError as error:
             raise SboraError(f"cannot use the folder {self.folder} ({error.strerror or error})") from None
 

@@ -1,4 +1,4 @@
-"""What stands beside a library's concept files: intervals promised to trainings and names, and the layers' widths."""
+"""The state of a library besides its concept files: reservations, and the widths of layers."""
 
 import json
 import logging
@@ -11,13 +11,14 @@ import psutil
 
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reservation:
-    """An interval promised to a running process, which ends when the process does, or to a name, for good."""
+    """An interval reserved for a running process, until it ends, or for a name, permanently."""
 
     name: str
     base_id: str
@@ -26,18 +27,18 @@ class Reservation:
     seed: int
     interval: Interval
     host: str
-    pid: int | None  # None: made by hand, it lasts until its concept's file is there or it is removed
-    started: float  # when the process did, in seconds since the epoch: its number may be given out again
+    pid: int | None  # None: made by hand, lasts until its concept file exists or it is removed
+    started: float  # start of the process, seconds since the epoch: process numbers are reused
 
     def is_own(self) -> bool:
-        """Whether it was made for this very process."""
+        """Return whether it was made for this process."""
         return (self.host, self.pid) == (socket.gethostname(), os.getpid())
 
     def is_live(self) -> bool:
         if self.pid is None:
             return True
         if self.host != socket.gethostname():
-            return True  # cannot be known from here; removing the name ends it
+            return True  # unknown from here; removing the name ends it
         try:
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
@@ -47,13 +48,13 @@ class Reservation:
 
 @dataclass
 class State:
-    """What `.ledger.json` holds."""
+    """The content of `.ledger.json`."""
 
     reservations: list[Reservation]
     widths: dict[str, dict[str, int]]  # "<base fingerprint>/<side>" -> layer -> columns or rows
 
     def width(self, base_fingerprint: str, side: Side) -> int | None:
-        """Of the narrowest adapted layer."""
+        """Return the width of the narrowest adapted layer."""
         return min(self.widths.get(f"{base_fingerprint}/{side}", {}).values(), default=None)
 
     @classmethod
@@ -69,16 +70,15 @@ class State:
         except FileNotFoundError:
             return cls([], {})
         except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
-            log.warning("%s is damaged (%s) and starts anew; running trainings are not known", path, error)
+            log.warning("%s is damaged (%s) and is replaced; running trainings are unknown", path, error)
             return cls([], {})
 
     def write(self, path: Path) -> None:
         reservations = [
             {**vars(reservation), "interval": str(reservation.interval)} for reservation in self.reservations
         ]
-        temporary = path.with_suffix(".tmp")  # one writer at a time: the lock is held
-        temporary.write_text(json.dumps({"reservations": reservations, "widths": self.widths}, indent=1))
-        temporary.replace(path)
+        content = json.dumps({"reservations": reservations, "widths": self.widths}, indent=1)
+        write_file(path, content.encode(), overwrite=True)
 
 
 def check_not_in_training(state: State, name: str) -> None:
@@ -87,5 +87,5 @@ def check_not_in_training(state: State, name: str) -> None:
         if other.name == name and other.pid is not None and not other.is_own():
             raise SboraError(
                 f"{name} is being trained by process {other.pid} on {other.host}",
-                hint=f"Wait for it; if it is long gone: sbora-diffusion remove {name}",
+                hint=f"Wait for it; if it no longer runs: sbora-diffusion remove {name}",
             )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sbora_diffusion.adapters.whole import num_held
+from sbora_diffusion.adapters.linear_function import num_held
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, locks, signals, the hub, text."""
+"""Utilities for all rooms: errors, files, locks, signals, the model hub, text, older names."""

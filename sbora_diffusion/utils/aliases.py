@@ -11,6 +11,7 @@ CURRENT = {
     "validation_pictures": "validation_images",
     "pictures": "images",
     "picture": "image",
+    "as_loud": "match_response",
 }
 
 

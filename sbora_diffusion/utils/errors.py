@@ -5,11 +5,11 @@ from difflib import get_close_matches
 
 
 class SboraError(Exception):
-    """A defect in what the user gave us, told in one line.
+    """A one-line error for users: invalid input, or something missing.
 
     Args:
-        message: what was got and what is allowed, without a trailing full stop.
-        hint: what to do about it, an imperative sentence.
+        message: what was got and what is allowed, without a full stop at the end.
+        hint: what to do, as an imperative sentence.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -18,6 +18,6 @@ class SboraError(Exception):
 
 
 def guess(got: str, known: Collection[str]) -> str:
-    """The beginning of a hint: "did you mean dragon or dog? ", or nothing where no known word is near."""
+    """Return the start of a hint, such as "did you mean dragon or dog? ", or "" if no known word is similar."""
     close = get_close_matches(got, known, n=2)
     return f"did you mean {' or '.join(close)}? " if close else ""

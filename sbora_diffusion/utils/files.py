@@ -1,110 +1,112 @@
-"""Files that are there whole, or not at all."""
+"""Write files and folders atomically: readers see the previous state or the complete new one."""
 
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from sbora_diffusion.utils.errors import SboraError
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file: whoever looks sees the old one or the whole new one.
+def write_file(
+    path: Path, content: bytes | Callable[[BinaryIO], object], *, overwrite: bool = False, hint: str | None = None
+) -> None:
+    """Write a file atomically and durably; missing folders are created.
+
+    The content goes to a temporary file in the same folder, which is removed if anything fails, Ctrl-C included.
+
+    Args:
+        content: the bytes, or a function that writes them to an open file, such as `partial(torch.save, state)`.
+        overwrite: replace an existing file.
+        hint: what to do if the file cannot be written.
 
     Raises:
-        SboraError: it cannot be written, such as on a full disk.
+        FileExistsError: the file exists and `overwrite` is false.
+        SboraError: the file cannot be written, for example because the disk is full.
     """
-    try:
+    is_new = True
+    with _errors_of(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(path, content) as temporary:
-            temporary.replace(path)
+        with _temporary_file(path, content) as temporary:
+            if overwrite:
+                temporary.replace(path)
+            else:
+                is_new = _link(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
+    if not is_new:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of work for a file: raise SboraError if nothing can be written where it will lie."""
-    try:
+    """Raise SboraError if a file cannot be written here: to be called before hours of work for it."""
+    with _errors_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with _beside(path, b""):
+        with _temporary_file(path, b""):
             pass
-    except OSError as error:
-        raise SboraError(f"cannot write {path} ({error.strerror or error})") from None
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """A new file, whole from the start; where a disk has no hard links, it can be seen while it is written.
-
-    Raises:
-        FileExistsError: there is one.
-        OSError: it cannot be written; nothing stays behind.
-    """
-    with _beside(path, content) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            _write_in_place(path, content)
-
-
-def _write_in_place(path: Path, content: bytes) -> None:
-    """On a memory card, or another place that has no hard links."""
-    with path.open("xb") as file:
-        try:
-            file.write(content)
-            file.flush()
-        except OSError:
-            path.unlink()
-            raise
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A path beside a folder's to write the folder at; at the end it takes its place, and that of what is there.
+    """Yield a temporary path for a folder's content; on success it replaces the folder, on failure it is removed.
 
     Raises:
-        SboraError: it cannot be written, for one because the disk is full; then what was there is left.
+        SboraError: the folder cannot be written, for example because the disk is full; an existing one is kept.
     """
-    place = folder.resolve()
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    target = folder.resolve()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
-        _put_in_place(temporary, place)
-    except (OSError, SafetensorError) as error:
-        raise SboraError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from None
+        with _errors_of(folder):
+            yield temporary
+            _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Whoever looks sees the old folder, for a moment none, then the whole new one."""
-    old = folder.with_name(f"{temporary.name}.old")
-    if folder.exists():
-        folder.replace(old)
-    temporary.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file atomically, in place of an existing one: `write_file(path, content, overwrite=True)`."""
+    write_file(path, content, overwrite=True)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that does not exist yet; raise FileExistsError or another OSError otherwise."""
+    with _temporary_file(path, content) as temporary:
+        if not _link(temporary, path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 @contextmanager
-def _beside(path: Path, content: bytes) -> Iterator[Path]:
-    """Meanwhile the content lies on the disk in the same folder, under a name that nobody looks for."""
+def _errors_of(path: Path, hint: str | None = None) -> Iterator[None]:
+    """Report operating system errors, also those that torch and safetensors wrap, as SboraError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save on a full disk
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        reason = getattr(cause, "strerror", None) or cause
+        raise SboraError(f"cannot write {path} ({reason})", hint) from None
+
+
+@contextmanager
+def _temporary_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """Yield a file with this content, safely on the disk, in the same folder; it is removed at the end."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
@@ -112,8 +114,53 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file a second name; return False if that name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        return _copy(temporary, path)
+    return True
+
+
+def _copy(temporary: Path, path: Path) -> bool:
+    """Do the same on disks without hard links (memory cards); readers can see the file while it is being written."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink()
+        raise
+    return True
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Move a folder into place; for a moment there is neither the old nor the new one."""
+    if not folder.exists():
+        temporary.replace(folder)
+        return
+    old = folder.with_name(f"{temporary.name}.old")
+    folder.replace(old)
+    try:
+        temporary.replace(folder)
+    except BaseException:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable. Windows has no such call."""
+    """Make a rename durable. Windows has no such call."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Asking the model hub: a machine without a network is told so at once, and uses what its cache has."""
+"""Access to the model hub: without a network, fail immediately or use the cache."""
 
 import socket
 import urllib.request
@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 
 def can_be_reached() -> bool:
-    """Whether the hub's name has an address; True behind a proxy, which looks names up itself."""
+    """Return whether the hub's host name resolves; True behind a proxy, which resolves names itself."""
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies().keys() & {"https", "all"}:
@@ -25,15 +25,15 @@ def can_be_reached() -> bool:
 
 
 def why(error: Exception, name: str = "") -> str:
-    """Why a model could not be loaded, in one line; for what lies on this disk under `name` no hub was asked."""
+    """Return in one line why a model could not be loaded; if `name` is a local path, the hub is not mentioned."""
     if isinstance(error, OSError) and not (name and Path(name).exists()) and not can_be_reached():
-        return "neither a folder nor in the hub's cache, and the hub cannot be reached from here"
+        return "neither a folder nor in the hub's cache, and the hub cannot be reached"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def cache_if_offline() -> Iterator[None]:
-    """Within it, the hub's libraries do not try again and again (for a minute) to reach a hub that has no address."""
+    """Keep the hub's libraries from retrying for a minute to reach a hub whose host name does not resolve."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = not can_be_reached()
     try:

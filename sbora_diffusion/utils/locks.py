@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks on folders: one process at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ LOCK = ".lock"
 
 @contextmanager
 def folder_held(folder: Path, what: str, hint: str) -> Iterator[None]:
-    """Hold a folder, made if it is not there; the operating system lets go of it when the process dies.
+    """Lock a folder, created if missing; the operating system releases the lock when the process dies.
 
     Args:
-        what: is going on there, such as "training".
-        hint: what to do while another process holds it.
+        what: the activity that needs the folder, such as "training", for the error.
+        hint: what to do if another process holds the lock.
 
     Raises:
-        SboraError: another process holds it.
+        SboraError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for a moment at which it can be told."""
+"""Delay Ctrl-C while native code is running."""
 
 import signal
 import threading
@@ -9,11 +9,10 @@ from typing import Any
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Meanwhile Ctrl-C is remembered, and raised at the end; a second one is raised at once.
+    """Delay Ctrl-C until the end of the block; a second Ctrl-C is raised immediately.
 
-    For calls into native code that calls Python back: safetensors makes an error of its own, or a half-loaded model,
-    out of a KeyboardInterrupt. Nothing is changed in another thread than the main one, nor where Ctrl-C does something
-    else.
+    For native code that calls back into Python: safetensors turns a KeyboardInterrupt into an error of its own, or a
+    half-loaded model. Has no effect outside of the main thread, or if Ctrl-C has another handler.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:

@@ -1,15 +1,15 @@
-"""The little English that prompts and messages need: nouns with articles and in the place of tokens, kinds."""
+"""English for prompts and messages: articles, class nouns for tokens, types in words."""
 
 import re
 
 
 def with_article(noun: str) -> str:
-    """`owl` -> `an owl`, by the first letter, but `a unicorn`."""
+    """Return a noun with its article, by the first letter: `an owl`, but `a unicorn`."""
     return f"an {noun}" if noun[0].lower() in "aeiou" and not noun.startswith("uni") else f"a {noun}"
 
 
 def say_plainly(prompt: str, token: str, noun: str) -> str:
-    """`a <octopus> in the snow` -> `an octopus in the snow`: the class noun for a token, with the article it needs."""
+    """Replace a token by its class noun, with the right article: `a <octopus>` becomes `an octopus`."""
     article = with_article(noun).removesuffix(noun)
     prompt = re.sub(rf"\ba\s+{re.escape(token)}", article + noun, prompt)
     prompt = re.sub(rf"\bA\s+{re.escape(token)}", article.capitalize() + noun, prompt)
@@ -17,5 +17,5 @@ def say_plainly(prompt: str, token: str, noun: str) -> str:
 
 
 def in_words(kind: type) -> str:
-    """What a setting is to be: int -> `a whole number`."""
+    """Return the name of a setting's type: `a whole number` for int."""
     return {int: "a whole number", float: "a number", str: "a text"}.get(kind, kind.__name__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.certificate import certify, layer_group
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.adapters.weight_patcher import WeightPatcher
 from sbora_diffusion.utils.errors import SboraError
 
 from .random_adapters import SHAPES, adapter, dense, free_intervals, sides
@@ -37,7 +37,7 @@ def test_certificate_counts_by_interval_arithmetic(side: Side, intervals: list[I
             assert norm == pytest.approx(float(dense(adapters[position].factors[key], side, SHAPES[key]).norm()), 1e-5)
 
 
-def test_certificate_says_what_is_not_guaranteed() -> None:
+def test_certificate_lists_what_is_not_guaranteed() -> None:
     disjoint = [adapter(Interval(0, 3), name="dog"), adapter(Interval(3, 3), name="cat")]
     text = certify(disjoint, widths(disjoint)).describe()
     assert text.startswith("disjoint: no column of 3 layers is written by two adapters")
@@ -54,7 +54,7 @@ def test_certificate_says_what_is_not_guaranteed() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(sides, intervals_of_several, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_what_is_guaranteed_is_so(side: Side, intervals: list[Interval], dtype: torch.dtype) -> None:
+def test_guarantees_hold(side: Side, intervals: list[Interval], dtype: torch.dtype) -> None:
     adapters = [adapter(interval, side, seed, name=f"{seed}") for seed, interval in enumerate(intervals)]
     text = certify(adapters).describe()
     key, shape = next(iter(SHAPES.items()))
@@ -67,12 +67,12 @@ def test_what_is_guaranteed_is_so(side: Side, intervals: list[Interval], dtype: 
         assert all(torch.equal(sums[0], other) for other in sums)
     layer = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     layer.weight.data.copy_(base)
-    written = WrittenWeights(nn.ModuleDict({"layer": layer}))
+    written = WeightPatcher(nn.ModuleDict({"layer": layer}))
     for a in adapters:
         written.write(a.spec.name, {"layer": a.factors[key]}, side)
     for a in adapters[1:]:
         written.restore(a.spec.name)
-    if "taken out again, to the bit" in text or "comes out to the bit" in text:
+    if "removed again, bit for bit" in text or "are removed bit for bit" in text:
         assert torch.equal(layer.weight, added(base, adapters[:1], key, side))
 
 

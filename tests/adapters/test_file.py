@@ -43,7 +43,7 @@ def assert_same(a: Adapter, b: Adapter) -> None:
     st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=8),
     st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
 )
-def test_what_is_saved_is_loaded(tmp_path: Path, side: Side, interval: Interval, text: str, recipe: dict) -> None:
+def test_save_load_roundtrip(tmp_path: Path, side: Side, interval: Interval, text: str, recipe: dict) -> None:
     name = text.translate({ord(letter): "_" for letter in "./\\"})
     original = adapter(interval, side, name=name, tokens={text: "dog"}, recipe=recipe, parents=(text,))
     path = tmp_path / "dog.safetensors"
@@ -54,7 +54,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, side: Side, interval: Interval,
     assert names(tmp_path) == ["dog.safetensors"]
 
 
-def test_the_format_is_what_it_is(tmp_path: Path) -> None:
+def test_format_1_stays_readable(tmp_path: Path) -> None:
     """The bytes of format 1, by hand: they must be readable for ever."""
     metadata = {
         "format": 1,
@@ -97,7 +97,7 @@ def test_the_format_is_what_it_is(tmp_path: Path) -> None:
     assert_same(Adapter.load(path), expected)
 
 
-def test_half_a_lora(tmp_path: Path) -> None:
+def test_file_is_half_the_size_of_a_lora(tmp_path: Path) -> None:
     big = adapter(Interval(0, 16), shapes={"unet.layer": (640, 640)})
     big.save(tmp_path / "dog")
     assert (tmp_path / "dog").stat().st_size < 640 * 16 * 4 + 2000
@@ -146,11 +146,11 @@ def test_an_unwritable_path_is_one_clear_error(tmp_path: Path) -> None:
         adapter().save(tmp_path / "file" / "dog.safetensors")
 
 
-def test_what_would_not_load_is_not_saved(tmp_path: Path) -> None:
+def test_invalid_adapters_are_not_saved(tmp_path: Path) -> None:
     diverged = adapter()
     diverged.factors["unet.mid.to_q"].weight[0, 0] = torch.nan
     for defective, message in [
-        (diverged, "some numbers are not finite"),
+        (diverged, "some values are not finite"),
         (adapter(metrics={"loss": float("nan")}), "cannot be written as JSON"),
         (adapter(recipe={"path": Path("x")}), "cannot be written as JSON"),
         (Adapter(spec(), {}, {"unet.<cat>": torch.ones(1, 2)}), "no known component and token"),
@@ -217,13 +217,13 @@ DEFECTS: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any], str]] 
     ("escape codes", lambda _, m: m.update(name="\x1b[2Jdog"), "expected printable characters"),
     ("surrogate", lambda _, m: m.update(base_id="\ud800"), "cannot be printed"),
     ("nameless", lambda _, m: m.update(name=""), "expected printable characters"),
-    ("extra key", lambda _, m: m.update(colour="red"), "must have the keys .* and no other"),
-    ("missing key", lambda _, m: m.pop("seed"), "must have the keys"),
+    ("extra key", lambda _, m: m.update(colour="red"), "must have exactly the keys"),
+    ("missing key", lambda _, m: m.pop("seed"), "must have exactly the keys"),
 ]
 
 
 @pytest.mark.parametrize(("defect", "message"), [pytest.param(f, m, id=name) for name, f, m in DEFECTS])
-def test_every_defect_is_told(tmp_path: Path, defect: Callable[..., Any], message: str) -> None:
+def test_every_defect_is_reported(tmp_path: Path, defect: Callable[..., Any], message: str) -> None:
     tensors, metadata = sound()
     Adapter.load(written(tmp_path, tensors, {"sbora": json.dumps(metadata)}))
     defect(tensors, metadata)
@@ -261,7 +261,7 @@ def test_another_kind_of_safetensors_file(tmp_path: Path, metadata: dict[str, st
         struct.pack("<Q", 64) + b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0" * 4,
     ],
 )
-def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+def test_other_file_formats_are_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     for read in (Adapter.load, read_spec):
@@ -280,7 +280,7 @@ def test_a_file_that_goes_away_between_two_looks(tmp_path: Path, monkeypatch: py
         read_spec(tmp_path / "x.safetensors")
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="no such file"):
         Adapter.load(tmp_path / "none.safetensors")
     with pytest.raises(SboraError, match="cannot be read"):
@@ -337,7 +337,7 @@ def load_never_crashes(tmp_path: Path, content: bytes) -> None:
 def test_check_fits(side: Side) -> None:
     stored = adapter(side=side)
     check_fits(stored, SHAPES)
-    with pytest.raises(SboraError, match=r"has the layer text_encoder\.layers\.0\.fc1, which the model has not"):
+    with pytest.raises(SboraError, match=r"has the layer text_encoder\.layers\.0\.fc1, which the model does not have"):
         check_fits(stored, {key: shape for key, shape in SHAPES.items() if key.startswith("unet")})
     for shape in ((3, 12), (10, 3)):
         with pytest.raises(SboraError, match=r"factor of layer unet\.mid\.to_q does not fit its weight of shape"):

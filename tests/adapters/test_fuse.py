@@ -79,7 +79,7 @@ def value(delta: Tensor, adapters: Sequence[Adapter], seen: Seen, prior_weight: 
 @given(seed=st.integers(0, 10_000), prior_weight=st.sampled_from([0.0, 0.3, 2.0]))
 def test_no_other_delta_on_the_support_is_better(side: Side, seed: int, prior_weight: float) -> None:
     adapters, seen = problem(seed, side)
-    fused = fuse(adapters, [1, 1], seen, prior_weight=prior_weight, ridge=TINY, as_loud=False)
+    fused = fuse(adapters, [1, 1], seen, prior_weight=prior_weight, ridge=TINY, match_response=False)
     best = value(dense(fused), adapters, seen, prior_weight)
     assert best <= value(dense(merge(adapters, [1, 1], "sum")), adapters, seen, prior_weight) + 1e-6
     generator = torch.Generator().manual_seed(seed)
@@ -96,10 +96,10 @@ def test_no_other_delta_on_the_support_is_better(side: Side, seed: int, prior_we
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
-def test_least_squares_says_the_same(side: Side) -> None:
+def test_matches_least_squares(side: Side) -> None:
     """The stacked problem over the inputs themselves, solved by lstsq."""
     adapters, seen = problem(3, side)
-    fused = fuse(adapters, [1, 1], seen, prior_weight=0.5, ridge=TINY, as_loud=False)
+    fused = fuse(adapters, [1, 1], seen, prior_weight=0.5, ridge=TINY, match_response=False)
     index = fused.factors[KEY].index
     rows = [seen.inputs[a.spec.name] for a in adapters] + [seen.inputs["prior"] * 0.5**0.5]
     answers = [seen.inputs[a.spec.name] @ dense(a).T for a in adapters] + [torch.zeros(30, OUT, dtype=torch.float64)]
@@ -111,7 +111,7 @@ def test_least_squares_says_the_same(side: Side) -> None:
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
-def test_one_concept_stays_what_it_is(side: Side) -> None:
+def test_single_concept_is_unchanged(side: Side) -> None:
     adapters, seen = problem(1, side, count=1)
     fused = fuse(adapters, [1], seen, prior_weight=0)
     torch.testing.assert_close(dense(fused), dense(adapters[0]), rtol=1e-4, atol=1e-5)
@@ -121,34 +121,35 @@ def test_one_concept_stays_what_it_is(side: Side) -> None:
 def test_much_ridge_is_the_sum_much_prior_is_nothing() -> None:
     adapters, seen = problem(2, "fa")
     total = dense(merge(adapters, [1, 0.5], "sum"))
-    ridged = fuse(adapters, [1, 0.5], seen, ridge=1e9, as_loud=False)
+    ridged = fuse(adapters, [1, 0.5], seen, ridge=1e9, match_response=False)
     torch.testing.assert_close(dense(ridged), total, rtol=1e-4, atol=1e-4)
-    held = fuse(adapters, [1, 0.5], seen, prior_weight=1e9, ridge=TINY, as_loud=False)
+    held = fuse(adapters, [1, 0.5], seen, prior_weight=1e9, ridge=TINY, match_response=False)
     assert dense(held).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), prior_weight=st.sampled_from([0.0, 0.3, 5.0]), weight=st.sampled_from([1.0, 0.5]))
-def test_it_is_as_loud_as_the_concepts_and_points_where_the_optimum_does(
+def test_response_norm_is_matched_in_the_optimum_direction(
     side: Side, seed: int, prior_weight: float, weight: float
 ) -> None:
     """Energies from the inputs themselves: one factor a layer, from 1 on."""
     adapters, seen = problem(seed, side, count=3 if side == "fa" else 2)
     weights = [weight] * len(adapters)
-    loud, optimum = (
-        fuse(adapters, weights, seen, prior_weight=prior_weight, ridge=TINY, as_loud=as_loud)
-        for as_loud in (True, False)
+    matched, optimum = (
+        fuse(adapters, weights, seen, prior_weight=prior_weight, ridge=TINY, match_response=match_response)
+        for match_response in (True, False)
     )
     inputs = {adapter.spec.name: seen.inputs[adapter.spec.name] for adapter in adapters}
     own = torch.stack([(inputs[a.spec.name] @ dense(a).T * weight).pow(2).sum(1).mean() for a in adapters]).sum()
     found, before = (
-        torch.stack([(x @ dense(one).T).pow(2).sum(1).mean() for x in inputs.values()]).sum() for one in (loud, optimum)
+        torch.stack([(x @ dense(one).T).pow(2).sum(1).mean() for x in inputs.values()]).sum()
+        for one in (matched, optimum)
     )
     torch.testing.assert_close(found, own, rtol=1e-4, atol=0)
     factor = (own / before).sqrt()
     assert factor > 0.9999
-    torch.testing.assert_close(dense(loud), dense(optimum) * factor, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(dense(matched), dense(optimum) * factor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
@@ -186,7 +187,7 @@ def test_a_concept_that_leaves_a_layer_alone_wants_nothing_there() -> None:
     generator = torch.Generator().manual_seed(0)
     adapters = [an_adapter(0, "fa", generator), an_adapter(1, "fa", generator, "unet.b")]
     seen = Seen(["c0", "c1"], generator)
-    fused = fuse(adapters, [1, 1], seen, prior_weight=0, ridge=TINY, as_loud=False)
+    fused = fuse(adapters, [1, 1], seen, prior_weight=0, ridge=TINY, match_response=False)
     assert fused.factors.keys() == {"unet.a", "unet.b"}
     mine, index = adapters[0].factors[KEY].weight.double(), adapters[0].factors[KEY].index
     own, other = seen.full("c0")[index][:, index], seen.full("c1")[index][:, index]

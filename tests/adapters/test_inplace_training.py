@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from sbora_diffusion.adapters import inplace_training as direct_module
+from sbora_diffusion.adapters import inplace_training as module
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.adapters.layer import SboraLayer, attach, detect
@@ -73,21 +73,21 @@ def test_values_and_gradients_are_the_dense_ones(
 @pytest.mark.parametrize("kind", FLOATS)
 def test_a_training_is_that_of_the_fused_kernel_and_leaves_no_trace(tiny: Tiny, kind: Kind, side: Side) -> None:
     fused, (fused_layers,) = attached(tiny, kind, side, trained=False)
-    direct, (direct_layers,) = attached(tiny, kind, side, trained=False)
-    before = base_weights(direct_layers)
-    with inplace_training(direct, "dog") as names:
-        assert len(names) == len(direct_layers)
-        for model, layers in ((fused, fused_layers), (direct, direct_layers)):
+    inplaced, (inplace_layers,) = attached(tiny, kind, side, trained=False)
+    before = base_weights(inplace_layers)
+    with inplace_training(inplaced, "dog") as names:
+        assert len(names) == len(inplace_layers)
+        for model, layers in ((fused, fused_layers), (inplaced, inplace_layers)):
             optimizer = torch.optim.SGD([layer.trained for layer in layers.values()], lr=0.1)
             for step in range(3):
                 optimizer.zero_grad()
                 run(kind, model.train(), seed=step).square().mean().backward()
                 optimizer.step()
-        assert not same(before, base_weights(direct_layers))
-    assert same(before, base_weights(direct_layers))
+        assert not same(before, base_weights(inplace_layers))
+    assert same(before, base_weights(inplace_layers))
     for name, layer in fused_layers.items():
         assert layer.trained.abs().max() > 0
-        assert_close(direct_layers[name].trained, layer.trained, rtol=1e-3, atol=1e-6)
+        assert_close(inplace_layers[name].trained, layer.trained, rtol=1e-3, atol=1e-6)
 
 
 @each_side
@@ -108,14 +108,14 @@ def test_the_weights_come_back_after_an_exception(side: Side, dtype: torch.dtype
 
 @each_side
 def test_an_interrupt_while_entries_are_written_is_undone(monkeypatch: pytest.MonkeyPatch, side: Side) -> None:
-    case, overwrite = Case(side), direct_module.overwrite
+    case, overwrite = Case(side), module.overwrite
 
     def interrupt(*arguments: Any) -> None:
         overwrite(*arguments)
-        monkeypatch.setattr(direct_module, "overwrite", overwrite)
+        monkeypatch.setattr(module, "overwrite", overwrite)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(direct_module, "overwrite", interrupt)
+    monkeypatch.setattr(module, "overwrite", interrupt)
     with pytest.raises(KeyboardInterrupt), inplace_training(case.model, "default"):
         case.model(torch.randn(2, 12))
     assert torch.equal(case.base.weight, case.original)

@@ -68,14 +68,14 @@ def test_a_merge_can_be_merged_again() -> None:
     assert all(torch.equal(nested.factors[key].weight, flat.factors[key].weight) for key in flat.factors)
 
 
-def test_a_concept_in_two_merges_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_concept_in_two_merges_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     dog, cat, fox = (
         adapter(Interval(3 * i, 3), seed=i, name=n, tokens={}) for i, n in enumerate(("dog", "cat", "fox"))
     )
     merge([merge([dog, cat], [1, 1], "sum"), fox], [1, 1], "sum")
     assert caplog.messages == []
     twice = merge([merge([dog, cat], [1, 1], "sum"), merge([dog, fox], [1, 1], "sum")], [1, 1], "sum")
-    assert caplog.messages == ["dog is in 2 of what is merged: where both write, it counts several times"]
+    assert caplog.messages == ["dog is in 2 of the merged adapters: it counts several times in columns that they share"]
     for key, shape in SHAPES.items():
         expected = 2 * dense(dog.factors[key], "fa", shape) + sum(
             dense(a.factors[key], "fa", shape) for a in (cat, fox)
@@ -115,7 +115,7 @@ def test_colliding_tokens_are_renamed(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.equal(merged.tokens["text_encoder.<pet-4>"], adapters[3].tokens["text_encoder.<pet>"])
     assert torch.equal(merged.tokens["text_encoder.<pet-2>"], adapters[2].tokens["text_encoder.<pet-2>"])
     assert len(merged.tokens) == 6
-    assert "<pet> of 1 is called <pet-3> in the merge" in caplog.text
+    assert "<pet> of 1 is renamed to <pet-3> in the merge" in caplog.text
 
 
 def test_tokens_that_differ_in_capitals_are_renamed() -> None:
@@ -132,10 +132,14 @@ def test_tokens_that_differ_in_capitals_are_renamed() -> None:
             "or write them all into one pipeline: sbora-diffusion bake NAME NAME --out FOLDER",
         ),
         ({"seed": 1}, "differ in seed: 0 and 1", "sbora-diffusion bake NAME NAME --out FOLDER"),
-        ({"base_fingerprint": "beef"}, "differ in base fingerprint: beef and f00d", "Train them for the same one."),
+        (
+            {"base_fingerprint": "beef"},
+            "differ in base fingerprint: beef and f00d",
+            "Train them for the same base model.",
+        ),
     ],
 )
-def test_what_does_not_belong_together(other: dict[str, Any], message: str, hint: str) -> None:
+def test_incompatible_adapters_are_refused(other: dict[str, Any], message: str, hint: str) -> None:
     dog = adapter()
     with pytest.raises(SboraError, match=message) as caught:
         merge([dog, replace(dog, spec=replace(dog.spec, **other))], [1.0, 1.0], "sum")
@@ -149,7 +153,7 @@ def test_layers_of_different_shapes() -> None:
 
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan]])
 def test_one_finite_weight_for_each(weights: list[float]) -> None:
-    with pytest.raises(SboraError, match="expected one number for each"):
+    with pytest.raises(SboraError, match="expected one finite weight for each"):
         merge([adapter(), adapter()], weights, "sum")
 
 

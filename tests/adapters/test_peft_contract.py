@@ -74,7 +74,7 @@ def test_peft_consults_the_slot(tiny: Tiny, kind: Kind, monkeypatch: pytest.Monk
     calls = count_calls(monkeypatch, "forward")
     assert torch.equal(run(kind, model), fast)
     assert calls == []
-    monkeypatch.setattr("sbora_diffusion.adapters.peft_layer._is_usual", lambda *_: False)
+    monkeypatch.setattr("sbora_diffusion.adapters.peft_layer._is_supported", lambda *_: False)
     assert_close(run(kind, model), fast, rtol=1e-5, atol=1e-5)
     assert len(calls) == len(layers)
 

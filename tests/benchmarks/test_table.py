@@ -20,7 +20,7 @@ def test_ways_stand_side_by_side() -> None:
     ]
 
 
-def test_targets_stand_beside_what_was_measured() -> None:
+def test_targets_next_to_measurements() -> None:
     rows = [
         {"layers": 128, "rank": 8, "way": "peft", "ms": 100.0, "of peft": 1.0},
         {"layers": 128, "rank": 8, "way": "fa, set_adapter", "ms": 1.0, "of peft": 0.01},

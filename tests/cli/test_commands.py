@@ -218,7 +218,7 @@ def test_inspect_what_cannot_be_merged(adapters: Path, caplog: pytest.LogCapture
     replace(dog, spec=replace(dog.spec, base_fingerprint="beef")).save(adapters / "other.safetensors")
     assert run("inspect", "dog", "other").exit_code == 0
     assert "cannot be merged: the adapters differ in base fingerprint" in caplog.messages[-1]
-    assert caplog.messages[-1].endswith("Train them for the same one.")
+    assert caplog.messages[-1].endswith("Train them for the same base model.")
 
 
 def test_ledger(adapters: Path) -> None:

@@ -42,7 +42,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("train --concept horse --base nosuch", "could not load base model 'nosuch'"),
         ("train --concept horse --base TINY --rank 200", "got rank 200, expected at most 32"),
         ("merge dog", "got only dog, expected two"),
-        ("remove nosuch", "nothing of the name 'nosuch'"),
+        ("remove nosuch", "no concept or reservation 'nosuch'"),
         ("train --concept dog --base TINY", "adapters/dog.safetensors exists"),
         ("train --concept horse --base TINY --interval 30:38", "30:38 does not fit"),
         ("train --concept horse --base TINY --interval 4:12", "4:12 is taken"),
@@ -72,7 +72,7 @@ def test_usage_errors(here: Path, words: list[str]) -> None:
         ("ledger --reserve dog --base TINY", "dog has the interval 0:8 already (trained)"),
         ("ledger --reserve horse --base TINY --interval 0:4", "rank 8 needs 8"),
         ("ledger --reserve horse --base nosuch", "could not load base model 'nosuch'"),
-        ("remove nosuch --yes", "nothing of the name 'nosuch' in adapters (there: cat, dog)"),
+        ("remove nosuch --yes", "no concept or reservation 'nosuch' in adapters (available: cat, dog)"),
     ],
 )
 def test_bad_input(adapters: Path, base: Path, tmp_path: Path, words: str, message: str) -> None:

@@ -133,14 +133,14 @@ JOINT = "transformer.transformer_blocks.0.attn.to_q"
         ({JOINT: (8, 8), "text_encoder.encoder.layers.0.q_proj": (8, 8)}, 1024, "flux1", "flux-1-dev"),
     ],
 )
-def test_what_files_say_of_the_base(
+def test_base_model_metadata(
     shapes: dict[str, tuple[int, int]], resolution: int, version: str, architecture: str
 ) -> None:
     assert base_model(shapes, resolution) == (version, architecture)
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_format_says_where_it_is_from(tmp_path: Path, to: str) -> None:
+def test_every_format_has_provenance(tmp_path: Path, to: str) -> None:
     recipe = {"steps": 7, "learning_rate": 1e-3, "text_encoder_learning_rate": 1e-4, "seed": 3, "images": "abcd"}
     merged = random_adapter(recipe=recipe, parents=("rex", "tom"), tokens={"<rex>": "dog", "<tom>": "dog"})
     write(merged, tmp_path, to)
@@ -277,7 +277,7 @@ def test_columns_of_a_strangers_choice(tmp_path: Path) -> None:
     assert got.spec.recipe == {"imported from": "dog.safetensors"}
 
 
-def test_what_a_token_means_and_where_it_is(tmp_path: Path) -> None:
+def test_token_metadata_and_location(tmp_path: Path) -> None:
     *_, token = write(random_adapter(), tmp_path, "diffusers")
     flat = {"<sks>": torch.randn(8)}
     safetensors.torch.save_file(flat, tmp_path / "flat.safetensors")
@@ -286,10 +286,10 @@ def test_what_a_token_means_and_where_it_is(tmp_path: Path) -> None:
     assert got.spec.tokens == {"<dog>": "hound", "<sks>": "sks", "<Some Cat>": "Some Cat"}
     assert torch.equal(got.tokens["text_encoder.<sks>"], flat["<sks>"].unsqueeze(0))
     assert read(tmp_path, SHAPES, tmp_path / "flat.safetensors", noun="mug").spec.tokens["<sks>"] == "mug"
-    with pytest.raises(SboraError, match="the token '<dog>' comes from two files"):
+    with pytest.raises(SboraError, match="the token '<dog>' is in two files"):
         read(tmp_path, SHAPES, token, token)
     token.unlink()
-    with pytest.raises(SboraError, match="the token '<dog>' belongs to it and is in none of the files"):
+    with pytest.raises(SboraError, match="the token '<dog>' belongs to it, but is in none of the files"):
         read(tmp_path)
 
 
@@ -329,17 +329,17 @@ def mapped(end: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, 
         ("peft", lambda f: (f / "unet/adapter_config.json").write_text("{"), "cannot be read as JSON"),
         ("peft", lambda f: (f / "unet/adapter_config.json").write_text("[" * 10**5), "cannot be read as JSON"),
         ("peft", lambda f: (f / "unet/adapter_model.safetensors").unlink(), "no such file"),
-        ("peft", lambda f: (f / "unet").rename(f / "text_encoder_2"), "which the base model has not"),
+        ("peft", lambda f: (f / "unet").rename(f / "text_encoder_2"), "which the base model does not have"),
         ("kohya", edit_file("*.saf*", renamed("lora_down.weight", "dora_scale")), "belongs to no plain LoRA"),
         ("kohya", edit_file("*.saf*", renamed("lora_unet", "lora_\x1b[31m")), r"'lora_\\x1b\[31m.*no plain LoRA"),
-        ("kohya", edit_file("*.saf*", renamed("attn2_to_k", "ff_net_2")), "which the base model has not"),
+        ("kohya", edit_file("*.saf*", renamed("attn2_to_k", "ff_net_2")), "which the base model does not have"),
         ("kohya", edit_file("*.saf*", lambda t: {k: v for k, v in t.items() if "up" not in k}), "lacks its up factor"),
         ("kohya", edit_file("*.saf*", lambda t: {"a.alpha": torch.ones(())} | t), "layer a lacks its down and up"),
         ("kohya", edit_file("*.saf*", lambda _: dict.fromkeys(("a.lora_A.weight", "a.lora.down.weight"), ONE)),
          "layer a has two down factors"),
         ("kohya", edit_file("*.saf*", lambda _: {"bundle_emb.x.clip_x": ONE}), "no LoRA layer|the embedding"),
         ("kohya", edit_file("*.saf*", lambda t: t | {"bundle_emb.x.clip_x": ONE}), "has the embedding"),
-        ("kohya", edit_file("*.saf*", mapped("alpha", lambda _: torch.ones(2))), "alpha of layer .* has 2 numbers"),
+        ("kohya", edit_file("*.saf*", mapped("alpha", lambda _: torch.ones(2))), "alpha of layer .* has 2 values"),
         ("kohya", edit_file("*.saf*", mapped("alpha", lambda _: torch.tensor(torch.nan))), "has the scale nan"),
         ("kohya", edit_file("*.saf*", mapped("up.weight", lambda t: t * torch.inf)), "not finite"),
         ("kohya", edit_file("*.saf*", mapped("up.weight", lambda t: t[:, :2])), "the ranks 3"),
@@ -348,11 +348,11 @@ def mapped(end: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, 
         ("kohya", edit_file("*.saf*", mapped("down.weight", lambda t: t.to(torch.complex64))), "dtype torch.complex64"),
         ("kohya", edit_file("*.saf*", mapped("down.weight", torch.randn_like)), "is a dense LoRA"),
         ("kohya", edit_file("*.saf*", lambda _: {"a": ONE}), "'a', which belongs to no plain LoRA"),
-        ("kohya", edit_file("*.saf*", lambda _: None, **{"sbora.spec": "{}"}), "the sbora metadata must have the keys"),
+        ("kohya", edit_file("*.saf*", lambda _: None, **{"sbora.spec": "{}"}), "metadata must have exactly the keys"),
         ("kohya", lambda f: next(f.glob("*.saf*")).write_bytes(b"\x80\x02pickle"), "cannot be read as safetensors"),
         ("kohya", lambda f: (f / "second.safetensors").touch(), "has 2 safetensors files, expected one"),
-        ("kohya", edit_file("emb*/*", mapped("emb_params", lambda t: t[:, :5])), "has 5 numbers a vector"),
-        ("kohya", edit_file("emb*/*", mapped("emb_params", lambda t: t * torch.nan)), "'<dog>': some numbers are not"),
+        ("kohya", edit_file("emb*/*", mapped("emb_params", lambda t: t[:, :5])), "has vectors of width 5"),
+        ("kohya", edit_file("emb*/*", mapped("emb_params", lambda t: t * torch.nan)), "'<dog>': some values are not"),
         ("kohya", edit_file("emb*/*", mapped("emb_params", lambda t: t.int())), "'<dog>': got torch.int32"),
         ("kohya", edit_file("emb*/*", renamed("emb_params", "clip_g")), "it has none"),
         ("kohya", edit_file("emb*/*", lambda t: t | {"clip_l": torch.ones(1, 8)}), "two embeddings for one text"),
@@ -379,7 +379,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_damage_is_told_or_harmless(tmp_path: Path, seed: int) -> None:
+def test_random_damage_is_reported_or_harmless(tmp_path: Path, seed: int) -> None:
     """Any byte anywhere may be another one, and any tail may be missing."""
     chance = random.Random(seed)
     write(random_adapter(), tmp_path, FORMATS[seed % 3])

@@ -62,7 +62,7 @@ def test_where_both_factors_are_one_hot_the_file_may_choose() -> None:
     assert from_loras(both, "fb")[0] == "fb"
 
 
-def test_dense_and_mixed_loras_are_told() -> None:
+def test_dense_and_mixed_loras_are_refused() -> None:
     fa = to_loras(random_adapter(), SHAPES)
     fb = to_loras(random_adapter(side="fb"), SHAPES)
     key = next(iter(SHAPES))
@@ -103,13 +103,13 @@ def test_intervals_are_read_off_the_numbers() -> None:
         (torch.ones(2, 3), torch.ones(4, 2), float("nan"), "the scale nan"),
     ],
 )
-def test_what_is_no_lora(down: Tensor, up: Tensor, scale: float, message: str) -> None:
+def test_files_that_are_no_lora(down: Tensor, up: Tensor, scale: float, message: str) -> None:
     with pytest.raises(SboraError, match=message):
         check_lora("x", Lora(down, up, scale))
 
 
 def test_an_adapter_for_another_model() -> None:
-    with pytest.raises(SboraError, match="which the model has not"):
+    with pytest.raises(SboraError, match="which the model does not have"):
         to_loras(random_adapter(), {})
 
 
@@ -133,7 +133,7 @@ def test_a_low_rank_adapter_of_another_method_is_what_it_is() -> None:
         ({}, "has no layer"),
     ],
 )
-def test_what_cannot_be_a_lora(layers: dict[str, Dense], message: str) -> None:
+def test_changes_that_are_no_lora(layers: dict[str, Dense], message: str) -> None:
     with pytest.raises(SboraError, match=message):
         to_loras(Adapter(replace(random_adapter().spec, format=2, method="dora"), {}, {}, layers), SHAPES)
 

@@ -109,7 +109,7 @@ def test_every_name_is_found_again() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["unet.nowhere"], "has the layer 'unet.nowhere', which the base model has not"),
+        (["unet.nowhere"], "has the layer 'unet.nowhere', which the base model does not have"),
         (["encoder.layers.0.self_attn.q_proj"], r"may be text_encoder\..* or text_encoder_2\."),
         (
             ["text_encoder.encoder.layers.0.self_attn.q_proj", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"],

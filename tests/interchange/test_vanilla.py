@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.adapters.written import WrittenWeights
+from sbora_diffusion.adapters.weight_patcher import WeightPatcher
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.models.base import Base, load_base
@@ -106,7 +106,7 @@ def test_stable_diffusion_xl(sdxl: Path, tmp_path: Path, side: Side, to: str, na
     adapters = concepts(shapes, side)
     plain = draw(ours, "a dog and a cat in the snow")
     for component, model in parts.items():
-        written = WrittenWeights(model)
+        written = WeightPatcher(model)
         for adapter in adapters:
             written.write(adapter.spec.name, adapter.component(component), side)
     add_tokens(ours.tokenizer, ours.text_encoder, adapters, "text_encoder")
@@ -149,7 +149,7 @@ def test_peft(tiny: Tiny, kind: Kind, side: Side, tmp_path: Path) -> None:
     more = random_adapter(few, side, Interval(4, 2), 1, 0.1, name="cat", tokens={"<cat>": "cat"})
     merged = merge([adapter, more], [1.0, 1.0], "sum")
     plain = run(kind, model)
-    written = WrittenWeights(model)
+    written = WeightPatcher(model)
     written.write("all", merged.component(component), side)
     expected = run(kind, model)
     written.restore_all()
@@ -177,7 +177,7 @@ def test_peft_with_the_second_text_encoder_of_sdxl(sdxl: Path, tmp_path: Path, s
     adapter = random_adapter(shapes, side, std=0.1)
     ids = torch.arange(14).reshape(2, 7)
     plain = encoder(ids).text_embeds
-    written = WrittenWeights(encoder)
+    written = WeightPatcher(encoder)
     written.write("dog", adapter.component("text_encoder_2"), side)
     expected = encoder(ids).text_embeds
     written.restore_all()

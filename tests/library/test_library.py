@@ -142,7 +142,7 @@ def test_a_pinned_interval_that_does_not_fit(library: Library, pinned: str, mess
 
 def test_a_full_ledger(library: Library) -> None:
     save_adapter(library, "cat", "0:60")
-    with pytest.raises(SboraError, match="no 8 consecutive positions are free of 64"):
+    with pytest.raises(SboraError, match=r"no 8 consecutive positions are free \(64 in all\)"):
         reserve(library, "dog")
 
 
@@ -242,7 +242,7 @@ def test_a_name_that_has_an_interval_gets_no_other(library: Library) -> None:
 
 def test_positions_of_another_seed_are_other_columns(library: Library) -> None:
     save_adapter(library, "cat", "0:8")
-    with pytest.raises(SboraError, match="cat has its columns in the order of basis_seed 0, got 1") as caught:
+    with pytest.raises(SboraError, match="cat uses basis_seed 0, got 1") as caught:
         library.reserve(space(seed=1), 8, "dog")
     assert caught.value.hint == "Set basis_seed=0, or use another folder."
     library.reserve(space(seed=1), 8, "cat")  # takes the file's place
@@ -289,7 +289,7 @@ def test_a_zombie_is_dead(library: Library, training_dog: BaseProcess) -> None:
         ("host", "elsewhere", "8:16"),  # a shared folder: whether that process lives cannot be known here
     ],
 )
-def test_whose_process_it_is(library: Library, field: str, value: object, expected: str) -> None:
+def test_reservation_belongs_to_a_process(library: Library, field: str, value: object, expected: str) -> None:
     ledger = library.folder / ".ledger.json"
     content = json.loads(ledger.read_text())
     content["reservations"][0][field] = value
@@ -337,7 +337,7 @@ def test_trainings_of_one_base_may_adapt_other_layers(library: Library) -> None:
     assert library.widths("f00d", "fa") == {"unet.narrow": 64, "unet.wide": 128}
 
 
-def test_room_is_what_the_gaps_hold() -> None:
+def test_room_counts_the_gaps() -> None:
     owners = tuple(Owner("x", Interval.parse(text)) for text in ("4:12", "8:20", "32:40"))
     ledger = Ledger(base_id="toy", base_fingerprint="f00d", side="fa", width=50, owners=owners)
     assert [str(gap) for gap in ledger.gaps] == ["0:4", "20:32", "40:50"]
@@ -355,7 +355,7 @@ def test_looking_creates_nothing(library: Library) -> None:
 def test_load_by_name_and_by_path(library: Library) -> None:
     save_adapter(library, "cat", "0:8")
     assert library.load("cat").spec == library.load(str(library.path("cat"))).spec
-    with pytest.raises(SboraError, match=r"no adapter 'dog'.*there: cat"):
+    with pytest.raises(SboraError, match=r"no adapter 'dog'.*available: cat"):
         library.load("dog")
 
 

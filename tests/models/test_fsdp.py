@@ -22,7 +22,7 @@ from torch import distributed
 from typer.testing import CliRunner
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.training import run as run_module, train
-from sbora_diffusion.adapters.whole import num_held
+from sbora_diffusion.adapters.linear_function import num_held
 
 def run(folder, *words):
     Path(folder).mkdir(exist_ok=True)

@@ -272,7 +272,7 @@ def test_what_training_refuses(page: "Page", here: Path) -> None:
 def test_merge(page: "Page", here: Path, how: str) -> None:
     tab(page, "Merge")
     switch_on(page, "merge-concepts", "dog", "cat")
-    page.get_by_text("any of them can be taken out again, to the bit").wait_for()
+    page.get_by_text("each of them can be removed again, bit for bit").wait_for()
     assert page.locator("#ledger .ledger span").all_inner_texts()[:2] == ["dog", "cat"]
     page.locator("#how").get_by_text(how).click()
     field(page, "merge-name").fill("both")

@@ -111,6 +111,6 @@ def test_the_ledger_and_the_certificate_are_drawn(emoji_concepts: Path, tmp_path
     merged = ledger_bar(library.ledgers()[0], ["dog"])
     assert merged.replace("<span>both, merged</span>", "") == bar
     facts = certificate_list(certify(pair))
-    assert "✓ the sum is the same in any order, to the bit" in facts
+    assert "✓ the sum is the same in any order, bit for bit" in facts
     assert "– not guaranteed: that concepts do not disturb each other" in facts
     assert "✗ not disjoint: 288 columns in 72 of 72 layers" in certificate_list(certify([pair[0], pair[0]]))

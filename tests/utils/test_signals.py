@@ -32,7 +32,7 @@ def test_the_second_is_raised_at_once() -> None:
     assert reached == []
 
 
-def test_it_is_said_instead_of_what_went_wrong_meanwhile() -> None:
+def test_interrupt_replaces_other_errors() -> None:
     with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         raise OSError("unable to load weights")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.fuse import response
 from sbora_diffusion.adapters.layer import SboraLayer
-from sbora_diffusion.adapters.whole import whole
+from sbora_diffusion.adapters.linear_function import full_weight
 from sbora_diffusion.models.base import Base
 
 
@@ -41,7 +41,7 @@ class OutputPenalty:
         by_shape: dict[tuple[object, ...], list[tuple[SboraLayer, Tensor]]] = {}
         for component, by_name in layers.items():
             for name, layer in by_name.items():
-                frozen = whole(base.layers[f"{component}.{name}"].weight).detach().float()
+                frozen = full_weight(base.layers[f"{component}.{name}"].weight).detach().float()
                 seen = moments[f"{component}.{name}"].to(frozen)
                 own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
                 shape = (*layer.trained.shape, *own.shape)

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.adapters.whole import num_held
+from sbora_diffusion.adapters.linear_function import num_held
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
 from sbora_diffusion.methods.registry import METHODS, configure, find_method

@@ -10,25 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side
-from sbora_diffusion.adapters.joined import Joiner, Part
+from sbora_diffusion.adapters.peft_layer import FactorCache, ScaledFactor
 
 from .tiny import Tiny, activate, attached, each_side, plain_copy, run
 
 
-def parts(side: Side, count: int = 3) -> list[Part]:
+def parts(side: Side, count: int = 3) -> list[ScaledFactor]:
     shape = (5, 2) if side == "fa" else (2, 5)
     return [
-        Part(torch.randperm(7)[:2], nn.Parameter(torch.randn(shape), requires_grad=False), 1.0 + number % 2)
+        ScaledFactor(torch.randperm(7)[:2], nn.Parameter(torch.randn(shape), requires_grad=False), 1.0 + number % 2)
         for number in range(count)
     ]
 
 
-def joined_anew(side: Side, given_parts: list[Part]) -> tuple[Tensor, Tensor]:
+def joined_anew(side: Side, given_parts: list[ScaledFactor]) -> tuple[Tensor, Tensor]:
     scaled = [part.factor.detach() * part.scaling for part in given_parts]
     return torch.cat([part.index for part in given_parts]), torch.cat(scaled, 1 if side == "fa" else 0)
 
 
-def is_right(joiner: Joiner, side: Side, given_parts: list[Part]) -> bool:
+def is_right(joiner: FactorCache, side: Side, given_parts: list[ScaledFactor]) -> bool:
     (index, weight), expected = joiner(given_parts), joined_anew(side, given_parts)
     assert index is not None
     assert weight is not None
@@ -37,28 +37,28 @@ def is_right(joiner: Joiner, side: Side, given_parts: list[Part]) -> bool:
 
 @each_side
 @torch.no_grad()
-def test_what_has_not_changed_is_joined_once(side: Side) -> None:
-    joiner, given_parts = Joiner(side), parts(side)
+def test_unchanged_factors_are_concatenated_once(side: Side) -> None:
+    joiner, given_parts = FactorCache(side), parts(side)
     assert is_right(joiner, side, given_parts)
-    assert joiner(given_parts)[1] is joiner([Part(p.index, p.factor, p.scaling) for p in given_parts])[1]
+    assert joiner(given_parts)[1] is joiner([ScaledFactor(p.index, p.factor, p.scaling) for p in given_parts])[1]
 
 
-def multiply(part: Part) -> Part:
+def multiply(part: ScaledFactor) -> ScaledFactor:
     part.factor.mul_(2)
     return part
 
 
-def replace_data(part: Part) -> Part:
+def replace_data(part: ScaledFactor) -> ScaledFactor:
     part.factor.data = part.factor.data + 1
     return part
 
 
-CHANGES: dict[str, Callable[[Part], Part]] = {
+CHANGES: dict[str, Callable[[ScaledFactor], ScaledFactor]] = {
     "in place": multiply,
     "its data replaced": replace_data,
-    "another scaling": lambda part: Part(part.index, part.factor, 0.3),
-    "another index": lambda part: Part(part.index.flip(0), part.factor, part.scaling),
-    "another factor": lambda part: Part(part.index, part.factor.clone(), part.scaling),
+    "another scaling": lambda part: ScaledFactor(part.index, part.factor, 0.3),
+    "another index": lambda part: ScaledFactor(part.index.flip(0), part.factor, part.scaling),
+    "another factor": lambda part: ScaledFactor(part.index, part.factor.clone(), part.scaling),
 }
 
 
@@ -71,7 +71,7 @@ CHANGES: dict[str, Callable[[Part], Part]] = {
 @torch.no_grad()
 def test_every_change_is_noticed(side: Side, changes: list[tuple[str, int]], seed: int) -> None:
     torch.manual_seed(seed)
-    joiner, given_parts = Joiner(side), parts(side)
+    joiner, given_parts = FactorCache(side), parts(side)
     assert is_right(joiner, side, given_parts)
     for change, number in changes:
         given_parts[number] = CHANGES[change](given_parts[number])
@@ -81,8 +81,8 @@ def test_every_change_is_noticed(side: Side, changes: list[tuple[str, int]], see
 
 
 @each_side
-def test_gradients_are_never_from_what_is_kept(side: Side) -> None:
-    joiner, given_parts = Joiner(side), parts(side)
+def test_gradients_bypass_the_cache(side: Side) -> None:
+    joiner, given_parts = FactorCache(side), parts(side)
     for part in given_parts:
         part.factor.requires_grad_(True)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_gradients_are_never_from_what_is_kept(side: Side) -> None:
 
 @torch.inference_mode()
 def test_factors_without_a_version_are_joined_every_time() -> None:
-    joiner, given_parts = Joiner("fa"), parts("fa")
+    joiner, given_parts = FactorCache("fa"), parts("fa")
     assert is_right(joiner, "fa", given_parts)
     given_parts[0].factor.mul_(2)
     assert is_right(joiner, "fa", given_parts)
@@ -130,6 +130,6 @@ def test_live_concepts_follow_every_change(tiny: Tiny, side: Side) -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_to_join(count: int) -> None:
     given_parts = parts("fa", count)
-    index, weight = Joiner("fa")(given_parts)
+    index, weight = FactorCache("fa")(given_parts)
     assert (index is None) == (weight is None) == (not given_parts)
     assert not given_parts or weight is given_parts[0].factor
