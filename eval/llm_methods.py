@@ -70,7 +70,7 @@ def train_cell(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         with costs.open("a") as file:
             file.write(json.dumps([spent, peak]) + "\n")
 
-    trained = train(run, LlmConfig.from_recipe("small", settings), folder, resume=True, watch=watch)
+    trained = train(run, LlmConfig.from_recipe("small", settings), folder, resume=True, on_step=watch)
     assert trained is not None
     spent, peaks = zip(*map(json.loads, costs.read_text().splitlines()), strict=True)
     parameters = json.loads((trained.adapter / "sbora.json").read_text())["parameters"]

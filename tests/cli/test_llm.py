@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.cli import llm_run as cli_llm_run
 from sbora_diffusion.cli.app import app
+from sbora_diffusion.evaluation import llm_accuracy
+from sbora_diffusion.llm import chat as llm_chat
 from sbora_diffusion.llm.chat import Chat
 from sbora_diffusion.utils.errors import SboraError
 
@@ -58,7 +59,7 @@ def test_train_again_goes_on_or_is_refused(base: Path, work: Path) -> None:
     command = ["train", "--base", base, "--data", work / "sums.json", "--out", work / "one", *QUICK]
     refused = run(*command)
     assert refused.exit_code == 1
-    assert "a training lies in" in refused.stderr
+    assert "contains a training" in refused.stderr
     assert "--resume" in refused.stderr
     assert run(*command, "--resume").exit_code == 0
 
@@ -100,14 +101,14 @@ def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
 def test_what_is_measured_is_kept_whatever_fails_later(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1]
     command += ["--adapter", work / "one", "--adapter", work / "lora", "--out", work / "kept.json"]
-    loaded = cli_llm_run.load_adapter
+    loaded = llm_accuracy.load_adapter
 
     def fail_of_lora(model: Any, source: str, name: str) -> Any:
         if source.endswith("lora"):
             raise SboraError("no more")
         return loaded(model, source, name)
 
-    monkeypatch.setattr(cli_llm_run, "load_adapter", fail_of_lora)
+    monkeypatch.setattr(llm_accuracy, "load_adapter", fail_of_lora)
     result = run(*command)
     assert (result.exit_code, "no more" in result.stderr) == (1, True)
     assert "| SBoRA-FA r=4 |" in result.stdout
@@ -150,14 +151,14 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
     result = run(*command, stdin=lines)
     assert result.exit_code == 0, result.output
     assert "now: lora" in result.stderr
-    assert "error: no adapter 'nobody', there are one, lora, none" in result.stderr
+    assert "error: no adapter 'nobody', choose from one, lora, none" in result.stderr
     assert result.stdout.strip()
     assert "other weights" not in caplog.text
 
 
 def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    monkeypatch.setattr(cli_llm_run, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
+    monkeypatch.setattr(llm_chat, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
     for name in ("v1.5", "two"):
         shutil.copytree(work / "one", work / "copies" / name)
     words = [word for name in ("v1.5", "two") for word in ("--adapter", work / "copies" / name)]
@@ -187,16 +188,16 @@ def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypa
         (["train", "--base", "BASE", "--data", "DATA", "--interval", "0:16", "--method", "lora"], 1, "owns no columns"),
         (["eval", "--base", "BASE", "--tasks", "adapters_x"], 1, "unknown tasks adapters_x"),
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq"], 1, "with --data DIR"),
-        (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "batch_size is a number"),
-        (["eval", "--base", "BASE", "--tasks", ","], 1, "no task"),
+        (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "unknown setting 'speed'"),
+        (["eval", "--base", "BASE", "--tasks", ","], 1, "got no task"),
         (
             ["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", "/dev/null/x"],
             1,
             "cannot write /dev/null",
         ),
         (["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", ".", "--force"], 1, "it is a folder"),
-        (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "no run folder"),
-        (["merge", "/no/such"], 1, "no run folder"),
+        (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "is not a run folder"),
+        (["merge", "/no/such"], 1, "is not a run folder"),
         (["chat", "--base", "/no/such"], 1, "cannot load /no/such"),
     ],
 )

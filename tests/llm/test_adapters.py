@@ -114,10 +114,10 @@ def test_another_base_is_told(base: str, data: Path, tmp_path: Path, caplog: pyt
 
 
 def test_refusals(base: str, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match="no run folder, PEFT directory or concept file"):
+    with pytest.raises(SboraError, match="is not a run folder, PEFT directory or concept file"):
         find_folder(str(tmp_path))
     dora = trained("dora", base, data, tmp_path / "dora")
-    with pytest.raises(SboraError, match="load no DoRA"):
+    with pytest.raises(SboraError, match="do not load DoRA"):
         export(str(dora), "peft", tmp_path / "out")
     with pytest.raises(SboraError, match="has no concept file"):
         read_concept(str(dora))
@@ -127,7 +127,7 @@ def test_refusals(base: str, data: Path, tmp_path: Path) -> None:
         export(str(dora), "model", tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "run.json").write_text("{}")
-    with pytest.raises(SboraError, match="is not done"):
+    with pytest.raises(SboraError, match="is not finished"):
         find_folder(str(tmp_path / "half"))
 
 
@@ -137,6 +137,6 @@ def test_another_base_than_it_was_trained_for_is_said(
     folder, moved = str(trained("sbora-fa", base, data, tmp_path / "run")), tmp_path / "moved"
     shutil.copytree(base, moved)
     export(folder, "peft", tmp_path / "same", base)
-    assert "was trained for" not in caplog.text
+    assert "was trained on" not in caplog.text
     export(folder, "peft", tmp_path / "other", str(moved))
-    assert f"was trained for {base}: only the sizes of {moved}'s layers are checked" in caplog.text
+    assert f"was trained on {base}: only the layer sizes of {moved} are checked" in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from sbora_diffusion.llm.base import load_base
-from sbora_diffusion.llm.beams import WholeBeams
+from sbora_diffusion.llm.beams import FullBeamsModel
 
 PROMPTS = [f"{'ab' * number}?" for number in range(8)]
 
@@ -38,5 +38,5 @@ def test_texts_do_not_depend_on_the_batch(batch_size: int, ending: tuple[Any, An
     model.generation_config.eos_token_id = None  # as of a base model whose tokenizer alone knows the chat's end
     options = {"until": [], "do_sample": False, "num_beams": 4, "max_gen_toks": 32}
     asked = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in PROMPTS]
-    got = WholeBeams(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(asked, True)
+    got = FullBeamsModel(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(asked, True)
     assert got == expected

@@ -118,7 +118,7 @@ def test_defects(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="record 0 has no text 'output', only instruction, answer"):
         tokenise([{"instruction": "a", "answer": "b"}], tokenizer(), config())
     for message in ({"role": "user", "content": None}, {"role": 1, "content": "x"}, "hello"):
-        with pytest.raises(SboraError, match="record 0 has a message whose role or content is no text"):
+        with pytest.raises(SboraError, match="record 0 has a message whose role or content is not text"):
             tokenise([{"messages": [message, {"role": "assistant", "content": "x"}]}], tokenizer(), config())
     with pytest.raises(SboraError, match="record 0 has no messages"):
         tokenise([{"messages": []}], tokenizer(), config())
@@ -128,7 +128,7 @@ def test_defects(tmp_path: Path) -> None:
     for messages, what in ((said, "no system"), (said[-1:], "empty")):
         with pytest.raises(SboraError, match=f"record 0 does not fit the base model's chat template .*{what}"):
             tokenise([{"messages": messages}], strict, config())
-    with pytest.raises(SboraError, match="nothing of an answer is left"):
+    with pytest.raises(SboraError, match="no token of an answer is left"):
         tokenise([{"instruction": "", "output": ""}], merging_tokenizer("x"), config(template="plain"))
     with pytest.raises(SboraError, match="a sequence has 3 tokens, the base model 2 positions"):
         check_lengths([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], 2)

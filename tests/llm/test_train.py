@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.llm.base import load_base
-from sbora_diffusion.llm.config import METHODS, RECIPES, LlmConfig
-from sbora_diffusion.llm.run_folder import Run, Trained, full_disk_told
+from sbora_diffusion.llm.config import METHODS, LlmConfig, recipes
+from sbora_diffusion.llm.run_folder import Run, Trained
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.run_folder import full_disk_reported
 
 from .tiny import save_data
 
@@ -96,25 +97,25 @@ def test_a_checkpoint_that_was_cut_off_is_left_out(
     path = tmp_path / "checkpoint-4" / damaged
     path.write_bytes(path.read_bytes()[:-20])
     again = train(run, small(), tmp_path, resume=True).adapter
-    assert "checkpoint-4 is left out" in caplog.text
+    assert "checkpoint-4 is skipped" in caplog.text
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", again))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match="no space left"), full_disk_told(tmp_path):
+    with pytest.raises(SboraError, match="no space left"), full_disk_reported(tmp_path):
         torch.save(torch.zeros(100_000), "/dev/full")
-    with pytest.raises(SboraError, match="no space left"), full_disk_told(tmp_path):
+    with pytest.raises(SboraError, match="no space left"), full_disk_reported(tmp_path):
         torch.save(torch.zeros(10), "/dev/full")
-    with pytest.raises(RuntimeError, match="another matter"), full_disk_told(tmp_path):
+    with pytest.raises(RuntimeError, match="another matter"), full_disk_reported(tmp_path):
         raise RuntimeError("another matter")
 
 
 def test_refuses_to_overwrite_or_to_resume_another(base: str, data: Path, tmp_path: Path) -> None:
     run = Run(base=base, data=data, method="lora", quantize="none")
     train(run, small(steps="2"), tmp_path)
-    with pytest.raises(SboraError, match="a training lies in"):
+    with pytest.raises(SboraError, match="contains a training"):
         train(run, small(steps="2"), tmp_path)
     with pytest.raises(SboraError, match="differs in config"):
         train(run, small(steps="4"), tmp_path, resume=True)
@@ -131,7 +132,7 @@ def test_refuses_to_resume_with_other_records_or_another_base(base: str, tmp_pat
     with pytest.raises(SboraError, match="differs in the base model's weights"):
         train(run, small(steps="2"), tmp_path / "run", resume=True)
     save_data(data, 15)
-    with pytest.raises(SboraError, match="differs in what is in the data"):
+    with pytest.raises(SboraError, match="differs in the content of the data"):
         train(run, small(steps="2"), tmp_path / "run", resume=True)
 
 
@@ -181,7 +182,8 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
         "qsbora": (1, 10_000, 2e-4, 16, 4, 0, "constant", 0.3, "group_by_length"),
         "small": (1, -1, 1e-3, 8, 1, 5, "linear", 1.0, "random"),
     }
-    for recipe in RECIPES:
+    assert set(recipes()) == set(published)
+    for recipe in published:
         got = training_arguments(LlmConfig.from_recipe(recipe, {"dtype": "float32"}), tmp_path)
         schedule = got.num_train_epochs, got.max_steps, got.learning_rate, got.per_device_train_batch_size
         rest = (
@@ -200,7 +202,7 @@ def test_settings_reach_the_trainer(tmp_path: Path) -> None:
         ({"color": "red"}, "unknown setting 'color'"),
         ({"template": "poem"}, "got template=poem, choose from"),
         ({"rank": "many"}, "expected a whole number"),
-        ({"steps": "-3"}, "got steps=-3, expected a non-negative number"),
+        ({"steps": "-3"}, "got steps=-3, expected a number from 0 on"),
         ({"optimizer": "foo"}, "got optimizer=foo, choose from adamw_torch, "),
     ],
 )
