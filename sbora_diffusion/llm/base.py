@@ -168,9 +168,10 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
 
 
 def _forget_gguf(model: Any) -> None:
-    """Remove the traces of the dequantised GGUF file, with which transformers refuses to save or train the model."""
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    """Remove the traces of the dequantised GGUF file: with them transformers refuses to train or save the model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 @contextmanager

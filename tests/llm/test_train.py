@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig, recipes
+from sbora_diffusion.llm.export import export
 from sbora_diffusion.llm.run_folder import Run, Trained
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.run_folder import full_disk_reported
 
-from .tiny import save_data
+from .tiny import save_data, save_gguf
 
 SMALL = {"rank": "4", "alpha": "8", "steps": "4", "batch_size": "4", "save_every": "2", "dtype": "float32"}
 SMALL |= {"warmup_steps": "0", "validation": "0", "cutoff": "512", "learning_rate": "0.01"}
@@ -263,6 +265,37 @@ def test_bfloat16_learns(base: str, data: Path, tmp_path: Path) -> None:
     train(run, small(dtype="bfloat16", steps="8"), tmp_path)
     losses = [entry["loss"] for entry in json.loads((tmp_path / "losses.json").read_text())]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning:peft")  # a GGUF file is its own
+@pytest.mark.parametrize("method", ["sbora-fa", "dora"])
+def test_gguf_base_is_trained_and_merged(method: str, base: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    gguf = save_gguf(Path(base), tmp_path / "gguf")
+    train(Run(base=str(gguf), data=data, method=method, quantize="none"), small(steps="8"), tmp_path / "run")
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "run" / "losses.json").read_text())]
+    assert losses[-1] < losses[0]
+    merged = export(str(tmp_path / "run"), "model", tmp_path / "merged")
+    inputs = torch.arange(3, 20)[None]
+    expected = load_adapter(load_base(str(gguf))[0], str(tmp_path / "run"), "default").eval()(inputs).logits
+    torch.testing.assert_close(load_base(str(merged))[0](inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_resume_of_a_finished_training_trains_no_further(base: str, data: Path, tmp_path: Path) -> None:
+    """Six steps are one and a half epochs: in the middle of an epoch the Trainer alone makes a seventh."""
+    run, config = Run(base=base, data=data, method="lora", quantize="none"), small(steps="6", scheduler="constant")
+    steps: list[int] = []
+    adapter = train(run, config, tmp_path).adapter
+    expected, losses = (
+        load_file(adapter / "adapter_model.safetensors"),
+        json.loads((tmp_path / "losses.json").read_text()),
+    )
+    shutil.rmtree(adapter)  # as after a crash just before the adapter is written
+    train_or_none(run, config, tmp_path, resume=True, on_step=lambda step, *_: steps.append(step))
+    got = load_file(adapter / "adapter_model.safetensors")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert json.loads((tmp_path / "losses.json").read_text()) == losses
+    assert steps == []
 
 
 def test_a_training_that_diverges_is_stopped(base: str, data: Path, tmp_path: Path) -> None:
