@@ -1,4 +1,4 @@
-"""Beam search in lm-evaluation-harness gives what plain `generate` gives, whatever the batch."""
+"""Beam search in lm-evaluation-harness matches plain `generate` at any batch size."""
 
 from collections import Counter
 from typing import Any
@@ -13,7 +13,7 @@ PROMPTS = [f"{'ab' * number}?" for number in range(8)]
 
 
 def generated(model: Any, tokenizer: Any) -> list[list[int]]:
-    """Plain `generate` with four beams, a prompt at a time."""
+    """Run plain `generate` with four beams, one prompt at a time."""
     made = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -23,7 +23,7 @@ def generated(model: Any, tokenizer: Any) -> list[list[int]]:
 
 @pytest.fixture
 def ending(base: str) -> tuple[Any, Any]:
-    """A model whose texts end now and then: its favourite token and the end of text have changed places."""
+    """Return a model some of whose texts end early: its most frequent token and the end of text are swapped."""
     model, tokenizer = load_base(base)
     favourite, _ = Counter(token for ids in generated(model, tokenizer) for token in set(ids)).most_common(1)[0]
     model.lm_head.weight[[2, favourite]] = model.lm_head.weight[[favourite, 2]]

@@ -1,4 +1,4 @@
-"""A conversation: streamed, with its history, and with adapters that are switched at once."""
+"""A conversation: streaming, history, switching adapters, errors."""
 
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,12 @@ def test_switching_matches_separately_loaded_adapters(base: str, data: Path, tmp
         settings = {"rank": "4", "steps": "8", "learning_rate": "0.05"}
         run = Run(base=base, data=data, method=method, quantize="none")
         train(run, LlmConfig.from_recipe("small", settings), tmp_path / name)
-    alone = []
+    expected = []
     for names in ([], ["first"], ["second"]):
         model, tokenizer = load_base(base)
         for name in names:
             model = load_adapter(model, str(tmp_path / name), name).eval()
-        alone += answers(
+        expected += answers(
             Chat(model, tokenizer, dict(zip(names, names, strict=True)), 12, 0.0), names[0] if names else "none"
         )
     model, tokenizer = load_base(base)
@@ -52,8 +52,8 @@ def test_switching_matches_separately_loaded_adapters(base: str, data: Path, tmp
     together = answers(
         Chat(model, tokenizer, {"first": "first", "second": "second"}, 12, 0.0), "none", "first", "second"
     )
-    assert together == alone
-    assert len(set(alone)) == 3
+    assert together == expected
+    assert len(set(expected)) == 3
 
 
 def test_answers_are_streamed_and_remembered(base: str) -> None:
@@ -67,8 +67,8 @@ def test_answers_are_streamed_and_remembered(base: str) -> None:
     assert chat.messages[1]["content"] == "".join(pieces)
 
 
-def asked(chat: Chat, model: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The token ids that the model is asked with."""
+def prompt_ids(chat: Chat, model: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the token ids of the prompt."""
     seen: list[int] = []
     generate = model.generate
 
@@ -86,17 +86,17 @@ def test_prompt_uses_the_known_template(template: str, base: str, monkeypatch: p
     model, tokenizer = load_base(base)
     chat = Chat(model, tokenizer, {}, 4, 0.0, {"none": template})
     expected = training_prompt(template, "hi") if template != "chat" else "<user>hi\n<assistant>"
-    assert asked(chat, model, "hi", monkeypatch) == tokenizer(expected)["input_ids"]
+    assert prompt_ids(chat, model, "hi", monkeypatch) == tokenizer(expected)["input_ids"]
 
 
-def test_it_asks_without_the_blank_that_belongs_to_the_answer(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_leaves_the_last_blank_to_the_answer(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load_base(base)
     merging = merging_tokenizer("### Response: yes A")
     model.resize_token_embeddings(1000)
     chat = Chat(model, merging, {}, 4, 0.0)
     [example] = tokenise([{"instruction": "hi", "output": "yes"}], merging, LlmConfig.from_recipe("small", {}))
     before = [token for token, label in zip(*example.values(), strict=True) if label == IGNORED]
-    assert asked(chat, model, "hi", monkeypatch) == before
+    assert prompt_ids(chat, model, "hi", monkeypatch) == before
 
 
 def test_commands(base: str) -> None:

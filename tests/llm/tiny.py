@@ -15,7 +15,7 @@ CHAT = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte; 0 pads, 1 begins, 2 ends."""
+    """Return a tokenizer with one token per byte; 0 pads, 1 begins, 2 ends."""
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {
         token: number for number, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def merging_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has learned the words of a text, each with the blank before it, as GPT-2's."""
+    """Return a byte-level BPE with the words of a text, each with the blank before it, as in GPT-2."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -74,7 +74,10 @@ GGUF_LAYERS = {
 
 def save_gguf(base: Path, folder: Path) -> Path:
     """Write the tiny Llama as a single GGUF file with eight-bit weights."""
-    words = [*tokenizer().convert_ids_to_tokens(range(len(tokenizer()))), "ab"]  # a byte-pair encoding needs a merge
+    words = [
+        *tokenizer().convert_ids_to_tokens(list(range(len(tokenizer())))),
+        "ab",
+    ]  # a byte-pair encoding needs a merge
     model = LlamaForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(len(words), mean_resizing=False)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
@@ -136,7 +139,7 @@ ANSWERS = {
 
 
 def save_tasks(folder: Path) -> Path:
-    """LLM-Adapters' layout, two questions a task; and MMLU's, two subjects."""
+    """Write tasks in LLM-Adapters' layout, two questions each, and MMLU with two subjects."""
     for task, answer in ANSWERS.items():
         records = [{"instruction": f"{task} {n}?", "input": "", "output": "", "answer": answer} for n in range(2)]
         (folder / task).mkdir(parents=True)
