@@ -18,7 +18,7 @@ OPTIONS = {  # commonsense: the first match counts
 }
 NUMBERS = ("MultiArith", "gsm8k", "AddSub", "SingleEq", "SVAMP")
 _STATED = re.compile(r"\banswer\b(?:\s+is\b)?\s*:?\s*(?:option\s*)?\(?([A-E])\b", re.IGNORECASE)
-_ALONE = re.compile(r"\(?([A-E])\)?\s*[.:]?")
+_ONLY_A_LETTER = re.compile(r"\(?([A-E])\)?\s*[.:]?")
 
 
 def response(text: str) -> str:
@@ -49,8 +49,8 @@ def stated_letter(text: str) -> str | None:
     stated = [match[1] for match in _STATED.finditer(text) if match[1].isupper()]
     if stated:
         return stated[-1]
-    alone = _ALONE.fullmatch(text.strip().split("\n")[0].strip())
-    return alone[1] if alone else None
+    letter = _ONLY_A_LETTER.fullmatch(text.strip().split("\n")[0].strip())
+    return letter[1] if letter else None
 
 
 def judge(task: str, text: str, answer: str) -> tuple[bool, bool]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -51,16 +51,8 @@ class Run:
 
     def describe(self, config: LlmConfig) -> dict[str, Any]:
         """Return everything that decides the training, in JSON values."""
-        return {
-            "base": self.base,
-            "data": str(self.data),
-            "method": self.method,
-            "quantize": self.quantize,
-            "data_sha256": self.data_sha256,
-            "fingerprint": self.fingerprint,
-            "interval": str(self.interval) if self.interval else None,
-            "config": config.to_dict(),
-        }
+        interval = str(self.interval) if self.interval else None
+        return asdict(self) | {"data": str(self.data), "interval": interval, "config": config.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +75,9 @@ def find_checkpoint(run: Run, config: LlmConfig, folder: Path, resume: bool) -> 
     Raises:
         SboraError: the folder holds another training, or one and `resume` is false.
     """
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last and not resume:
-        raise SboraError(f"{folder} contains a training", "resume it with --resume, or choose another --out")
     if not resume:
+        if folder.is_dir() and get_last_checkpoint(str(folder)):
+            raise SboraError(f"{folder} contains a training", "resume it with --resume, or choose another --out")
         return run, None
     interval = read_description(folder).get("interval")
     if interval and not run.interval:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -63,12 +63,5 @@ class EpochSetter(TrainerCallback):
     There the Trainer's own call does not reach the sampler.
     """
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        train_dataloader: Any = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        train_dataloader.set_epoch(int(state.epoch or 0))
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))

@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import prepare_model_for_kbit_training
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.inplace_training import inplace_training
@@ -86,9 +79,7 @@ def train(
     with claimed(folder, is_first_process(), "wait for it to end, or choose another --out"):
         run, checkpoint = find_checkpoint(run, config, folder, resume)
         model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
-        examples = tokenise(records, tokenizer, config)
-        check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
-        log.info("%d of %d records have tokens that count in the loss", len(examples), len(records))
+        examples = _examples(records, model, tokenizer, config)
         run = replace(run, fingerprint=fingerprint(model))
         if checkpoint:
             check_same(run, config, folder)
@@ -106,6 +97,13 @@ def train(
             losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
             write_atomically(folder / LOSSES, json.dumps(losses).encode())
             return save_result(adapted, run, config, folder, metrics, library)
+
+
+def _examples(records: Sequence[dict[str, Any]], model: Any, tokenizer: Any, config: LlmConfig) -> list[Example]:
+    examples = tokenise(records, tokenizer, config)
+    check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
+    log.info("%d of %d records have tokens that count in the loss", len(examples), len(records))
+    return examples
 
 
 def _check_name(library: Library, folder: Path) -> None:
@@ -211,15 +209,8 @@ class _StepReporter(TrainerCallback):
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        loss = (logs or {}).get("loss")
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        loss = kwargs["logs"].get("loss")
         if loss is None:
             return
         if not abs(loss) < float("inf"):

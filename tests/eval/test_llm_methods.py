@@ -89,7 +89,7 @@ def test_results_contain_the_command_of_each_cell(options: Namespace) -> None:
     path.parent.mkdir()
     path.write_text(json.dumps(llm_methods.make_cell(("base", "none"), options)))
     llm_methods.write_results(options)
-    told = json.loads((options.work / "out.json").read_text())
-    assert (told["steps"], told["learning_rate"]) == (2, 0.001)
-    assert told["cells"][0]["command"].startswith("python llm_methods.py --data ")
-    assert "--cell" not in told["cells"][0]["command"]
+    results = json.loads((options.work / "out.json").read_text())
+    assert (results["steps"], results["learning_rate"]) == (2, 0.001)
+    assert results["cells"][0]["command"].startswith("python llm_methods.py --data ")
+    assert "--cell" not in results["cells"][0]["command"]

@@ -35,8 +35,8 @@ def test_texts_do_not_depend_on_the_batch(batch_size: int, ending: tuple[Any, An
     model, tokenizer = ending
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated(model, tokenizer)]
     assert len({len(text) for text in expected}) > 2
-    model.generation_config.eos_token_id = None  # as of a base model whose tokenizer alone knows the chat's end
+    model.generation_config.eos_token_id = None  # as in base models of which only the tokenizer has the end of a chat
     options = {"until": [], "do_sample": False, "num_beams": 4, "max_gen_toks": 32}
-    asked = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in PROMPTS]
-    got = FullBeamsModel(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(asked, True)
+    requests = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in PROMPTS]
+    got = FullBeamsModel(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(requests, True)
     assert got == expected

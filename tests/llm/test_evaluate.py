@@ -60,9 +60,9 @@ def test_groups_are_the_published_tables(tasks: Path) -> None:
 
 def test_mmlu_prompt_is_that_of_qlora() -> None:
     question = {"subject": "world_history", "question": "Who?", "choices": ["w", "x", "y", "z"], "answer": 1}
-    asked = "Who?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    text = "Who?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
     head = "The following are multiple choice questions (with answers) about  world history.\n\n"  # two blanks
-    assert mmlu_prompt(question, [question]) == f"{head}{asked} B\n\n{asked}"
+    assert mmlu_prompt(question, [question]) == f"{head}{text} B\n\n{text}"
     assert mmlu_prompt(question, [question] * 7).count("Answer: B") == 5
 
 
@@ -71,8 +71,8 @@ def test_mmlu_mean_is_a_macro_mean(tasks: Path) -> None:
     right, wrong = [(0.0, False), (1.0, False), (0.0, False), (0.0, False)], [(1.0, False)] + [(0.0, False)] * 3
     samples = [{"doc": doc} | count_mmlu(doc, right if "world history" in doc["text"] else wrong) for doc in docs]
     assert len(samples) == 4
-    asked = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
-    assert asked == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
+    means = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
+    assert means == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_task_of_the_harness_by_name(base: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     model, tokenizer = load_base(base)
     scores = Harness(["arc_easy"], None).run(model, tokenizer, 2, limit=None)["arc_easy"]
-    asked = [f"Question: {question['question']}\nAnswer:" for question in questions]
-    found = [[likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices] for prompt in asked]
+    prompts = [f"Question: {question['question']}\nAnswer:" for question in questions]
+    found = [[likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices] for prompt in prompts]
     assert scores.metric == "acc"
     assert scores.correct == [float(max(range(3), key=of.__getitem__) == n % 3) for n, of in enumerate(found)]
 
