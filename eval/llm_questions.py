@@ -1,4 +1,4 @@
-"""Multiple-choice questions as a language model meets them: "Question: …, Answer:", and each choice's likelihood."""
+"""Multiple-choice questions for a language model ("Question: …, Answer:"), and the likelihood of each choice."""
 
 import json
 import random
@@ -20,17 +20,17 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """As lm-evaluation-harness asks ARC."""
+        """The prompt of ARC in lm-evaluation-harness."""
         return f"Question: {self.text}\nAnswer:"
 
     @property
     def record(self) -> dict[str, str]:
-        """To learn from, with the template "plain"."""
+        """A training record for the template "plain"."""
         return {"instruction": self.prompt, "output": f" {self.choices[self.right]}"}
 
 
 def parse(record: dict[str, Any]) -> Question:
-    """A record of LLM-Adapters' ARC files."""
+    """Parse a record of LLM-Adapters' ARC files."""
     match = _RECORD.search(record["instruction"])
     assert match is not None, record["instruction"]
     choices = re.split(r"\s*Answer\d: ", match[2])
@@ -38,7 +38,7 @@ def parse(record: dict[str, Any]) -> Question:
 
 
 def chosen(path: Path, tokenizer: Any, longest: int, number: int) -> list[Question]:
-    """The first questions, in a fixed random order, whose longest choice keeps them within `longest` tokens."""
+    """Return the first questions, in a fixed random order, that have at most `longest` tokens with any choice."""
     questions = [parse(record) for record in json.loads(path.read_text())]
     random.Random(0).shuffle(questions)
     short = [q for q in questions if len(tokenizer(q.text + max(q.choices, key=len))["input_ids"]) <= longest]
@@ -47,7 +47,7 @@ def chosen(path: Path, tokenizer: Any, longest: int, number: int) -> list[Questi
 
 @torch.inference_mode()
 def scores(model: Any, tokenizer: Any, question: Question) -> list[float]:
-    """Log-likelihood per character of each choice; the question is read once."""
+    """Return the log-likelihood per character of each choice; the question is encoded once."""
     prompt = tokenizer(question.prompt)["input_ids"]
     answers = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in question.choices]
     read = model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""Adapters of language models on disk: run folders, PEFT directories and concept files, into live models and out."""
+"""Read adapters of language models from run folders, PEFT directories and concept files; load and write them."""
 
 import json
 import logging
@@ -16,9 +16,10 @@ from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_compon
 from sbora_diffusion.interchange.provenance import SPEC
 from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
-from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER, RUN
+from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.run_folder import RUN
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +27,16 @@ Shapes = dict[str, tuple[int, int]]  # "model.<layer>" -> (out, in)
 
 
 def layer_shapes(model: nn.Module) -> Shapes:
-    """(out, in) of the linear layers that adapters may write; of a quantised or weightless model too."""
+    """Return (out, in) of the linear layers that adapters may write; also of a quantised or meta model."""
     layers = linear_layers(model).items()
     return {f"{COMPONENT}.{name}": (module.out_features, module.in_features) for name, module in layers}
 
 
 def find_folder(source: str) -> Path | None:
-    """The PEFT directory that a user means, if it is one or a run folder; None for a concept file.
+    """Return the PEFT directory of a run folder, or that itself; None for a concept file.
 
     Raises:
-        SboraError: neither of them.
+        SboraError: none of the three.
     """
     path = Path(source)
     if path.is_file():
@@ -44,12 +45,12 @@ def find_folder(source: str) -> Path | None:
         if (folder / CONFIG).is_file():
             return folder
     if (path / RUN).is_file():
-        raise SboraError(f"the training in {source} is not done", "go on with it: sbora-diffusion llm train … --resume")
-    raise SboraError(f"{source} is no run folder, PEFT directory or concept file")
+        raise SboraError(f"the training in {source} is not finished", "resume it: sbora-diffusion llm train … --resume")
+    raise SboraError(f"{source} is not a run folder, PEFT directory or concept file")
 
 
 def read_concept(source: str) -> Adapter:
-    """The SBoRA adapter of a concept file or run folder.
+    """Return the SBoRA adapter of a concept file or run folder.
 
     Raises:
         SboraError: another method's run, a PEFT directory without its concept file.
@@ -59,19 +60,17 @@ def read_concept(source: str) -> Adapter:
         return Adapter.load(source)
     files = sorted(Path(source).glob("*.safetensors")) if folder.name == ADAPTER and folder != Path(source) else []
     if len(files) != 1:
-        raise SboraError(
-            f"{source} has no concept file beside its adapter", "only run folders of sbora-fa and sbora-fb do"
-        )
+        raise SboraError(f"{source} has no concept file", "give a concept file or a run folder of sbora-fa or sbora-fb")
     return Adapter.load(files[0])
 
 
 def read_about(source: str) -> dict[str, Any]:
-    """What we wrote when it was trained: method, base, quantize, fingerprint, config, …; {} of a foreign one."""
+    """Return what was recorded at the training: method, base, quantize, fingerprint, config, …; {} if nothing was."""
     folder = find_folder(source)
     if folder is None:
         spec = Adapter.load(source).spec
-        told = {"method": spec.method_name, "base": spec.base_id, "fingerprint": spec.base_fingerprint}
-        return told | {"quantize": spec.recipe.get("quantize", "none"), "config": spec.recipe}
+        about = {"method": spec.method_name, "base": spec.base_id, "fingerprint": spec.base_fingerprint}
+        return about | {"quantize": spec.recipe.get("quantize", "none"), "config": spec.recipe}
     try:
         return json.loads((folder / ABOUT).read_bytes())
     except FileNotFoundError:
@@ -81,15 +80,12 @@ def read_about(source: str) -> dict[str, Any]:
 
 
 def load_adapter(model: Any, source: str, name: str) -> Any:
-    """Put an adapter into a base model, or beside others into a PEFT model; it is the active one then.
-
-    Returns:
-        The PEFT model.
+    """Load an adapter into a base or PEFT model, make it the active one, and return the PEFT model.
 
     Raises:
-        SboraError: an adapter that does not fit the model.
+        SboraError: the adapter does not fit the model.
     """
-    _warn_of_another_base(model, source)
+    _warn_about_other_base(model, source)
     folder = find_folder(source)
     with tempfile.TemporaryDirectory() as scratch:
         if folder is None:
@@ -102,17 +98,17 @@ def load_adapter(model: Any, source: str, name: str) -> Any:
             else:
                 model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            lines = (str(error).strip() or type(error).__name__).splitlines()  # torch's first one is a heading
+            lines = (str(error).strip() or type(error).__name__).splitlines()  # torch's first line is a heading
             reason = lines[1].strip() if lines[0].endswith(":") and lines[1:] else lines[0]
             raise SboraError(f"{source} does not fit the base model: {reason}") from None
-    detect(model, name)  # the fast forward, where a factor is one-hot
+    detect(model, name)  # the fast forward for one-hot factors
     return model
 
 
 def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
-    """An adapter as the PEFT directory of a plain LoRA: vLLM, SGLang and llama.cpp's converter read it.
+    """Write an adapter as the PEFT directory of a plain LoRA, for vLLM, SGLang and llama.cpp's converter.
 
-    The scale is folded in: alpha is the rank, which is the same in every layer.
+    The scale is folded into the factors: alpha equals the rank, which is the same in every layer.
     """
     config, tensors = peft_component(to_loras(adapter, shapes), adapter.spec.base_id, shapes)
     metadata = {"format": "pt", SPEC: adapter.spec.to_json()}
@@ -121,7 +117,7 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
     return folder
 
 
-def _warn_of_another_base(model: Any, source: str) -> None:
+def _warn_about_other_base(model: Any, source: str) -> None:
     about = read_about(source)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if about.get("fingerprint") not in (None, fingerprint(base)):

@@ -1,4 +1,4 @@
-"""A language model, frozen, with or without nf4, and the adapter that a method puts into it."""
+"""Load a frozen language model, with or without nf4, and put a method's adapter into it."""
 
 import hashlib
 import os
@@ -16,38 +16,38 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from sbora_diffusion.adapters.basis import Interval, Side, canonical
 from sbora_diffusion.adapters.layer import attach, keep_linear4bit_unpacked
-from sbora_diffusion.llm.config import METHODS, LlmConfig
-from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.llm.config import LlmConfig, side_of
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.hub import cache_if_offline, why
 
-COMPONENT = "model"  # what the concept file calls a language model
+COMPONENT = "model"  # a language model's name in concept files
 QUANTISATIONS = ("none", "nf4")
 
 _LORA = re.compile(r"\blora_[AB]\.")  # PEFT's own linear layers
-_FINGERPRINT = "sbora_fingerprint"  # the attribute of a base model
-_SAMPLED = 1024  # entries of each linear weight that enter the fingerprint
+_FINGERPRINT = "sbora_fingerprint"  # attribute of a loaded base model
+_SAMPLED = 1024  # entries of each linear weight in the fingerprint
 
 
 def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str = "none") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a folder (also one with a single GGUF file) or the hub.
+    """Load a causal language model and its tokenizer from a folder (also one with a single GGUF file) or the hub.
 
-    The files are read, and quantised, in their own type, and cast afterwards: the fingerprint is the same in each.
+    Files are read, and quantised, in their own type and cast afterwards, so that every type has the same fingerprint.
 
     Args:
-        dtype: of the weights; "auto" is that of the files.
+        dtype: of the weights; "auto" keeps that of the files.
 
     Returns:
-        The frozen model, in evaluation mode, on a GPU where one is; the tokenizer, padding on the left.
+        The frozen model, in evaluation mode, on a GPU if there is one; the tokenizer, with padding on the left.
 
     Raises:
         SboraError: a missing or gated model, an unknown quantisation, no bitsandbytes.
     """
     options = _source(base) | _quantisation(quantize, dtype)
-    with cache_if_offline(), _told(base, " (its tokenizer)"):
+    with cache_if_offline(), _loading_errors(base, " (its tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
-    with cache_if_offline(), _told(base):
+    with cache_if_offline(), _loading_errors(base):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
+    keep_linear4bit_unpacked(model)
     setattr(model, _FINGERPRINT, _digest(model))
     if isinstance(dtype, torch.dtype):
         _cast(model, dtype)
@@ -58,36 +58,29 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
         model = model.to(torch.device("cuda", gpu_of_process()))
     if "gguf_file" in options:
         _forget_gguf(model)
-    keep_linear4bit_unpacked(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def meta_base(base: str) -> Any:
-    """The model of a configuration without its weights, on the meta device."""
-    with cache_if_offline(), _told(base, " (its configuration)"):
+    """Build the model of a configuration on the meta device, without weights."""
+    with cache_if_offline(), _loading_errors(base, " (its configuration)"):
         config = AutoConfig.from_pretrained(base, **_source(base))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
 
-def check_method(method: str) -> None:
-    """Raise SboraError if language models cannot be trained by it."""
-    if method not in METHODS:
-        raise SboraError(f"got unknown method {method!r}, choose from {', '.join(METHODS)}")
-
-
 def inject(model: Any, method: str, config: LlmConfig, interval: Interval | None) -> Any:
-    """A PEFT model with a fresh adapter named "default" that changes nothing yet.
+    """Return a PEFT model with a fresh adapter named "default" that changes nothing yet.
 
     Args:
-        interval: of an SBoRA adapter; None for the others.
+        interval: of an SBoRA adapter; None for other methods.
     """
-    check_method(method)
+    side, targets = side_of(method), config.method.targets
     lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        r=config.method.rank,
+        lora_alpha=config.method.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
+        lora_dropout=config.method.dropout,
+        target_modules=list(targets),
         **find_method(method).peft_options,
         task_type="CAUSAL_LM",
     )
@@ -95,17 +88,17 @@ def inject(model: Any, method: str, config: LlmConfig, interval: Interval | None
     try:
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
-        raise SboraError(f"the targets {', '.join(config.targets)} do not fit the model ({error})") from None
-    if interval is not None:
-        attach(peft_model, "default", method_side(method), interval, config.basis_seed)
+        raise SboraError(f"the targets {', '.join(targets)} do not fit the model ({error})") from None
+    if side and interval:
+        attach(peft_model, "default", side, interval, config.method.basis_seed)
     return peft_model
 
 
 def target_widths(model: nn.Module, targets: Sequence[str], side: Side) -> dict[str, int]:
-    """Columns (fa) or rows (fb) of the linear layers of these names, by "model.<layer>".
+    """Return the number of columns (fa) or rows (fb) of the target layers, by "model.<layer>".
 
     Raises:
-        SboraError: there is none.
+        SboraError: no linear layer has such a name.
     """
     widths = {
         f"{COMPONENT}.{name}": module.in_features if side == "fa" else module.out_features
@@ -120,25 +113,24 @@ def target_widths(model: nn.Module, targets: Sequence[str], side: Side) -> dict[
 
 
 def count_parameters(base: str, method: str, config: LlmConfig) -> tuple[int, int]:
-    """How many parameters a method would train and the base model has, from its configuration alone."""
+    """Count the parameters that a method trains and those of the base model, from its configuration alone."""
     model = meta_base(base)
     total = sum(parameter.numel() for parameter in model.parameters())
-    check_method(method)
-    interval = Interval(0, config.rank) if find_method(method).owns_interval else None
+    interval = Interval(0, config.method.rank) if side_of(method) else None
     with torch.device("meta"):
         adapted = inject(model, method, config, interval)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad), total
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What `load_base` found in the files of a model, whatever was cast, dequantised or put into it since."""
+    """Return the fingerprint of the files that a model was loaded from, whatever was done to the model since."""
     return getattr(model, _FINGERPRINT)
 
 
 def _digest(model: nn.Module) -> str:
-    """16 hexadecimal digits of all linear layers' names, shapes and sampled entries, rounded to float16.
+    """Return 16 hexadecimal digits of all linear layers' names, shapes and sampled entries, rounded to float16.
 
-    Layers that are quantised count with their packed bytes: another quantisation is another base.
+    Quantised layers enter with their packed bytes: another quantisation is another base.
     """
     digest = hashlib.sha256()
     for name, module in sorted(linear_layers(model).items()):
@@ -151,7 +143,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The base model's linear layers by canonical name, with or without adapters around them."""
+    """Return the base model's linear layers by canonical name, with or without adapters around them."""
     return {
         canonical(name): module
         for name, module in model.named_modules()
@@ -160,30 +152,31 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def gpu_of_process() -> int:
-    """The GPU that belongs to this process of torchrun's; the first one without torchrun."""
+    """Return the index of this process's GPU: torchrun's local rank, or 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """As if the weights had been read in this type: buffers, and what is always computed in float32, stay."""
+    """Cast the weights as if they had been read in this type: buffers and modules kept in float32 stay as they are."""
     kept = () if dtype == torch.float32 else model._keep_in_fp32_modules_strict or ()
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "quant_state"):
-            parameter.quant_state.dtype = dtype  # what it is dequantised to
+            parameter.quant_state.dtype = dtype  # of the dequantised weights
         elif not any(f".{part}." in f".{name}." for part in kept):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
 
 def _forget_gguf(model: Any) -> None:
-    """The weights of a GGUF file are ordinary ones from here on: transformers refuses to save them otherwise."""
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    """Remove the traces of the dequantised GGUF file: with them transformers refuses to train or save the model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 @contextmanager
-def _told(base: str, part: str = "") -> Iterator[None]:
-    """Whatever transformers and safetensors raise at what cannot be loaded, but a lack of memory, in a line."""
+def _loading_errors(base: str, part: str = "") -> Iterator[None]:
+    """Turn what transformers and safetensors raise into a one-line error, except for a lack of memory."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -195,7 +188,7 @@ def _told(base: str, part: str = "") -> Iterator[None]:
 
 
 def _source(base: str) -> dict[str, Any]:
-    """Which file of a folder is the model, where it is a single GGUF file."""
+    """Return the option that names the model's file if a folder holds a single GGUF file."""
     path = Path(base)
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else []
     if path.is_file() or (path.is_dir() and not ggufs and not (path / "config.json").is_file()):
@@ -209,7 +202,7 @@ def _quantisation(quantize: str, dtype: torch.dtype | str) -> dict[str, Any]:
     if quantize != "nf4":
         raise SboraError(f"got quantisation {quantize!r}, choose from {', '.join(QUANTISATIONS)}")
     try:
-        import bitsandbytes  # noqa: F401  # transformers says less clearly that it is missing
+        import bitsandbytes  # noqa: F401  # transformers' own error is less clear
     except ImportError:
         raise SboraError("nf4 needs bitsandbytes", 'pip install "sbora-diffusion[llm]"') from None
     nf4 = BitsAndBytesConfig(

@@ -1,127 +1,132 @@
-"""The settings of a language model's fine-tuning: a readable recipe, and what the user sets over it."""
+"""The settings of a fine-tuning in their groups, and the recipes that they start from."""
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Literal, get_args
+from typing import Literal, Self
 
-from sbora_diffusion.llm.template import TEMPLATES
-from sbora_diffusion.utils.errors import SboraError, guess
-from sbora_diffusion.utils.text import in_words
+from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.recipes.schema import NATURAL, POSITIVE, Config, Range, flatten, parse_overrides, setting
+from sbora_diffusion.utils.errors import SboraError
 
-Method = Literal["lora", "dora", "sbora-fa", "sbora-fb"]
-METHODS: tuple[Method, ...] = get_args(Method)
-RECIPES: tuple[str, ...] = ("commonsense", "arithmetic", "qsbora", "small")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "template": TEMPLATES,
-    "dtype": ("float32", "bfloat16", "float16"),
-    "scheduler": ("linear", "constant", "cosine"),
-    "sampling": ("random", "group_by_length"),
-    "optimizer": (
-        *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
-        *("adafactor", "lion_32bit", "lion_8bit", "sgd"),
-    ),
-}
-_POSITIVE = ("rank", "alpha", "batch_size", "accumulation", "learning_rate", "cutoff", "max_grad_norm", "save_every")
-_NATURAL = ("epochs", "steps", "warmup_steps", "dropout", "target_cutoff", "weight_decay", "validation", "eval_every")
+_SIDES: dict[str, Side | None] = {"lora": None, "dora": None, "sbora-fa": "fa", "sbora-fb": "fb"}
+METHODS = tuple(_SIDES)
+_PROBABILITY = Range(low=0, high=1, words="a number from 0 to below 1")
+_SEED = Range(low=0, high=2**32, words=f"a number from 0 to {2**32 - 1}")
+_RECIPES = files("sbora_diffusion") / "recipes" / "llm"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmConfig:
-    """Everything that decides a fine-tuning besides base model, data and method."""
+class MethodConfig:
+    """The adapter."""
 
-    rank: int
-    alpha: float  # the adapter's scale is alpha / rank
-    dropout: float  # on the adapter's input
-    targets: tuple[str, ...]  # names of linear layers
-    epochs: float  # used when steps is 0
-    steps: int  # optimiser steps
-    batch_size: int  # sequences a step, of one process
-    accumulation: int  # batches to one optimiser step
-    learning_rate: float
-    scheduler: str
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    optimizer: str  # transformers' name; a paged one becomes its plain twin without a GPU
-    template: str
-    cutoff: int  # tokens; with target_cutoff, of the prompt alone
-    target_cutoff: int  # tokens of the answer; 0 counts it into cutoff
-    train_on_inputs: bool  # whether the prompt's tokens count in the loss
-    sampling: str
-    validation: int  # records held out
-    eval_every: int  # optimiser steps between losses of these; 0 for none
-    save_every: int  # optimiser steps between checkpoints
-    dtype: str  # the arithmetic; a mixed precision where it is not float32
-    gradient_checkpointing: bool
-    basis_seed: int  # of the layers' permutations
-    seed: int
+    rank: int = setting("rank of each adapted layer", POSITIVE)
+    alpha: float = setting("the adapter's scale is alpha / rank", POSITIVE)
+    dropout: float = setting("probability of dropout on the adapter's input", _PROBABILITY)
+    targets: tuple[str, ...] = setting("names of the adapted linear layers, separated by semicolons")
+    basis_seed: int = setting("seed of the layers' permutations", NATURAL)
 
-    def __post_init__(self) -> None:
-        for key in _POSITIVE + _NATURAL:
-            value, sign = getattr(self, key), "positive" if key in _POSITIVE else "non-negative"
-            if not 0 <= value < float("inf") or (key in _POSITIVE and value == 0):
-                raise SboraError(f"got {key}={value}, expected a {sign} number")
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise SboraError(f"got {key}={getattr(self, key)}, choose from {', '.join(choices)}")
-        if not 0 <= self.seed < 2**32:
-            raise SboraError(f"got seed={self.seed}, expected 0 to {2**32 - 1}")
-        if not self.steps and not self.epochs:
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How records become batches."""
+
+    template: Literal["adapters", "alpaca", "chat", "plain"] = setting(
+        "the prompt around an instruction, or the tokenizer's chat template"
+    )
+    cutoff: int = setting("maximum tokens of a sequence; with target_cutoff, of its prompt", POSITIVE)
+    target_cutoff: int = setting("maximum tokens of the answer; 0: cutoff includes it", NATURAL)
+    train_on_inputs: bool = setting("include the prompt's tokens in the loss")
+    batch_size: int = setting("sequences per step and process", POSITIVE)
+    sampling: Literal["random", "group_by_length"] = setting("order of the sequences")
+    validation: int = setting("records held out", NATURAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """How the base model computes."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of the arithmetic; mixed precision except float32")
+    gradient_checkpointing: bool = setting("less memory, more time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the parameters are updated."""
+
+    epochs: float = setting("passes over the records; used if steps is 0", NATURAL)
+    steps: int = setting("optimiser steps", NATURAL)
+    accumulation: int = setting("batches per optimiser step", POSITIVE)
+    optimizer: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "adafactor",
+        "lion_32bit",
+        "lion_8bit",
+        "sgd",
+    ] = setting("name in transformers; without a GPU, a paged AdamW becomes adamw_torch")
+    learning_rate: float = setting("of the adapter", POSITIVE)
+    scheduler: Literal["linear", "constant", "cosine"] = setting("of the learning rate after the warm-up")
+    warmup_steps: int = setting("steps over which the learning rate rises", NATURAL)
+    weight_decay: float = setting("of the optimiser", NATURAL)
+    max_grad_norm: float = setting("gradients are clipped to this norm", POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is written while training."""
+
+    eval_every: int = setting("optimiser steps between validation losses; 0: none", NATURAL)
+    save_every: int = setting("optimiser steps between checkpoints", POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmConfig(Config):
+    """Everything that decides a fine-tuning except the base model, the data and the method."""
+
+    seed: int = setting("of all random numbers", _SEED)
+    method: MethodConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    output: OutputConfig
+
+    def check(self) -> None:
+        """Raise SboraError for the first setting that is not allowed, or does not fit another one."""
+        super().check()
+        if not self.optim.steps and not self.optim.epochs:
             raise SboraError("got steps=0 and epochs=0, expected one of them to be positive")
-        if self.dropout >= 1 or not self.targets:
-            raise SboraError(f"got dropout={self.dropout} and {len(self.targets)} targets, expected < 1 and at least 1")
+        if not self.method.targets:
+            raise SboraError("got no targets, expected names of linear layers", "--set 'targets=q_proj;v_proj'")
 
     @classmethod
-    def from_recipe(cls, recipe: str, overrides: Mapping[str, str]) -> "LlmConfig":
-        """A recipe of ours with `overrides` ("key": "value", lists separated by semicolons) over it."""
-        if recipe not in RECIPES:
-            raise SboraError(f"got unknown recipe {recipe!r}, choose from {', '.join(RECIPES)}")
-        text = (files("sbora_diffusion.llm") / "recipes" / f"{recipe}.toml").read_text()
-        return cls.from_dict(tomllib.loads(text) | {key: _parse(key, value) for key, value in overrides.items()})
+    def from_recipe(cls, recipe: str, overrides: Mapping[str, str]) -> Self:
+        """Read a recipe and apply the overrides of `--set`.
 
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> "LlmConfig":
-        """Exactly the known keys, each of its type."""
-        kinds = _kinds()
-        missing, unknown = sorted(kinds.keys() - settings), sorted(settings.keys() - kinds)
-        if missing or unknown:
-            raise SboraError(f"recipe lacks {missing} and has the unknown keys {unknown}", f"known: {', '.join(kinds)}")
-        return cls(**{key: _coerce(key, value, kinds[key]) for key, value in settings.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; the inverse of `from_dict`."""
-        return asdict(self) | {"targets": list(self.targets)}
+        Raises:
+            SboraError: an unknown recipe or setting, or a value that is not allowed.
+        """
+        if recipe not in recipes():
+            raise SboraError(f"got unknown recipe {recipe!r}, choose from {', '.join(recipes())}")
+        tables = tomllib.loads((_RECIPES / f"{recipe}.toml").read_text())
+        return cls.from_dict(flatten(cls, tables) | parse_overrides(cls, overrides))
 
 
-def _kinds() -> dict[str, Any]:
-    return {field.name: field.type for field in fields(LlmConfig)}
+def side_of(method: str) -> Side | None:
+    """Return the side of an SBoRA method, None for other methods.
+
+    Raises:
+        SboraError: an unknown method.
+    """
+    if method not in _SIDES:
+        raise SboraError(f"got unknown method {method!r}, choose from {', '.join(METHODS)}")
+    return _SIDES[method]
 
 
-def _parse(key: str, text: str) -> Any:
-    kind = _kinds().get(key)
-    if kind is None:
-        raise SboraError(f"got unknown setting {key!r}", f"{guess(key, _kinds())}choose from {', '.join(_kinds())}")
-    if kind not in (int, float, bool, str):
-        return [part.strip() for part in text.split(";") if part.strip()]
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise SboraError(f"got {key}={text}, expected true or false")
-        return text == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise SboraError(f"got {key}={text}, expected {in_words(kind)}") from None
-
-
-def _coerce(key: str, value: Any, kind: Any) -> Any:
-    if kind not in (int, float, bool, str):
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise SboraError(f"got {key}={value!r}, expected a list of texts")
-        return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise SboraError(f"got {key}={value!r}, expected {in_words(kind)}")
-    return value
+def recipes() -> list[str]:
+    """List the names of the recipes."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir())

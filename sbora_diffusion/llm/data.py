@@ -1,33 +1,33 @@
-"""Records from JSON, JSONL or Parquet, and how they become token ids and labels."""
+"""Read records from JSON, JSONL or Parquet, and turn them into token ids and labels."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError  # of torch's own dependencies
+from jinja2 import TemplateError  # torch depends on it
 
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.llm.template import check_record, training_prompt
 from sbora_diffusion.utils.errors import SboraError
 
-IGNORED = -100  # the label of a token that does not count in the loss
+IGNORED = -100  # label of tokens that do not count in the loss
 
 Example = dict[str, list[int]]  # "input_ids" and "labels", equally long
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:
-    """A list of records: a JSON list, an object a line (JSONL), or a Parquet table."""
+    """Read records from a JSON list, from JSONL (one object per line) or from a Parquet table."""
     if not path.is_file():
         raise SboraError(f"{path} is not a file", hint="Give a .json, .jsonl or .parquet file.")
     try:
         records = _parse(path)
     except (ValueError, OSError) as error:
         raise SboraError(
-            f"cannot read {path} ({error})", hint="Give a .json, .jsonl (an object a line) or .parquet file."
+            f"cannot read {path} ({error})", hint="Give a .json, .jsonl (one object per line) or .parquet file."
         ) from None
     if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise SboraError(f"{path} holds no list of records", hint='Such as [{"instruction": "…", "output": "…"}].')
+        raise SboraError(f"{path} contains no list of records", hint='Such as [{"instruction": "…", "output": "…"}].')
     return records
 
 
@@ -40,23 +40,23 @@ def _parse(path: Path) -> Any:
         return parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     return (
-        [json.loads(line) for line in text.split("\n") if line.strip()]  # not what else is a line break to Python
+        [json.loads(line) for line in text.split("\n") if line.strip()]  # not splitlines(): U+2028 may stand in JSON
         if path.suffix == ".jsonl"
         else json.loads(text)
     )
 
 
 def tokenise(records: Sequence[Mapping[str, Any]], tokenizer: Any, config: LlmConfig) -> list[Example]:
-    """Token ids and labels of each record; those whose answer was wholly cut off are left out when only it counts.
+    """Return token ids and labels of the records, except those of which cutoff leaves no token for the loss.
 
     Raises:
-        SboraError: a record without the fields it needs, or no record with anything to learn left.
+        SboraError: a record without the fields it needs, or no record that is left.
     """
     examples = [_tokenise(record, number, tokenizer, config) for number, record in enumerate(records)]
     kept = [example for example in examples if any(label != IGNORED for label in example["labels"][1:])]
     if not kept:
         raise SboraError(
-            f"all {len(records)} sequences are longer than cutoff={config.cutoff}: nothing of an answer is left",
+            f"all {len(records)} sequences are longer than cutoff={config.data.cutoff}: no token of an answer is left",
             hint="Raise it with --set cutoff=1024.",
         )
     return kept
@@ -68,45 +68,45 @@ def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
     if positions and longest > positions:
         raise SboraError(
             f"a sequence has {longest} tokens, the base model {positions} positions",
-            hint=f"Cut them with --set cutoff={positions}.",
+            hint=f"Truncate them with --set cutoff={positions}.",
         )
 
 
 def common_prefix(prompt: Sequence[int], whole: Sequence[int]) -> int:
-    """How many tokens both begin with: the prompt's last blank may be one with the answer's first word."""
-    differs = (number for number, (asked, said) in enumerate(zip(prompt, whole, strict=False)) if asked != said)
+    """Count the tokens that both begin with: the prompt's last blank may be part of the answer's first token."""
+    differs = (number for number, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other)
     return next(differs, min(len(prompt), len(whole)))
 
 
 def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
-    if config.template == "chat" or "messages" in record:
+    if config.data.template == "chat" or "messages" in record:
         return _chat(record, number, tokenizer, config)
     check_record(record, number)
-    prompt = training_prompt(config.template, record["instruction"], record.get("input") or "")
-    if config.target_cutoff:
-        return _in_two_parts(prompt, record["output"], tokenizer, config)
-    ids = tokenizer(prompt + record["output"])["input_ids"][: config.cutoff]
-    if ids[-1:] != [tokenizer.eos_token_id] and len(ids) < config.cutoff:
+    prompt = training_prompt(config.data.template, record["instruction"], record.get("input") or "")
+    if config.data.target_cutoff:
+        return _tokenise_separately(prompt, record["output"], tokenizer, config)
+    ids = tokenizer(prompt + record["output"])["input_ids"][: config.data.cutoff]
+    if ids[-1:] != [tokenizer.eos_token_id] and len(ids) < config.data.cutoff:
         ids = [*ids, tokenizer.eos_token_id]
-    masked = 0 if config.train_on_inputs else common_prefix(tokenizer(prompt)["input_ids"], ids)
+    masked = 0 if config.data.train_on_inputs else common_prefix(tokenizer(prompt)["input_ids"], ids)
     return _masked(ids, masked)
 
 
-def _in_two_parts(prompt: str, answer: str, tokenizer: Any, config: LlmConfig) -> Example:
-    """QLoRA's qlora.py: prompt and answer are tokenised, and cut, each on its own."""
+def _tokenise_separately(prompt: str, answer: str, tokenizer: Any, config: LlmConfig) -> Example:
+    """Tokenise and truncate prompt and answer separately, as QLoRA's qlora.py does."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    source = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]][: config.cutoff]
+    source = [*begin, *tokenizer(prompt, add_special_tokens=False)["input_ids"]][: config.data.cutoff]
     target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return _masked(source + target[: config.target_cutoff], 0 if config.train_on_inputs else len(source))
+    return _masked(source + target[: config.data.target_cutoff], 0 if config.data.train_on_inputs else len(source))
 
 
 def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
-    """The tokenizer's own chat template; without `train_on_inputs`, what comes before the last answer is masked."""
+    """Apply the tokenizer's chat template; without `train_on_inputs` mask everything before the last answer."""
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise SboraError(f"record {number} has no messages", hint='Such as [{"role": "user", "content": "…"}, …].')
     if not all(map(_is_message, messages)):
-        raise SboraError(f"record {number} has a message whose role or content is no text")
+        raise SboraError(f"record {number} has a message whose role or content is not text")
     if messages[-1]["role"] != "assistant":
         raise SboraError(f"record {number} ends with {messages[-1]['role']!r}, expected an assistant's message")
     if not tokenizer.chat_template:
@@ -116,7 +116,7 @@ def _chat(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmCon
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     except (TemplateError, ValueError) as error:
         raise SboraError(f"record {number} does not fit the base model's chat template ({error})") from None
-    return _masked(ids[: config.cutoff], 0 if config.train_on_inputs else common_prefix(prompt, ids))
+    return _masked(ids[: config.data.cutoff], 0 if config.data.train_on_inputs else common_prefix(prompt, ids))
 
 
 def _is_message(message: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Accuracy by lm-evaluation-harness: the published tasks in tasks/, and its own by name."""
+"""Measure accuracy with lm-evaluation-harness: the published tasks in tasks/, and the harness's own by name."""
 
 import logging
 import re
@@ -8,24 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
+from sbora_diffusion.recipes.schema import POSITIVE, Config, parse_overrides, setting
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.hub import why
 
 TASKS = Path(str(files("sbora_diffusion.llm") / "tasks"))
-_METRICS = ("acc", "exact_match", "em", "f1")  # the first that a task has is its score
-_PREFIXES = ("adapters_", "qlora_")  # of tasks of ours
+_METRICS = ("acc", "exact_match", "em", "f1")  # a task's score is the first that it has
+_PREFIXES = ("adapters_", "qlora_")  # of our tasks
 _NOISY = ("lm_eval", "datasets", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """What a model scored on one task."""
+    """A model's scores on one task."""
 
     metric: str
-    correct: list[float]  # a number a question; the task's score is their mean
-    failed: list[float]  # 1 where no answer was found; empty where the task does not say
+    correct: list[float]  # per question; the task's score is their mean
+    failed: list[float]  # 1 if no answer was found; empty if the task does not report it
 
     @property
     def score(self) -> float:
@@ -36,11 +37,24 @@ class TaskScores:
         return sum(self.failed) / len(self.failed) if self.failed else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Config):
+    """Settings of an evaluation."""
+
+    batch_size: int = setting("questions per batch", POSITIVE)
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of the weights and the arithmetic")
+
+    @classmethod
+    def from_settings(cls, overrides: Mapping[str, str]) -> Self:
+        """Apply the overrides of `--set` to batch_size=8 and dtype=float32."""
+        return cls.from_dict({"batch_size": 8, "dtype": "float32"} | parse_overrides(cls, overrides))
+
+
 class Harness:
-    """The tasks that were asked for, loaded once, for any number of models.
+    """Tasks that are loaded once and run on any number of models.
 
     Args:
-        tasks: names of tasks or groups; a group of ours is expanded, a foreign one becomes one column.
+        tasks: names of tasks or groups; our groups are expanded, one of the harness's becomes one column.
         data: a folder in LLM-Adapters' layout, `data/TASK/test.json`.
 
     Raises:
@@ -53,36 +67,37 @@ class Harness:
         except ImportError:
             raise SboraError("llm eval needs lm-evaluation-harness", 'pip install "sbora-diffusion[llm]"') from None
         if not tasks:
-            raise SboraError("no task was named", "such as --tasks adapters_commonsense")
-        own = {path.stem for path in TASKS.glob("*.yaml")}
-        foreign = [task for task in tasks if task not in own]
-        _check_known(foreign, [task for task in foreign if not task.startswith(_PREFIXES)], own)
-        self._manager = TaskManager(  # with all of the harness's own tasks it takes half a minute
+            raise SboraError("got no task", "such as --tasks adapters_commonsense")
+        ours = {path.stem for path in TASKS.glob("*.yaml")}
+        foreign = [task for task in tasks if task not in ours]
+        _check_known(foreign, [task for task in foreign if not task.startswith(_PREFIXES)], ours)
+        self._manager = TaskManager(  # takes half a minute with the harness's own tasks
             include_path=str(TASKS),
             include_defaults=bool(foreign),
-            metadata={"data_dir": str(data or "")},  # type: ignore[arg-type]  # handed to each task
+            metadata={"data_dir": str(data or "")},  # type: ignore[arg-type]  # passed to each task
         )
-        _check_known(foreign, self._manager.all_tasks, own)
-        self.tasks = list(dict.fromkeys(leaf for task in tasks for leaf in (_members(task) if task in own else [task])))
+        _check_known(foreign, self._manager.all_tasks, ours)
+        self.tasks = list(
+            dict.fromkeys(leaf for task in tasks for leaf in (_members(task) if task in ours else [task]))
+        )
 
     def run(self, model: Any, tokenizer: Any, batch_size: int, limit: int | None) -> dict[str, TaskScores]:
-        """Scores by task.
+        """Return the scores of a causal model, with or without adapters, by task.
 
         Args:
-            model: causal, with or without PEFT around it.
-            limit: only so many questions of each task.
+            limit: number of questions of each task; None for all.
 
         Raises:
             SboraError: data that cannot be loaded.
         """
         import lm_eval
 
-        from sbora_diffusion.llm.beams import WholeBeams
+        from sbora_diffusion.llm.beams import FullBeamsModel
 
-        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide the signature from type checkers
+        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide its signature
         try:
-            with _quietly():
-                wrapped = WholeBeams(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+            with _quiet_harness():
+                wrapped = FullBeamsModel(model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
                 found = simple_evaluate(
                     wrapped, tasks=self.tasks, task_manager=self._manager, limit=limit, bootstrap_iters=0
                 )
@@ -100,13 +115,13 @@ def _check_known(tasks: Iterable[str], known: Iterable[str], ours: Iterable[str]
 
 
 def _members(task: str) -> list[str]:
-    """The tasks of a group of ours, or the task itself; no dataset is needed to know it."""
+    """Return the tasks of one of our groups, or the task itself, without loading data."""
     text = (TASKS / f"{task}.yaml").read_text()
     return re.findall(r"^  - (\w+)$", text, re.MULTILINE) if text.find("group: ") >= 0 else [task]
 
 
 def _scores(found: Any, task: str) -> TaskScores:
-    """A task's or a foreign group's numbers, question by question; of several filters the first."""
+    """Return the scores of a task or of a group of the harness; of several filters the first."""
     leaves = dict.fromkeys(_leaves(found.get("group_subtasks", {}), task))
     samples = [sample for leaf in leaves for sample in _first_filter(found["samples"].get(leaf, []))]
     metric = next((name for name in _METRICS if samples and name in samples[0]), None)
@@ -120,14 +135,14 @@ def _scores(found: Any, task: str) -> TaskScores:
 
 
 def _weights(samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """1, or what makes a mean over the questions that were asked a macro mean, where these say over what."""
+    """Return weights with which a mean over questions is a macro mean over their "macro_over"; 1 for those without."""
     groups = [sample.get("doc", {}).get("macro_over") for sample in samples]
     sizes = Counter(groups)
     return [len(groups) / (len(sizes) * sizes[group]) for group in groups]
 
 
 def _leaves(members: Mapping[str, Sequence[str]], task: str) -> list[str]:
-    """The tasks of a group of groups, such as mmlu, or the task itself."""
+    """Return the tasks of a group of groups, such as mmlu, or the task itself."""
     return [leaf for member in members.get(task) or () for leaf in _leaves(members, member)] or [task]
 
 
@@ -136,11 +151,11 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """The harness warns of much that is meant so, and asks git for a commit, which complains where there is none."""
+def _quiet_harness() -> Iterator[None]:
+    """Suppress the harness's warnings about intended settings and its call of git, which warns outside a repository."""
     from lm_eval import evaluator
 
-    asks_git = evaluator.get_git_commit_hash
+    get_commit = evaluator.get_git_commit_hash
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     try:
@@ -149,6 +164,6 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        evaluator.get_git_commit_hash = asks_git
+        evaluator.get_git_commit_hash = get_commit
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Export: an adapter as a plain LoRA, or merged into a copy of its base model."""
+"""Export an adapter as a plain LoRA, or merged into a copy of its base model."""
 
 import logging
 import shutil
@@ -15,11 +15,11 @@ FORMATS = ("peft", "model")
 
 
 def export(source: str, to: str, folder: Path, base: str = "", dequantize: bool = False) -> Path:
-    """Write what other programs load.
+    """Write a folder that other programs load, and return it.
 
     Args:
-        base: "" is what the adapter was trained for.
-        dequantize: merge an adapter that was trained on nf4 into its dequantised base; never done unasked.
+        base: "" for the one that the adapter was trained on.
+        dequantize: merge an adapter that was trained on nf4 into its dequantised base.
 
     Raises:
         SboraError: an unknown format, a folder that exists, a merge into 4 bits, an adapter that does not fit.
@@ -31,23 +31,23 @@ def export(source: str, to: str, folder: Path, base: str = "", dequantize: bool 
     about = read_about(source)
     base = base or about.get("base", "")
     if not base:
-        raise SboraError(f"{source} does not say what base model it is for", "name it with --base")
+        raise SboraError(f"{source} does not record its base model", "name it with --base")
     return _merged(source, base, about, folder, dequantize) if to == "model" else _peft(source, base, about, folder)
 
 
 def _peft(source: str, base: str, about: dict, folder: Path) -> Path:
-    trained_for = about.get("base", base)
-    if base != trained_for:
-        log.warning("%s was trained for %s: only the sizes of %s's layers are checked", source, trained_for, base)
+    trained_on = about.get("base", base)
+    if base != trained_on:
+        log.warning("%s was trained on %s: only the layer sizes of %s are checked", source, trained_on, base)
     if about.get("method", "").startswith("sbora"):
         adapter, shapes = read_concept(source), layer_shapes(meta_base(base))
         with whole_folder(folder) as temporary:
             write_peft(adapter, shapes, temporary)
         return folder
     if about.get("method") == "dora":
-        raise SboraError("vLLM, SGLang and llama.cpp load no DoRA", "merge it into its base: --to model")
+        raise SboraError("vLLM, SGLang and llama.cpp do not load DoRA", "merge it into its base: --to model")
     origin = find_folder(source)
-    assert origin is not None, "a concept file is SBoRA's"
+    assert origin is not None, "concept files hold SBoRA adapters"
     with whole_folder(folder) as temporary:
         shutil.copytree(origin, temporary)
     return folder
@@ -58,7 +58,7 @@ def _merged(source: str, base: str, about: dict, folder: Path, dequantize: bool)
     if quantize != "none" and not dequantize:
         raise SboraError(
             f"{source} was trained on {quantize}: a merge would requantise weights that the adapter does not own",
-            "keep it live (--quantize nf4), or merge it into a dequantised copy with --dequantize",
+            "apply it at run time (--quantize nf4), or merge it into a dequantised copy with --dequantize",
         )
     model, tokenizer = load_base(base, "auto", quantize)
     if quantize != "none":

@@ -1,12 +1,12 @@
-"""The answer in what a model wrote, as LLM-Adapters' evaluation scripts find it, flaws included, and better ones."""
+"""Extract answers from generated texts: as LLM-Adapters' evaluation scripts do, flaws included, and a better way."""
 
 import re
 from collections.abc import Callable
 
 MARK = "### Response:"
-TOLERANCE = 1e-3  # of numbers
+TOLERANCE = 1e-3  # of numeric answers
 _ANSWERS = "answer1|answer2|answer3|answer4|answer5"
-OPTIONS = {  # commonsense: the first of these counts
+OPTIONS = {  # commonsense: the first match counts
     "boolq": "true|false",
     "piqa": "solution1|solution2",
     "social_i_qa": _ANSWERS,
@@ -18,43 +18,43 @@ OPTIONS = {  # commonsense: the first of these counts
 }
 NUMBERS = ("MultiArith", "gsm8k", "AddSub", "SingleEq", "SVAMP")
 _STATED = re.compile(r"\banswer\b(?:\s+is\b)?\s*:?\s*(?:option\s*)?\(?([A-E])\b", re.IGNORECASE)
-_ALONE = re.compile(r"\(?([A-E])\)?\s*[.:]?")
+_ONLY_A_LETTER = re.compile(r"\(?([A-E])\)?\s*[.:]?")
 
 
 def response(text: str) -> str:
-    """What belongs to the first response: models go on with more of them."""
+    """Return the first response only: models continue with further ones."""
     return text.split(MARK)[0].strip()
 
 
 def first_option(task: str, text: str) -> str | None:
-    """The first of the task's options, in lower case only, as in commonsense_evaluate.py."""
+    """Return the first of the task's options, in lower case only, as commonsense_evaluate.py does."""
     found = re.search(OPTIONS[task], text)
     return found[0] if found else None
 
 
 def last_number(text: str) -> float | None:
-    """The last number without thousands' commas, as in evaluate.py: "5-3" ends in -3, "16." is 16."""
+    """Return the last number without thousands separators, as evaluate.py does: -3 of "5-3", 16 of "16."."""
     found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return float(found[-1]) if found else None
 
 
 def first_letter(text: str) -> str | None:
-    """The first capital from A to E anywhere, as in evaluate.py: "An apple" is A."""
+    """Return the first capital from A to E anywhere, as evaluate.py does: A of "An apple"."""
     found = re.search("A|B|C|D|E", text)
     return found[0] if found else None
 
 
 def stated_letter(text: str) -> str | None:
-    """The letter that is said to be the answer ("the answer is (B)", the last one), or is all of the first line."""
+    """Return the last letter stated as the answer ("the answer is (B)"), or the letter that is the whole first line."""
     stated = [match[1] for match in _STATED.finditer(text) if match[1].isupper()]
     if stated:
         return stated[-1]
-    alone = _ALONE.fullmatch(text.strip().split("\n")[0].strip())
-    return alone[1] if alone else None
+    letter = _ONLY_A_LETTER.fullmatch(text.strip().split("\n")[0].strip())
+    return letter[1] if letter else None
 
 
 def judge(task: str, text: str, answer: str) -> tuple[bool, bool]:
-    """Whether a text answers a question of an LLM-Adapters task, and whether no answer was found in it."""
+    """Return whether a text answers a question of an LLM-Adapters task, and whether no answer was found in it."""
     found = _extract(task)(response(text))
     if found is None:
         return False, True
@@ -64,7 +64,7 @@ def judge(task: str, text: str, answer: str) -> tuple[bool, bool]:
 
 
 def is_answer(task: str, answer: str) -> bool:
-    """Whether a question's answer is one that a text can give: its own text is right."""
+    """Return whether a reference answer can be matched at all: whether its own text is judged right."""
     try:
         return judge(task, answer, answer) == (True, False)
     except ValueError:

@@ -1,18 +1,20 @@
-"""The order in which a training meets its examples: seed and epoch decide it, also where it goes on with --resume."""
+"""The order of the examples depends only on seed and epoch, also after a resume, which never trains a step too many."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class LengthGrouped(Sampler[int]):
-    """Sequences of like lengths side by side, as transformers groups them, shuffled by a generator of its own.
+    """Group sequences of similar lengths as transformers does, shuffled by a generator of its own.
 
-    transformers draws from the global generator, which a resumed training has not at the beginning of its epoch.
+    transformers uses the global generator, which a resumed training does not have at the beginning of its epoch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -30,8 +32,21 @@ class LengthGrouped(Sampler[int]):
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
 
 
-class OrderedTrainer(Trainer):
-    """transformers' Trainer, with the sampler above for train_sampling_strategy="group_by_length"."""
+class ResumableTrainer(Trainer):
+    """transformers' Trainer, resumed bit for bit."""
+
+    def fit(self, checkpoint: Path | None) -> dict[str, float]:
+        """Train, or resume from a checkpoint, and return the metrics.
+
+        A training with `max_steps` that has made them all is only restored: `train` would make another step.
+        """
+        if checkpoint and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:
+                self.state = state
+                self._load_from_checkpoint(str(checkpoint))
+                return {}
+        return self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         examples: Any = train_dataset or self.train_dataset
@@ -42,16 +57,11 @@ class OrderedTrainer(Trainer):
         return LengthGrouped(lengths, size, self.args.seed)
 
 
-class EpochTeller(TrainerCallback):
-    """Tells the sampler its epoch: where a resumed epoch's first batches are skipped in one process of several, the
-    Trainer's word does not reach it."""
+class EpochSetter(TrainerCallback):
+    """Set the sampler's epoch also where a resume skips the epoch's first batches in one of several processes.
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        train_dataloader: Any = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        train_dataloader.set_epoch(int(state.epoch or 0))
+    There the Trainer's own call does not reach the sampler.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))

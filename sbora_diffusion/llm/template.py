@@ -1,12 +1,8 @@
-"""The texts that published protocols train on and ask with, to the blank."""
+"""The prompts of published protocols, exact to the blank."""
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 from sbora_diffusion.utils.errors import SboraError
-
-Template = Literal["adapters", "alpaca", "chat", "plain"]
-TEMPLATES: tuple[Template, ...] = get_args(Template)
 
 _INDENT = " " * 16
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -17,11 +13,11 @@ _TASK_WITH_INPUT = (
 
 
 def training_prompt(template: str, instruction: str, context: str = "") -> str:
-    """Everything before the answer, while training.
+    """Return everything before the answer in a training sequence.
 
     Args:
         template: "adapters" is LLM-Adapters' finetune.py, with its two blanks after "request." (one if there is an
-            input) and its 16 blanks on empty lines; "alpaca" is QLoRA's qlora.py; "plain" is the record's text alone.
+            input) and its 16 blanks on empty lines; "alpaca" is QLoRA's qlora.py; "plain" is only the record's text.
         context: the record's "input".
     """
     if template == "adapters":
@@ -38,13 +34,13 @@ def training_prompt(template: str, instruction: str, context: str = "") -> str:
 
 
 def evaluation_prompt(instruction: str) -> str:
-    """What LLM-Adapters' evaluate.py asks: one blank after "request.", an empty line before "### Response:"."""
+    """Return the prompt of LLM-Adapters' evaluate.py: one blank after "request.", an empty line before the response."""
     body = f"{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n{_INDENT}### Response:\n{_INDENT}"
     return f"{_TASK} \n\n{body}"
 
 
 def check_record(record: Mapping[str, object], number: int) -> None:
-    """A record of instruction data has texts "instruction" and "output", and may have "input"."""
+    """Raise SboraError unless a record has texts "instruction" and "output", and "input" at most as a text."""
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str):
             raise SboraError(

@@ -1,10 +1,10 @@
-"""Fine-tuning with transformers' Trainer: one process or several, resumed bit for bit."""
+"""Fine-tune with transformers' Trainer, in one process or several; resumed bit for bit."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,36 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import prepare_model_for_kbit_training
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.library.ledger import Space
-from sbora_diffusion.llm.base import check_method, fingerprint, inject, load_base, target_widths
-from sbora_diffusion.llm.config import LlmConfig
+from sbora_diffusion.library.library import Library
+from sbora_diffusion.llm.base import fingerprint, inject, load_base, target_widths
+from sbora_diffusion.llm.config import LlmConfig, side_of
 from sbora_diffusion.llm.data import Example, check_lengths, load_records, tokenise
 from sbora_diffusion.llm.run_folder import (
+    ADAPTER,
+    LIBRARIES,
     LOSSES,
     Run,
     Trained,
-    check,
     check_same,
-    claimed,
-    finish,
-    full_disk_told,
+    find_checkpoint,
     is_first_process,
-    start,
+    save_result,
 )
-from sbora_diffusion.llm.sampling import EpochTeller, OrderedTrainer
-from sbora_diffusion.methods.registry import find_method, method_side
+from sbora_diffusion.llm.sampling import EpochSetter, ResumableTrainer
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.run_folder import claimed, full_disk_reported, versions, write_description
 
 log = logging.getLogger(__name__)
 
 MULTIPLE = 8  # sequences are padded to a multiple of so many tokens
 
-Watch = Callable[[int, int, float], None]  # step, steps, loss
-Reserve = Callable[[Space, Interval | None], Interval]  # what the ledger has, the interval that is wanted -> granted
+OnStep = Callable[[int, int, float], None]  # step, steps, loss
 
 
 def train(
@@ -57,118 +49,149 @@ def train(
     config: LlmConfig,
     folder: Path,
     resume: bool = False,
-    watch: Watch | None = None,
-    reserve: Reserve | None = None,
+    on_step: OnStep | None = None,
+    library: Library | None = None,
 ) -> Trained | None:
-    """Fine-tune, and write a PEFT directory that plain PEFT loads and, of SBoRA, a concept file.
+    """Fine-tune; write a PEFT directory that plain PEFT loads and, for SBoRA, a concept file.
 
     Args:
-        folder: holds run.json, the checkpoints and, at the end, what was learned.
-        watch: is told each step's loss.
-        reserve: hands out the columns or rows of an SBoRA adapter; the first ones, or what `run` wants, by default.
+        folder: for run.json, the checkpoints and, at the end, the result.
+        on_step: called after each step, in the first process.
+        library: reserves the columns or rows of an SBoRA adapter and stores its concept file under the folder's name;
+            without one, the adapter has the interval of `run` or the first columns.
 
     Returns:
-        What was written; None in all processes but the first.
+        What was written; None in all processes except the first.
 
     Raises:
-        SboraError: the folder holds another training, or one and `resume` is false; a loss that is not finite; what
-            `load_base`, `load_records`, `tokenise` and `reserve` raise.
+        SboraError: the folder holds another training, or one and `resume` is false; the library has a concept of this
+            name; a loss that is not finite; what `load_base`, `load_records`, `tokenise` and `reserve` raise.
     """
-    check_method(run.method)
-    if run.interval and not find_method(run.method).owns_interval:
+    side = side_of(run.method)
+    if run.interval and not side:
         raise SboraError(f"got the interval {run.interval}, but {run.method} owns no columns")
+    if library and side:
+        _check_name(library, folder)
     records = load_records(run.data)
     if all("messages" in record for record in records):
-        config = replace(config, template="chat")  # as they are tokenised, and later asked
+        config = config.with_settings(template="chat")  # as they are tokenised, and as `chat` prompts later
     run = replace(run, data_sha256=hashlib.sha256(run.data.read_bytes()).hexdigest())
-    with claimed(folder):
-        run, checkpoint = check(run, config, folder, resume)
-        return _train(run, config, folder, records, checkpoint, watch, reserve)
+    with claimed(folder, is_first_process(), "wait for it to end, or choose another --out"):
+        run, checkpoint = find_checkpoint(run, config, folder, resume)
+        model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
+        examples = _examples(records, model, tokenizer, config)
+        run = replace(run, fingerprint=fingerprint(model))
+        if checkpoint:
+            check_same(run, config, folder)
+        arguments = training_arguments(config, folder)
+        with _reserved(model, side, run, config, folder, library) as interval:
+            run = replace(run, interval=interval)
+            adapted = inject(_prepared(model, run, config), run.method, config, interval)
+            if is_first_process():
+                write_description(folder, run.describe(config), versions(LIBRARIES))
+            trainer = _trainer(adapted, tokenizer, examples, config, arguments, on_step)
+            with _in_base_weights(adapted, run, config), full_disk_reported(folder):
+                metrics = trainer.fit(checkpoint)
+            if not trainer.is_world_process_zero():
+                return None
+            losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+            write_atomically(folder / LOSSES, json.dumps(losses).encode())
+            return save_result(adapted, run, config, folder, metrics, library)
 
 
-def _train(
-    run: Run,
-    config: LlmConfig,
-    folder: Path,
-    records: Sequence[Mapping[str, Any]],
-    checkpoint: str | None,
-    watch: Watch | None,
-    reserve: Reserve | None,
-) -> Trained | None:
-    model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
+def _examples(records: Sequence[dict[str, Any]], model: Any, tokenizer: Any, config: LlmConfig) -> list[Example]:
     examples = tokenise(records, tokenizer, config)
     check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
-    log.info("%d of %d records have something to learn", len(examples), len(records))
-    run = replace(run, fingerprint=fingerprint(model))
-    if checkpoint:
-        check_same(run, config, folder)
+    log.info("%d of %d records have tokens that count in the loss", len(examples), len(records))
+    return examples
+
+
+def _check_name(library: Library, folder: Path) -> None:
+    """Raise SboraError if the library has a concept of the folder's name that this folder did not write."""
+    name = folder.resolve().name
+    if library.path(name).exists() and not (folder / ADAPTER).is_dir():
+        raise SboraError(f"{library.path(name)} exists", f"choose another --out, or: sbora-diffusion remove {name}")
+
+
+@contextmanager
+def _reserved(
+    model: Any, side: Side | None, run: Run, config: LlmConfig, folder: Path, library: Library | None
+) -> Iterator[Interval | None]:
+    """Reserve an SBoRA adapter's interval in the first process, and yield it in all of them."""
+    if side is None:
+        yield None
+        return
+    method = config.method
+    widths = target_widths(model, method.targets, side)
+    space = Space(base_id=run.base, base_fingerprint=run.fingerprint, side=side, seed=method.basis_seed, widths=widths)
+    library, name = library if is_first_process() else None, folder.resolve().name
+    interval = library.reserve(space, method.rank, name, run.interval) if library else run.interval
+    try:
+        yield broadcast_object_list([interval or Interval(0, method.rank)])[0]
+    finally:
+        if library:
+            library.release(name)
+
+
+def _prepared(model: Any, run: Run, config: LlmConfig) -> Any:
+    """Make a base model ready for training: PEFT's preparation of 4-bit weights, gradients of inputs, no cache."""
     if run.quantize != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer turns it on
-    if config.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer enables it
+    if config.model.gradient_checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = False
-    arguments = training_arguments(config, folder)
-    if find_method(run.method).owns_interval:
-        run = replace(run, interval=_placed(model, run, config, reserve))
-    adapted = inject(model, run.method, config, run.interval)
-    if is_first_process():
-        start(run, config, folder)
+    return model
+
+
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    config: LlmConfig,
+    arguments: TrainingArguments,
+    on_step: OnStep | None,
+) -> ResumableTrainer:
     training, validation = _split(examples, config)
-    trainer = OrderedTrainer(
-        model=adapted,
+    trainer = ResumableTrainer(
+        model=model,
         args=arguments,
-        train_dataset=training,  # type: ignore[arg-type]  # a list has all that a map-style data set needs
+        train_dataset=training,  # type: ignore[arg-type]  # a list is a map-style data set
         eval_dataset=validation or None,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
-        callbacks=[EpochTeller(), _Watcher(watch)],
+        callbacks=[EpochSetter(), _StepReporter(on_step)],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
-    with _in_the_weights(adapted, run, config), full_disk_told(folder):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
-        losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        write_atomically(folder / LOSSES, json.dumps(losses).encode())
-        return finish(adapted, run, config, folder, result.metrics)
-    return None
-
-
-def _placed(model: Any, run: Run, config: LlmConfig, reserve: Reserve | None) -> Interval:
-    """Where the adapter goes, in all processes the same: the first one asks."""
-    side = method_side(run.method)
-    widths = target_widths(model, config.targets, side)
-    space = Space(base_id=run.base, base_fingerprint=run.fingerprint, side=side, seed=config.basis_seed, widths=widths)
-    granted: list[Any] = [None]
-    if is_first_process():
-        granted = [reserve(space, run.interval) if reserve else run.interval or Interval(0, config.rank)]
-    return broadcast_object_list(granted)[0]
+    return trainer
 
 
 def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
-    """The settings in transformers' words. A paged optimiser needs a GPU: without one it is its plain twin."""
+    """Translate the settings for transformers; a paged AdamW needs a GPU and becomes a plain one without."""
     gpu = torch.cuda.is_available()
+    data, optim, dtype = config.data, config.optim, config.model.dtype
+    paged = optim.optimizer.startswith("paged_adamw")
     return TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=config.epochs or 1,
-        max_steps=config.steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optimizer if gpu or not config.optimizer.startswith("paged_adamw") else "adamw_torch",
-        train_sampling_strategy=config.sampling,
-        eval_strategy="steps" if config.eval_every and config.validation else "no",
-        eval_steps=config.eval_every or None,
-        save_steps=config.save_every,
+        num_train_epochs=optim.epochs or 1,
+        max_steps=optim.steps or -1,
+        per_device_train_batch_size=data.batch_size,
+        per_device_eval_batch_size=data.batch_size,
+        gradient_accumulation_steps=optim.accumulation,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.scheduler,
+        warmup_steps=optim.warmup_steps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        optim="adamw_torch" if paged and not gpu else optim.optimizer,
+        train_sampling_strategy=data.sampling,
+        eval_strategy="steps" if config.output.eval_every and data.validation else "no",
+        eval_steps=config.output.eval_every or None,
+        save_steps=config.output.save_every,
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        fp16=config.dtype == "float16" and gpu,
-        bf16=config.dtype == "bfloat16",
-        activation_checkpointing=config.gradient_checkpointing,
+        fp16=dtype == "float16" and gpu,
+        bf16=dtype == "bfloat16",
+        activation_checkpointing=config.model.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
@@ -180,53 +203,45 @@ def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
     )
 
 
-class _Watcher(TrainerCallback):
-    """Tells each step's loss, and ends a training that has diverged."""
+class _StepReporter(TrainerCallback):
+    """Report each step's loss, and stop a training that has diverged."""
 
-    def __init__(self, watch: Watch | None) -> None:
-        self._watch = watch
+    def __init__(self, on_step: OnStep | None) -> None:
+        self._on_step = on_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        loss = (logs or {}).get("loss")
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        loss = kwargs["logs"].get("loss")
         if loss is None:
             return
         if not abs(loss) < float("inf"):
             raise SboraError(
-                f"the loss is {loss} at step {state.global_step}", "lower the rate: --set learning_rate=1e-4"
+                f"the loss is {loss} at step {state.global_step}", "lower the learning rate: --set learning_rate=1e-4"
             )
-        if self._watch and state.is_world_process_zero:
-            self._watch(state.global_step, state.max_steps, loss)
+        if self._on_step and state.is_world_process_zero:
+            self._on_step(state.global_step, state.max_steps, loss)
 
 
-@contextmanager
-def _in_the_weights(model: Any, run: Run, config: LlmConfig) -> Iterator[None]:
-    """SBoRA without dropout trains inside the base weights, where these are as precise as the adapter."""
-    if run.interval and run.quantize == "none" and config.dtype == "float32" and not config.dropout:
-        with inplace_training(model, "default"):
-            yield
-    else:
-        yield
+def _in_base_weights(model: Any, run: Run, config: LlmConfig) -> Any:
+    """Train SBoRA without dropout inside the base weights if these are as precise as the adapter."""
+    precise = run.quantize == "none" and config.model.dtype == "float32"
+    return (
+        inplace_training(model, "default") if run.interval and precise and not config.method.dropout else nullcontext()
+    )
 
 
 def _weights_dtype(config: LlmConfig) -> torch.dtype:
-    """The frozen weights are kept in the arithmetic's type where it is not fp16 on a CPU, which computes in fp32."""
-    if config.dtype == "float16" and not torch.cuda.is_available():
+    """Return the type of the frozen weights: that of the arithmetic, but float32 instead of float16 on a CPU."""
+    if config.model.dtype == "float16" and not torch.cuda.is_available():
         log.warning("float16 needs a GPU: computing in float32")
         return torch.float32
-    return getattr(torch, config.dtype)
+    return getattr(torch, config.model.dtype)
 
 
 def _split(examples: Sequence[Example], config: LlmConfig) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples; none of the latter where they would be half of all."""
-    if config.validation * 2 >= len(examples):
+    """Return training and validation examples; none of the latter if they would be half of all."""
+    number = config.data.validation
+    if number * 2 >= len(examples):
         return list(examples), []
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
     shuffled = [examples[position] for position in order]
-    return shuffled[config.validation :], shuffled[: config.validation]
+    return shuffled[number:], shuffled[:number]

@@ -1,4 +1,4 @@
-"""The llm commands end to end on a tiny model, and what they say to nonsense."""
+"""The llm commands end to end on a tiny model, and their errors."""
 
 import errno
 import json
@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.cli import llm_run as cli_llm_run
 from sbora_diffusion.cli.app import app
+from sbora_diffusion.evaluation import llm_accuracy
+from sbora_diffusion.llm import chat as llm_chat
 from sbora_diffusion.llm.chat import Chat
 from sbora_diffusion.utils.errors import SboraError
 
@@ -54,32 +55,32 @@ def work(base: Path, tmp_path_factory: pytest.TempPathFactory, here: pytest.Monk
     return folder
 
 
-def test_train_again_goes_on_or_is_refused(base: Path, work: Path) -> None:
+def test_repeated_train_needs_resume(base: Path, work: Path) -> None:
     command = ["train", "--base", base, "--data", work / "sums.json", "--out", work / "one", *QUICK]
-    refused = run(*command)
-    assert refused.exit_code == 1
-    assert "a training lies in" in refused.stderr
-    assert "--resume" in refused.stderr
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "contains a training" in result.stderr
+    assert "--resume" in result.stderr
     assert run(*command, "--resume").exit_code == 0
 
 
-def test_the_ledger_gives_each_its_own_columns(work: Path) -> None:
+def test_trainings_get_disjoint_columns(work: Path) -> None:
     intervals = [Adapter.load(work / "adapters" / f"{name}.safetensors").spec.intervals for name in ("one", "two")]
     assert intervals == [(Interval(0, 4),), (Interval(4, 4),)]
-    told = CliRunner().invoke(app, ["ledger"])
-    assert "one" in told.stdout
-    assert "4:8" in told.stdout
+    ledger = CliRunner().invoke(app, ["ledger"])
+    assert "one" in ledger.stdout
+    assert "4:8" in ledger.stdout
 
 
-def test_a_name_of_the_library_is_not_overwritten(base: Path, work: Path) -> None:
-    refused = run("train", "--base", base, "--data", work / "sums.json", "--out", work / "elsewhere" / "one", *QUICK)
-    assert refused.exit_code == 1
-    assert "adapters/one.safetensors exists" in refused.stderr
+def test_concept_of_the_library_is_not_overwritten(base: Path, work: Path) -> None:
+    result = run("train", "--base", base, "--data", work / "sums.json", "--out", work / "elsewhere" / "one", *QUICK)
+    assert result.exit_code == 1
+    assert "adapters/one.safetensors exists" in result.stderr
     taken = run("train", "--base", base, "--data", work / "sums.json", "--out", "new", "--interval", "2:6", *QUICK)
     assert "the interval 2:6 is taken (0:4 by one, 4:8 by two)" in taken.stderr
 
 
-def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
+def test_eval_combines_seeds_in_one_row(base: Path, work: Path) -> None:
     command = ["eval", "--base", base, "--tasks", "adapters_boolq,qlora_mmlu", "--data", work / "tasks", "--limit", 1]
     command += ["--adapter", work / "one", "--adapter", work / "two", "--adapter", work / "lora"]
     result = run(*command, "--out", work / "scores.json", "--set", "batch_size=2")
@@ -88,36 +89,36 @@ def test_eval_makes_one_row_of_two_seeds(base: Path, work: Path) -> None:
     assert head == "| model | parameters | seeds | boolq | qlora_mmlu | mean | no answer found |"
     assert sbora.startswith("| SBoRA-FA r=4 | 2,304 | 2 |")
     assert lora.startswith("| LoRA r=4 | 4,352 | 1 |")
-    told = json.loads((work / "scores.json").read_text())
-    assert [model["label"] for model in told["models"]] == ["SBoRA-FA r=4", "SBoRA-FA r=4", "LoRA r=4"]
-    assert told["models"][0]["tasks"]["adapters_boolq"]["failure_rate"] == 1.0
+    results = json.loads((work / "scores.json").read_text())
+    assert [model["label"] for model in results["models"]] == ["SBoRA-FA r=4", "SBoRA-FA r=4", "LoRA r=4"]
+    assert results["models"][0]["tasks"]["adapters_boolq"]["failure_rate"] == 1.0
     again = run(*command, "--out", work / "scores.json")
     assert "--force" in again.stderr
     twice = run(*command, "--adapter", work / "one" / "adapter")
     assert (twice.exit_code, "one/adapter are one adapter" in twice.stderr.replace("\n", "")) == (1, True)
 
 
-def test_what_is_measured_is_kept_whatever_fails_later(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_keeps_results_if_a_later_model_fails(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1]
     command += ["--adapter", work / "one", "--adapter", work / "lora", "--out", work / "kept.json"]
-    loaded = cli_llm_run.load_adapter
+    loaded = llm_accuracy.load_adapter
 
     def fail_of_lora(model: Any, source: str, name: str) -> Any:
         if source.endswith("lora"):
             raise SboraError("no more")
         return loaded(model, source, name)
 
-    monkeypatch.setattr(cli_llm_run, "load_adapter", fail_of_lora)
+    monkeypatch.setattr(llm_accuracy, "load_adapter", fail_of_lora)
     result = run(*command)
     assert (result.exit_code, "no more" in result.stderr) == (1, True)
     assert "| SBoRA-FA r=4 |" in result.stdout
     assert [model["label"] for model in json.loads((work / "kept.json").read_text())["models"]] == ["SBoRA-FA r=4"]
 
 
-def test_eval_of_the_base_model_alone(base: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_the_base_model(base: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = run("eval", "--base", base, "--tasks", "adapters_boolq", "--data", work / "tasks", "--limit", 1)
     assert "| base |  | 1 | 0.0% [0.0%, 0.0%] | 0.0% | 100.0% |" in result.stdout
-    assert "git" not in capfd.readouterr().err, "there is no repository here, which is no business of anybody's"
+    assert "git" not in capfd.readouterr().err, "no complaint that this folder is not a repository"
 
 
 def _no_space(descriptor: int) -> None:
@@ -138,7 +139,9 @@ def test_merge_and_export(work: Path, caplog: pytest.LogCaptureFixture, monkeypa
         failed = run("export", work / "both.safetensors", "--to", "peft", "--out", work / "full")
     assert "cannot write" in failed.stderr
     assert "No space left" in failed.stderr
-    assert not [path for path in work.iterdir() if "full" in path.name], "nothing that the next try would stumble over"
+    assert not [path for path in work.iterdir() if "full" in path.name], (
+        "no partial folder that the next attempt would find"
+    )
     assert (work / "peft" / "adapter_config.json").is_file()
     assert (work / "model" / "model.safetensors").is_file()
     assert "has no concept file" in run("merge", work / "lora", work / "one").stderr
@@ -150,14 +153,14 @@ def test_chat_answers_and_switches(base: Path, work: Path, caplog: pytest.LogCap
     result = run(*command, stdin=lines)
     assert result.exit_code == 0, result.output
     assert "now: lora" in result.stderr
-    assert "error: no adapter 'nobody', there are one, lora, none" in result.stderr
+    assert "error: no adapter 'nobody', choose from one, lora, none" in result.stderr
     assert result.stdout.strip()
     assert "other weights" not in caplog.text
 
 
-def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_uses_the_template_of_the_training(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    monkeypatch.setattr(cli_llm_run, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
+    monkeypatch.setattr(llm_chat, "Chat", lambda *given: seen.update(given[-1]) or Chat(*given))
     for name in ("v1.5", "two"):
         shutil.copytree(work / "one", work / "copies" / name)
     words = [word for name in ("v1.5", "two") for word in ("--adapter", work / "copies" / name)]
@@ -187,20 +190,20 @@ def test_chat_asks_an_adapter_as_it_was_trained(base: Path, work: Path, monkeypa
         (["train", "--base", "BASE", "--data", "DATA", "--interval", "0:16", "--method", "lora"], 1, "owns no columns"),
         (["eval", "--base", "BASE", "--tasks", "adapters_x"], 1, "unknown tasks adapters_x"),
         (["eval", "--base", "BASE", "--tasks", "adapters_boolq"], 1, "with --data DIR"),
-        (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "batch_size is a number"),
-        (["eval", "--base", "BASE", "--tasks", ","], 1, "no task"),
+        (["eval", "--base", "BASE", "--tasks", "adapters_boolq", "--set", "speed=9"], 1, "unknown setting 'speed'"),
+        (["eval", "--base", "BASE", "--tasks", ","], 1, "got no task"),
         (
             ["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", "/dev/null/x"],
             1,
             "cannot write /dev/null",
         ),
         (["eval", "--base", "/no/such", "--tasks", "adapters_boolq", "--out", ".", "--force"], 1, "it is a folder"),
-        (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "no run folder"),
-        (["merge", "/no/such"], 1, "no run folder"),
+        (["export", "/no/such", "--to", "peft", "--out", "x"], 1, "is not a run folder"),
+        (["merge", "/no/such"], 1, "is not a run folder"),
         (["chat", "--base", "/no/such"], 1, "cannot load /no/such"),
     ],
 )
-def test_nonsense_is_told_in_a_line(
+def test_mistakes_are_one_line_errors(
     words: list[str], status: int, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The eight methods on one language model: questions, likelihoods, cells that are made once and go on, the table."""
+"""The eight methods on one language model: questions, likelihoods, cells that are resumed, the table."""
 
 import json
 from argparse import Namespace
@@ -27,7 +27,7 @@ def arguments(work: Path, *words: str) -> list[str]:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
-    """A work folder that is prepared with a tiny model instead of the wheel's."""
+    """Prepare a work folder with a tiny model instead of the wheel's."""
     save_base(tmp_path / "base")
     (tmp_path / "data" / "ARC-Easy").mkdir(parents=True)
     (tmp_path / "data" / "ARC-Easy" / "test.json").write_text(json.dumps([RECORD] * 3))
@@ -41,12 +41,12 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     return made
 
 
-def test_a_record_is_a_question() -> None:
+def test_record_becomes_a_question() -> None:
     assert parse(RECORD) == Question("Which?", ("one", "two and", "x"), 1)
     assert parse(RECORD).record == {"instruction": "Question: Which?\nAnswer:", "output": " two and"}
 
 
-def test_likelihoods_are_those_of_whole_sequences(tmp_path: Path) -> None:
+def test_likelihoods_match_whole_sequences(tmp_path: Path) -> None:
     model, tokenizer = load_base(str(save_base(tmp_path)))
     question = parse(RECORD)
     for choice, got in zip(question.choices, scores(model, tokenizer, question), strict=True):
@@ -57,7 +57,7 @@ def test_likelihoods_are_those_of_whole_sequences(tmp_path: Path) -> None:
         assert got == pytest.approx(expected / len(choice), rel=1e-4)
 
 
-def test_a_cell_is_trained_measured_and_goes_on(options: Namespace) -> None:
+def test_cell_is_trained_measured_and_resumed(options: Namespace) -> None:
     cells = [llm_methods.make_cell((method, "none"), options) for method in ("base", "sbora-fa")]
     assert [len(cell["right"]) for cell in cells] == [2, 2]
     assert (cells[1]["parameters"], len(cells[1]["losses"])) == (9216, 2)
@@ -69,7 +69,7 @@ def test_a_cell_is_trained_measured_and_goes_on(options: Namespace) -> None:
     assert lines[3].startswith("| SBoRA-FA | 9,216 | ")
 
 
-def test_a_cell_that_another_process_makes_is_left_to_it(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cell_of_another_process_is_skipped(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     path = options.cell_path(("base", "none"))
     path.parent.mkdir()
     monkeypatch.setattr("sys.argv", [*arguments(options.work), "--cell", "base", "none"])
@@ -78,18 +78,18 @@ def test_a_cell_that_another_process_makes_is_left_to_it(options: Namespace, mon
     assert not path.exists()
 
 
-def test_other_settings_need_another_folder(options: Namespace) -> None:
+def test_other_settings_are_rejected(options: Namespace) -> None:
     options.steps = 3
-    with pytest.raises(SystemExit, match="holds cells of other settings"):
+    with pytest.raises(SystemExit, match="contains cells of other settings"):
         llm_methods.prepare(options)
 
 
-def test_results_hold_the_command_of_each_cell(options: Namespace) -> None:
+def test_results_contain_the_command_of_each_cell(options: Namespace) -> None:
     path = options.cell_path(("base", "none"))
     path.parent.mkdir()
     path.write_text(json.dumps(llm_methods.make_cell(("base", "none"), options)))
     llm_methods.write_results(options)
-    told = json.loads((options.work / "out.json").read_text())
-    assert (told["steps"], told["learning_rate"]) == (2, 0.001)
-    assert told["cells"][0]["command"].startswith("python llm_methods.py --data ")
-    assert "--cell" not in told["cells"][0]["command"]
+    results = json.loads((options.work / "out.json").read_text())
+    assert (results["steps"], results["learning_rate"]) == (2, 0.001)
+    assert results["cells"][0]["command"].startswith("python llm_methods.py --data ")
+    assert "--cell" not in results["cells"][0]["command"]

@@ -1,4 +1,4 @@
-"""The tiny base model and data, made once."""
+"""The tiny base model and data, created once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: the same numbers as PEFT directory, concept file and merged model; merges; what is refused."""
+"""Adapters on disk: equal logits as PEFT directory, concept file and merged model; merges; errors."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_exported_directory_is_what_servers_read(base: str, data: Path, tmp_path
     folder = export(str(trained("sbora-fa", base, data, tmp_path / "run")), "peft", tmp_path / "peft")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
-    assert (config["r"], config["lora_alpha"]) == (4, 4)  # the scale is in the numbers
+    assert (config["r"], config["lora_alpha"]) == (4, 4)  # the scale is folded into the factors
     assert config["base_model_name_or_path"] == base
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -88,14 +88,14 @@ def test_disjoint_adapters_merge_to_the_sum_of_both(method: str, base: str, data
     torch.testing.assert_close(live, expected)
 
 
-def test_concept_file_says_what_it_is(base: str, data: Path, tmp_path: Path) -> None:
+def test_concept_file_describes_the_adapter(base: str, data: Path, tmp_path: Path) -> None:
     folder = trained("sbora-fb", base, data, tmp_path / "mine", interval=Interval(8, 4))
     spec = Adapter.load(folder / "mine.safetensors").spec
     assert (spec.name, spec.side, spec.rank, str(spec.intervals[0])) == ("mine", "fb", 4, "8:12")
     assert (spec.base_id, spec.recipe["quantize"], spec.tokens) == (base, "none", {})
 
 
-def test_nf4_is_never_merged_silently(base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nf4_is_merged_only_on_request(base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = trained("sbora-fa", base, data, tmp_path / "run", quantize="nf4")
     with pytest.raises(SboraError, match="trained on nf4: a merge would requantise"):
         export(str(folder), "model", tmp_path / "merged")
@@ -106,18 +106,20 @@ def test_nf4_is_never_merged_silently(base: str, data: Path, tmp_path: Path, cap
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_another_base_is_told(base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_base_weights_are_warned_about(
+    base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = trained("sbora-fa", base, data, tmp_path / "run", quantize="nf4")
     load_adapter(load_base(base)[0], str(folder), "one")
     assert "was trained on other weights" in caplog.text
     assert "in nf4" in caplog.text
 
 
-def test_refusals(base: str, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(SboraError, match="no run folder, PEFT directory or concept file"):
+def test_errors(base: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SboraError, match="is not a run folder, PEFT directory or concept file"):
         find_folder(str(tmp_path))
     dora = trained("dora", base, data, tmp_path / "dora")
-    with pytest.raises(SboraError, match="load no DoRA"):
+    with pytest.raises(SboraError, match="do not load DoRA"):
         export(str(dora), "peft", tmp_path / "out")
     with pytest.raises(SboraError, match="has no concept file"):
         read_concept(str(dora))
@@ -127,16 +129,16 @@ def test_refusals(base: str, data: Path, tmp_path: Path) -> None:
         export(str(dora), "model", tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "run.json").write_text("{}")
-    with pytest.raises(SboraError, match="is not done"):
+    with pytest.raises(SboraError, match="is not finished"):
         find_folder(str(tmp_path / "half"))
 
 
-def test_another_base_than_it_was_trained_for_is_said(
+def test_export_for_another_base_is_warned_about(
     base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, moved = str(trained("sbora-fa", base, data, tmp_path / "run")), tmp_path / "moved"
     shutil.copytree(base, moved)
     export(folder, "peft", tmp_path / "same", base)
-    assert "was trained for" not in caplog.text
+    assert "was trained on" not in caplog.text
     export(folder, "peft", tmp_path / "other", str(moved))
-    assert f"was trained for {base}: only the sizes of {moved}'s layers are checked" in caplog.text
+    assert f"was trained on {base}: only the layer sizes of {moved} are checked" in caplog.text

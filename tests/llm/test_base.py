@@ -1,4 +1,4 @@
-"""A base model in any type is what its files are: one fingerprint, and the numbers of plain transformers."""
+"""A base model in any type has one fingerprint and the outputs of plain transformers."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=DTYPES, ids=str)
 def saved(request: pytest.FixtureRequest, base: str, tmp_path: Path) -> str:
-    """The base model, in files of a type."""
+    """Save the base model in a type."""
     AutoModelForCausalLM.from_pretrained(base, dtype=request.param).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     return str(tmp_path)
@@ -30,7 +30,7 @@ def test_one_fingerprint_in_every_type(saved: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_what_transformers_reads_in_this_type(saved: str, dtype: torch.dtype) -> None:
+def test_base_matches_plain_transformers(saved: str, dtype: torch.dtype) -> None:
     model, _ = load_base(saved, dtype)
     plain = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
     assert model.config.dtype == plain.config.dtype == dtype
@@ -42,7 +42,7 @@ def test_it_is_what_transformers_reads_in_this_type(saved: str, dtype: torch.dty
     assert torch.equal(model(inputs).logits, plain(inputs).logits)
 
 
-def test_nf4_computes_in_the_type_that_was_asked_for(saved: str) -> None:
+def test_nf4_computes_in_the_requested_type(saved: str) -> None:
     model, _ = load_base(saved, quantize="nf4")
     layer = model.model.layers[0].self_attn.q_proj
     assert model(torch.arange(3, 20)[None]).logits.dtype == torch.float32

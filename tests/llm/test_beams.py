@@ -1,4 +1,4 @@
-"""Beam search in lm-evaluation-harness gives what plain `generate` gives, whatever the batch."""
+"""Beam search in lm-evaluation-harness matches plain `generate` at any batch size."""
 
 from collections import Counter
 from typing import Any
@@ -7,13 +7,13 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from sbora_diffusion.llm.base import load_base
-from sbora_diffusion.llm.beams import WholeBeams
+from sbora_diffusion.llm.beams import FullBeamsModel
 
 PROMPTS = [f"{'ab' * number}?" for number in range(8)]
 
 
 def generated(model: Any, tokenizer: Any) -> list[list[int]]:
-    """Plain `generate` with four beams, a prompt at a time."""
+    """Run plain `generate` with four beams, one prompt at a time."""
     made = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -23,7 +23,7 @@ def generated(model: Any, tokenizer: Any) -> list[list[int]]:
 
 @pytest.fixture
 def ending(base: str) -> tuple[Any, Any]:
-    """A model whose texts end now and then: its favourite token and the end of text have changed places."""
+    """Return a model some of whose texts end early: its most frequent token and the end of text are swapped."""
     model, tokenizer = load_base(base)
     favourite, _ = Counter(token for ids in generated(model, tokenizer) for token in set(ids)).most_common(1)[0]
     model.lm_head.weight[[2, favourite]] = model.lm_head.weight[[favourite, 2]]
@@ -35,8 +35,8 @@ def test_texts_do_not_depend_on_the_batch(batch_size: int, ending: tuple[Any, An
     model, tokenizer = ending
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated(model, tokenizer)]
     assert len({len(text) for text in expected}) > 2
-    model.generation_config.eos_token_id = None  # as of a base model whose tokenizer alone knows the chat's end
+    model.generation_config.eos_token_id = None  # as in base models of which only the tokenizer has the end of a chat
     options = {"until": [], "do_sample": False, "num_beams": 4, "max_gen_toks": 32}
-    asked = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in PROMPTS]
-    got = WholeBeams(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(asked, True)
+    requests = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in PROMPTS]
+    got = FullBeamsModel(model, tokenizer=tokenizer, batch_size=batch_size, device="cpu").generate_until(requests, True)
     assert got == expected

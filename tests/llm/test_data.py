@@ -1,4 +1,4 @@
-"""Templates to the blank, and which tokens count in the loss."""
+"""Prompts, exact to the blank, and the tokens that count in the loss."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_alpaca_prompt() -> None:
     assert training_prompt("alpaca", "Add.") == f"{HEAD}\n\n### Instruction:\nAdd.\n\n### Response: "
 
 
-def test_prompt_counts_or_not() -> None:
+def test_train_on_inputs_includes_the_prompt_in_the_loss() -> None:
     records = [{"instruction": "Add.", "output": "3"}]
     [counted] = tokenise(records, tokenizer(), config())
     [masked] = tokenise(records, tokenizer(), config(train_on_inputs="false"))
@@ -53,7 +53,7 @@ def test_prompt_counts_or_not() -> None:
     assert decoded([label for label in masked["labels"] if label != IGNORED]) == "3</s>"
 
 
-def test_eos_only_where_nothing_was_cut() -> None:
+def test_eos_only_if_nothing_was_truncated() -> None:
     records = [{"instruction": "Add.", "output": "3"}]
     [short] = tokenise(records, tokenizer(), config())
     [cut] = tokenise(records, tokenizer(), config(cutoff="50"))
@@ -64,14 +64,14 @@ def test_eos_only_where_nothing_was_cut() -> None:
     assert full["input_ids"] == short["input_ids"][:-1]
 
 
-def test_two_parts_are_cut_apart() -> None:
+def test_target_cutoff_truncates_separately() -> None:
     settings = {"template": "alpaca", "cutoff": "20", "target_cutoff": "3", "train_on_inputs": "false"}
     [example] = tokenise([{"instruction": "Add.", "output": "12345"}], tokenizer(), config(**settings))
     assert decoded(example["input_ids"]) == "<s>" + HEAD[:19] + "123"
     assert example["labels"] == [IGNORED] * 20 + example["input_ids"][20:]
 
 
-def test_chat_masks_what_comes_before_the_answer() -> None:
+def test_chat_masks_everything_before_the_answer() -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     settings = {"template": "chat", "train_on_inputs": "false"}
     [example] = tokenise([{"messages": messages}], tokenizer(), config(**settings))
@@ -80,7 +80,7 @@ def test_chat_masks_what_comes_before_the_answer() -> None:
 
 
 @pytest.mark.parametrize("template", ["alpaca", "adapters", "chat"])
-def test_an_answer_counts_whole_where_its_first_word_takes_the_prompt_s_last_blank(template: str) -> None:
+def test_first_token_with_the_last_blank_of_the_prompt_counts(template: str) -> None:
     merging = merging_tokenizer(training_prompt("alpaca", "Is it?") + "yes it is")
     merging.chat_template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
@@ -94,14 +94,14 @@ def test_an_answer_counts_whole_where_its_first_word_takes_the_prompt_s_last_bla
     assert counted == [" yes"] + ["</s>"] * (template != "chat")
 
 
-def test_json_jsonl_and_parquet_are_the_same(tmp_path: Path) -> None:
+def test_json_jsonl_and_parquet_are_equivalent(tmp_path: Path) -> None:
     records = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
     (tmp_path / "x.json").write_text(json.dumps(records))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert load_records(tmp_path / "x.json") == load_records(tmp_path / "x.jsonl") == records
     odd = [{"instruction": "a\u2028b\u0085c", "output": "d"}]
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert load_records(tmp_path / "odd.jsonl") == odd, "JSON has no line breaks in it but CR and LF"
+    assert load_records(tmp_path / "odd.jsonl") == odd, "JSON may contain U+2028"
     (tmp_path / "bom.json").write_text(json.dumps(records), encoding="utf-8-sig")
     assert load_records(tmp_path / "bom.json") == records
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -118,7 +118,7 @@ def test_defects(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="record 0 has no text 'output', only instruction, answer"):
         tokenise([{"instruction": "a", "answer": "b"}], tokenizer(), config())
     for message in ({"role": "user", "content": None}, {"role": 1, "content": "x"}, "hello"):
-        with pytest.raises(SboraError, match="record 0 has a message whose role or content is no text"):
+        with pytest.raises(SboraError, match="record 0 has a message whose role or content is not text"):
             tokenise([{"messages": [message, {"role": "assistant", "content": "x"}]}], tokenizer(), config())
     with pytest.raises(SboraError, match="record 0 has no messages"):
         tokenise([{"messages": []}], tokenizer(), config())
@@ -128,7 +128,7 @@ def test_defects(tmp_path: Path) -> None:
     for messages, what in ((said, "no system"), (said[-1:], "empty")):
         with pytest.raises(SboraError, match=f"record 0 does not fit the base model's chat template .*{what}"):
             tokenise([{"messages": messages}], strict, config())
-    with pytest.raises(SboraError, match="nothing of an answer is left"):
+    with pytest.raises(SboraError, match="no token of an answer is left"):
         tokenise([{"instruction": "", "output": ""}], merging_tokenizer("x"), config(template="plain"))
     with pytest.raises(SboraError, match="a sequence has 3 tokens, the base model 2 positions"):
         check_lengths([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], 2)

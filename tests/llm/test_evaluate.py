@@ -1,4 +1,4 @@
-"""The published tasks in lm-evaluation-harness: what is asked, how it is generated, how it counts."""
+"""The published tasks in lm-evaluation-harness: prompts, generation and scoring."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def loaded(name: str, data: Path) -> Any:
 
 
 @pytest.mark.parametrize("task", ANSWERS)
-def test_a_task_asks_and_counts_as_published(task: str, tasks: Path) -> None:
+def test_task_prompts_and_scores_as_published(task: str, tasks: Path) -> None:
     found = loaded(name_of(task), tasks)
     [doc, _] = found.test_docs()
     assert found.doc_to_text(doc) == PROMPT.format(f"{task} 0?")
@@ -45,7 +45,7 @@ def test_a_task_asks_and_counts_as_published(task: str, tasks: Path) -> None:
     assert found.process_results(doc, ["?"]) == {"acc": 0.0, "failed": 1.0}
 
 
-def test_clean_aqua_wants_a_stated_letter(tasks: Path) -> None:
+def test_clean_aqua_needs_a_stated_letter(tasks: Path) -> None:
     [doc, _] = loaded("adapters_clean_aqua", tasks).test_docs()
     assert count(doc, ["An apple"]) == {"acc": 0.0, "failed": 1.0}
     assert count(doc, ["The answer is A"]) == {"acc": 1.0, "failed": 0.0}
@@ -58,21 +58,21 @@ def test_groups_are_the_published_tables(tasks: Path) -> None:
     assert clean == ["adapters_gsm8k", "adapters_clean_aqua", "adapters_svamp"]
 
 
-def test_mmlu_prompt_is_qlora_s() -> None:
+def test_mmlu_prompt_is_that_of_qlora() -> None:
     question = {"subject": "world_history", "question": "Who?", "choices": ["w", "x", "y", "z"], "answer": 1}
-    asked = "Who?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
-    head = "The following are multiple choice questions (with answers) about world history.\n\n"
-    assert mmlu_prompt(question, [question]) == f"{head}{asked} B\n\n{asked}"
+    text = "Who?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    head = "The following are multiple choice questions (with answers) about  world history.\n\n"  # two blanks
+    assert mmlu_prompt(question, [question]) == f"{head}{text} B\n\n{text}"
     assert mmlu_prompt(question, [question] * 7).count("Answer: B") == 5
 
 
-def test_mmlu_s_mean_is_a_macro_mean(tasks: Path) -> None:
+def test_mmlu_mean_is_a_macro_mean(tasks: Path) -> None:
     docs = loaded("qlora_mmlu", tasks).test_docs()
     right, wrong = [(0.0, False), (1.0, False), (0.0, False), (0.0, False)], [(1.0, False)] + [(0.0, False)] * 3
     samples = [{"doc": doc} | count_mmlu(doc, right if "world history" in doc["text"] else wrong) for doc in docs]
     assert len(samples) == 4
-    asked = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
-    assert asked == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
+    means = [_scores({"samples": {"qlora_mmlu": samples[:number]}}, "qlora_mmlu").score for number in (3, 4)]
+    assert means == pytest.approx([0.0, 0.5])  # one subject of one, none right; of two, one question of four
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_mmlu_s_mean_is_a_macro_mean(tasks: Path) -> None:
         ("dev/anatomy_dev.csv", "who?,w,x,y,z,B", "anatomy has 1 shots in dev, expected 5"),
     ],
 )
-def test_defects_of_mmlu_s_files(file: str, text: str, message: str, tmp_path: Path) -> None:
+def test_defects_of_mmlu_files(file: str, text: str, message: str, tmp_path: Path) -> None:
     (save_tasks(tmp_path) / "mmlu" / file).write_text(text)
     with pytest.raises(SboraError, match=message):
         load_mmlu(data_dir=str(tmp_path))
 
 
-def test_runs_on_a_model(base: str, tasks: Path) -> None:
+def test_harness_runs_on_a_model(base: str, tasks: Path) -> None:
     model, tokenizer = load_base(base)
     scores = Harness(["adapters_boolq", "adapters_svamp", "qlora_mmlu"], tasks).run(model, tokenizer, 2, limit=1)
     assert list(scores) == ["adapters_boolq", "adapters_svamp", "qlora_mmlu"]
@@ -99,7 +99,7 @@ def test_runs_on_a_model(base: str, tasks: Path) -> None:
 
 
 def save_arc(folder: Path, questions: list[dict[str, Any]]) -> None:
-    """Where `datasets` looks before it asks the hub for ARC: a folder of that name."""
+    """Write ARC into a folder of its hub name, where `datasets` looks first."""
     splits = ("train", "validation", "test")
     (folder / "ARC-Easy").mkdir(parents=True)
     for split in splits:
@@ -116,8 +116,8 @@ def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     return sum(words[place - 1, ids[place]].item() for place in range(before, len(ids)))
 
 
-def test_the_harness_s_own_task_by_name(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows its thousands of tasks after 15 seconds of reading."""
+def test_task_of_the_harness_by_name(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes 15 seconds, in which the harness reads its thousands of tasks."""
     choices = ["one", "two", "many"]
     choice = {"text": choices, "label": ["A", "B", "C"]}
     questions = [
@@ -128,14 +128,14 @@ def test_the_harness_s_own_task_by_name(base: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     model, tokenizer = load_base(base)
     scores = Harness(["arc_easy"], None).run(model, tokenizer, 2, limit=None)["arc_easy"]
-    asked = [f"Question: {question['question']}\nAnswer:" for question in questions]
-    found = [[likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices] for prompt in asked]
+    prompts = [f"Question: {question['question']}\nAnswer:" for question in questions]
+    found = [[likelihood(model, tokenizer, prompt, f" {choice}") for choice in choices] for prompt in prompts]
     assert scores.metric == "acc"
     assert scores.correct == [float(max(range(3), key=of.__getitem__) == n % 3) for n, of in enumerate(found)]
 
 
-def test_a_group_of_groups_is_its_tasks_questions() -> None:
-    """As mmlu's: what is found has samples of the innermost tasks only, and a task may be in two groups."""
+def test_group_of_groups_has_the_questions_of_its_tasks() -> None:
+    """As in mmlu: only the innermost tasks have samples, and a task may be in two groups."""
     samples = {"a": [{"acc": 1.0, "filter": "none"}], "b": [{"acc": 0.0, "filter": "none"}], "c": [{"acc": 1.0}]}
     found = {"group_subtasks": {"all": ["stem", "c"], "stem": ["a", "b"], "a": []}, "samples": samples}
     assert _scores(found, "all").correct == [1.0, 0.0, 1.0]
@@ -153,7 +153,7 @@ def test_defects(tasks: Path, tmp_path: Path) -> None:
         load(folder="boolq")
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps([{"instruction": "a"}]))
-    with pytest.raises(SboraError, match="no list of records with instruction and answer"):
+    with pytest.raises(SboraError, match="is not a list of records with instruction and answer"):
         load(data_dir=str(tmp_path), folder="boolq")
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.json").write_text(
@@ -165,7 +165,7 @@ def test_defects(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="record 0: got the answer 'True', expected true, false"):
         load(data_dir=str(tmp_path), folder="boolq")
     (tmp_path / "boolq" / "test.json").write_text("[]")
-    with pytest.raises(SboraError, match=r"boolq/test\.json holds no questions"):
+    with pytest.raises(SboraError, match=r"boolq/test\.json contains no questions"):
         load(data_dir=str(tmp_path), folder="boolq")
     with pytest.raises(SboraError, match="unknown tasks adapters_nothing"):
         Harness(["adapters_nothing"], tasks)

@@ -1,4 +1,4 @@
-"""Answers found in texts, by hand-written cases for every task, with the quirks of the published scripts."""
+"""Extraction of answers: hand-written cases for every task, with the quirks of the published scripts."""
 
 import pytest
 
@@ -32,9 +32,9 @@ CASES = [
     ("gsm8k", "42 is the answer, from step 1", "42", WRONG),  # the last number counts
     ("AddSub", "The answer is 4.0005", "4", RIGHT),  # within 0.001
     ("AddSub", "The answer is 4.002", "4", WRONG),
-    ("SingleEq", "It is .5", "5", RIGHT),  # a leading point is not seen
+    ("SingleEq", "It is .5", "5", RIGHT),  # a leading point is ignored
     ("SVAMP", "none at all", "8", NONE),
-    ("SVAMP", "8\n\n### Response:\n9", "8", RIGHT),  # what a model goes on with does not count
+    ("SVAMP", "8\n\n### Response:\n9", "8", RIGHT),  # further responses do not count
     ("AQuA", "The answer is C", "A", WRONG),
     ("AQuA", "An answer is C", "A", RIGHT),  # the first capital anywhere
     ("AQuA", "a b c", "A", NONE),

@@ -1,4 +1,4 @@
-"""Published parameter counts, all through `llm train --dry-run`, from configurations without weights."""
+"""Published parameter counts by `llm train --dry-run`, from configurations without weights."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ TABLE = [  # by method in the order of METHODS
 ]
 
 
-def test_the_methods_are_in_this_order() -> None:
+def test_order_of_the_methods() -> None:
     assert METHODS == ("lora", "dora", "sbora-fa", "sbora-fb")
 
 
@@ -57,7 +57,7 @@ def test_published_parameter_counts(
     assert result.stdout.startswith(f"{method}\t{count:,} trained\t")
 
 
-def test_the_base_model_s_size(tmp_path: Path) -> None:
+def test_size_of_the_base_model(tmp_path: Path) -> None:
     LLAMA3_8B.save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["llm", "train", "--base", str(tmp_path), "--dry-run"])
     assert "\t8,030,261,248 in the base model\t" in result.stdout

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ CHAT = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte; 0 pads, 1 begins, 2 ends."""
+    """Return a tokenizer with one token per byte; 0 pads, 1 begins, 2 ends."""
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {
         token: number for number, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -28,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def merging_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has learned the words of a text, each with the blank before it, as GPT-2's."""
+    """Return a byte-level BPE with the words of a text, each with the blank before it, as in GPT-2."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -58,6 +59,61 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
+GGUF_LAYERS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def save_gguf(base: Path, folder: Path) -> Path:
+    """Write the tiny Llama as a single GGUF file with eight-bit weights."""
+    words = [
+        *tokenizer().convert_ids_to_tokens(list(range(len(tokenizer())))),
+        "ab",
+    ]  # a byte-pair encoding needs a merge
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(words), mean_resizing=False)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_context_length(1024)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 3 + [1] * (len(words) - 3))
+    writer.add_token_merges(["a b"])
+    for name, add in zip(("bos", "eos", "pad"), (1, 2, 0), strict=True):
+        getattr(writer, f"add_{name}_token_id")(add)
+    for name, tensor in model.state_dict().items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+def _gguf_name(name: str) -> str:
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    layer = name.removesuffix(".weight")
+    if layer in outside:
+        return f"{outside[layer]}.weight"
+    _, _, number, rest = layer.split(".", 3)
+    return f"blk.{number}.{GGUF_LAYERS[rest]}.weight"
+
+
 def save_data(path: Path, number: int = 16) -> Path:
     records = [{"instruction": f"What is {n} + 1?", "input": "", "output": f"It is {n + 1}."} for n in range(number)]
     path.write_text(json.dumps(records))
@@ -83,7 +139,7 @@ ANSWERS = {
 
 
 def save_tasks(folder: Path) -> Path:
-    """LLM-Adapters' layout, two questions a task; and MMLU's, two subjects."""
+    """Write tasks in LLM-Adapters' layout, two questions each, and MMLU with two subjects."""
     for task, answer in ANSWERS.items():
         records = [{"instruction": f"{task} {n}?", "input": "", "output": "", "answer": answer} for n in range(2)]
         (folder / task).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Language models' accuracies as the published tables have them: a row a method, a column a task, and the mean."""
+"""Tabulate accuracies of language models as the published tables do: methods by tasks, and the mean."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from sbora_diffusion.evaluation.metrics.bootstrap import bootstrap_interval
 from sbora_diffusion.llm.evaluate import TaskScores
 
 NAMES = {"lora": "LoRA", "dora": "DoRA", "sbora-fa": "SBoRA-FA", "sbora-fb": "SBoRA-FB"}
-_NOT_IN_LABEL = ("seed", "basis_seed")  # runs that differ in these alone are one row
+_NOT_IN_LABEL = ("seed", "basis_seed")  # runs that differ only in these share a row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One model's scores."""
+    """Scores of one model."""
 
-    source: str  # the adapter; "" is the base model
+    source: str  # the adapter; "" for the base model
     about: Mapping[str, Any]  # method, quantize, data, parameters, config
     scores: Mapping[str, TaskScores]
 
@@ -33,17 +33,17 @@ class Measured:
 
     @property
     def row(self) -> str:
-        """The same for runs that differ in their seed only."""
+        """Key of the row, equal for runs that differ only in their seed."""
         config = {key: value for key, value in self.about.get("config", {}).items() if key not in _NOT_IN_LABEL}
         data = self.about.get("data_sha256") or self.about.get("data")
         return str((self.label, data, sorted(config.items(), key=str)))
 
 
 def accuracy_table(measured: Sequence[Measured]) -> str:
-    """Markdown: per cent, with bootstrap 95 % intervals over questions and, of several seeds, over these too.
+    """Return Markdown: per cent, with bootstrap 95 % intervals over questions and, if there are several, seeds.
 
     Args:
-        measured: all on the same tasks.
+        measured: models with the same tasks.
     """
     tasks = list(measured[0].scores)
     rows = defaultdict(list)
@@ -63,7 +63,7 @@ def accuracy_table(measured: Sequence[Measured]) -> str:
 
 
 def to_json(measured: Measured) -> dict[str, Any]:
-    """What the result file keeps of a model."""
+    """Return the entry of a model in the results file."""
     return {
         "adapter": measured.source,
         "label": measured.label,
@@ -82,10 +82,10 @@ def to_json(measured: Measured) -> dict[str, Any]:
 
 
 def _names(rows: Sequence[Sequence[Measured]]) -> list[str]:
-    """The rows' labels, with their runs where two rows have the same one."""
+    """Return the rows' labels, with their runs if two rows have the same label."""
     labels = Counter(runs[0].label for runs in rows)
-    told = [f"{runs[0].label} ({', '.join(run.source for run in runs)})" for runs in rows]
-    return [runs[0].label if labels[runs[0].label] == 1 else name for runs, name in zip(rows, told, strict=True)]
+    full = [f"{runs[0].label} ({', '.join(run.source for run in runs)})" for runs in rows]
+    return [runs[0].label if labels[runs[0].label] == 1 else name for runs, name in zip(rows, full, strict=True)]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the task files beside it call: local data, prompts, and how an answer counts."""
+"""Functions that the task files call: loading data, prompts, and scoring of answers."""
 
 import csv
 import json
@@ -17,23 +17,23 @@ SHOTS = 5
 
 
 def load(data_dir: str = "", folder: str = "", rule: str = "", **_: Any) -> dict[str, Dataset]:
-    """LLM-Adapters' layout: data_dir/folder/test.json, a list of records with instruction and answer."""
+    """Load data_dir/folder/test.json in LLM-Adapters' layout, a list of records with instruction and answer."""
     path = Path(data_dir) / folder / "test.json"
     if not data_dir or not path.is_file():
-        raise SboraError(f"the task needs {folder}/test.json", "name LLM-Adapters' dataset folder with --data DIR")
+        raise SboraError(f"the task needs {folder}/test.json", "give LLM-Adapters' dataset folder with --data DIR")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         rows = [{"instruction": r["instruction"], "answer": str(r["answer"]), "rule": rule or folder} for r in records]
     except (ValueError, KeyError, TypeError) as error:
-        raise SboraError(f"{path} is no list of records with instruction and answer ({error!r})") from None
+        raise SboraError(f"{path} is not a list of records with instruction and answer ({error!r})") from None
     _check_answers(path, rows)
     return {"test": Dataset.from_list(rows)}
 
 
 def _check_answers(path: Path, rows: list[dict[str, str]]) -> None:
-    """Before hours of generation: what no text can answer is found only when it is counted."""
+    """Raise SboraError for answers that no text can match, before hours of generation."""
     if not rows:
-        raise SboraError(f"{path} holds no questions")
+        raise SboraError(f"{path} contains no questions")
     for number, row in enumerate(rows):
         rule, answer = row["rule"], row["answer"]
         if not is_answer(rule, answer):
@@ -42,20 +42,20 @@ def _check_answers(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """LLM-Adapters' evaluation prompt."""
+    """Return LLM-Adapters' evaluation prompt."""
     return evaluation_prompt(doc["instruction"])
 
 
 def count(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether the answer is right, and whether there was none."""
+    """Return whether the answer is right, and whether none was found."""
     correct, failed = judge(doc["rule"], results[0], doc["answer"])
     return {"acc": float(correct), "failed": float(failed)}
 
 
 def load_mmlu(data_dir: str = "", **_: Any) -> dict[str, Dataset]:
-    """MMLU's validation questions, each with five shots of its subject; the score is a macro mean over subjects.
+    """Load MMLU's validation questions, each with five shots of its subject; the score is a macro mean over subjects.
 
-    From data_dir/mmlu in the authors' layout (dev/SUBJECT_dev.csv, val/SUBJECT_val.csv), or else from the hub.
+    The files are data_dir/mmlu/{dev/SUBJECT_dev,val/SUBJECT_val}.csv as the authors have them, or those of the hub.
     """
     local = Path(data_dir) / "mmlu"
     shots, questions = _read_local(local) if data_dir and local.is_dir() else _read_hub()
@@ -72,14 +72,16 @@ def load_mmlu(data_dir: str = "", **_: Any) -> dict[str, Dataset]:
 
 
 def mmlu_prompt(question: dict[str, Any], shots: list[dict[str, Any]]) -> str:
-    """QLoRA's text, up to the letter that is asked for."""
+    """Return QLoRA's prompt, up to the letter; its files have two blanks before the subject."""
     subject = question["subject"].replace("_", " ")
-    asked = "\n\n".join([*(_asked(shot, LETTERS[shot["answer"]]) for shot in shots[:SHOTS]), _asked(question, "")])
-    return f"The following are multiple choice questions (with answers) about {subject}.\n\n{asked}"
+    text = "\n\n".join(
+        [*(_question_text(shot, LETTERS[shot["answer"]]) for shot in shots[:SHOTS]), _question_text(question, "")]
+    )
+    return f"The following are multiple choice questions (with answers) about  {subject}.\n\n{text}"
 
 
 def count_mmlu(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Whether the likeliest letter is right."""
+    """Return whether the likeliest letter is right."""
     scores = [score for score, _ in results]
     return {"acc": float(scores.index(max(scores)) == doc["gold"])}
 
@@ -91,7 +93,7 @@ def _check_shots(shots: list[dict[str, Any]], questions: list[dict[str, Any]]) -
             raise SboraError(f"{subject} has {numbers[subject]} shots in dev, expected {SHOTS}")
 
 
-def _asked(question: dict[str, Any], letter: str) -> str:
+def _question_text(question: dict[str, Any], letter: str) -> str:
     choices = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, question["choices"], strict=True))
     return f"{question['question']}\n{choices}\nAnswer:{' ' * bool(letter)}{letter}"
 
@@ -120,6 +122,6 @@ def _read_hub() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         splits = load_dataset("cais/mmlu", "all")
     except (OSError, ValueError) as error:
         raise SboraError(
-            f"cannot load cais/mmlu ({error})", "put the csv files into DIR/mmlu, and name --data DIR"
+            f"cannot load cais/mmlu ({error})", "put the csv files into DIR/mmlu, and use --data DIR"
         ) from None
     return [dict(row) for row in splits["dev"]], [dict(row) for row in splits["validation"]]  # type: ignore[index]
