@@ -12,7 +12,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.image_file import read_settings
 
 from .conftest import PHONE
-from .visitor import fewer_steps, field, generate, open_tab, select, wait_for_images, wait_for_value
+from .visitor import choose, fewer_steps, field, generate, open_tab, select, wait_for_images, wait_for_value
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
