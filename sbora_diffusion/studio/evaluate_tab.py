@@ -12,7 +12,7 @@ import pandas as pd
 
 from sbora_diffusion.evaluation.scores import METRICS
 from sbora_diffusion.evaluation.tables import MAIN
-from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, image_gallery
+from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, image_gallery, number_chips
 from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import error_text, sentence, show_errors
 from sbora_diffusion.studio.session import Session
@@ -40,9 +40,7 @@ def evaluate_tab(session: Session, jobs: Jobs) -> Refresh:
         with gr.Column(scale=2, min_width=320):
             selected = concept_chips("evaluate-concepts")
             merged = gr.Dropdown([NONE], value=NONE, label="Compare with a merge of them", elem_id="evaluate-merged")
-            seeds = gr.Radio(
-                [1, 2, 4], value=1, label="Images for each of 20 prompts", elem_id="seeds", elem_classes="chips"
-            )
+            seeds = number_chips((1, 2, 4), 1, "Images for each of 20 prompts", "seeds")
             button = gr.Button("Evaluate", variant="primary", size="lg", elem_id="evaluate")
             status = gr.Markdown(NOTHING, elem_classes="note", elem_id="evaluate-status")
             stop = gr.Button("Stop", size="sm", visible=False, elem_id="evaluate-stop")

@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +25,11 @@ class Refresh(NamedTuple):
     outputs: Any
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingFields:
+class SamplingFields(NamedTuple):
     """The fields below the prompt of a tab that generates images."""
 
     button: gr.Button
-    count: gr.Radio
+    number: gr.Radio
     seed: gr.Number
     negative: gr.Textbox
     steps: gr.Slider
@@ -55,9 +53,7 @@ def sampling_fields(tab: str, counts: Sequence[int], count: int, drop_label: str
     sampling = usual_sampling(DEFAULT_BASE)
     button = gr.Button("Generate", variant="primary", size="lg", elem_id=f"{tab}-button")
     with gr.Row(elem_classes="compact"):
-        number = gr.Radio(
-            list(counts), value=count, label="Images", min_width=150, elem_id=f"{tab}-count", elem_classes="chips"
-        )
+        number = number_chips(counts, count, "Images", f"{tab}-count")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id=f"{tab}-seed")
         new_seed = gr.Button("New seed", size="sm", min_width=90)
     with gr.Accordion("More", open=False, elem_id=f"{tab}-more"):
@@ -76,16 +72,7 @@ def sampling_fields(tab: str, counts: Sequence[int], count: int, drop_label: str
         dropped = gr.File(label=drop_label, file_types=[".png"], height=170, elem_id=f"{tab}-dropped")
     new_seed.click(lambda: random.randrange(MAX_SEED), None, seed, queue=False)
     base.input(show_errors(_usual_sampling), base, [steps, guidance], **INSTANT)
-    return SamplingFields(
-        button=button,
-        count=number,
-        seed=seed,
-        negative=negative,
-        steps=steps,
-        guidance=guidance,
-        base=base,
-        dropped=dropped,
-    )
+    return SamplingFields(button, number, seed, negative, steps, guidance, base, dropped)
 
 
 def _usual_sampling(base: str) -> tuple[int, float]:
@@ -172,9 +159,20 @@ def image_gallery(elem_id: str, columns: int, **options: Any) -> gr.Gallery:
     )
 
 
+def hidden_image(elem_id: str, label: str, *buttons: str) -> gr.Image:
+    """Return an image that is shown when there is one."""
+    options: dict[str, Any] = {"elem_id": elem_id, "label": label, "buttons": list(buttons)}
+    return gr.Image(show_label=False, visible=False, interactive=False, format="png", **options)
+
+
 def concept_chips(elem_id: str, label: str = "Concepts", **options: Any) -> gr.CheckboxGroup:
     """Return a choice of concepts, empty until the tab is opened."""
     return gr.CheckboxGroup([], label=label, elem_id=elem_id, elem_classes="chips", **options)
+
+
+def number_chips(numbers: Sequence[int], number: int, label: str, elem_id: str) -> gr.Radio:
+    """Return a choice of numbers, `number` at first."""
+    return gr.Radio(list(numbers), value=number, label=label, min_width=150, elem_id=elem_id, elem_classes="chips")
 
 
 def concept_choices(names: Collection[str], selected: Iterable[str] | None) -> Any:

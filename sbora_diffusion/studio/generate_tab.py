@@ -10,18 +10,7 @@ from typing import Any
 import gradio as gr
 
 from sbora_diffusion.inference.image_file import read_settings
-from sbora_diffusion.studio.fields import (
-    Refresh,
-    concept_chips,
-    concept_choices,
-    fields_from_settings,
-    image_output,
-    on_model,
-    sampling_fields,
-    settings_from_fields,
-    show_images,
-    strength_slider,
-)
+from sbora_diffusion.studio import fields
 from sbora_diffusion.studio.messages import show_errors, warn_of_missing
 from sbora_diffusion.studio.session import Session
 
@@ -35,32 +24,33 @@ INSERT = """(text) => {
 }"""
 
 
-def generate_tab(session: Session) -> Refresh:
+def generate_tab(session: Session) -> fields.Refresh:
     """Lay out the tab and connect its events."""
     strengths = gr.State({})
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True)
-            concepts = concept_chips("concepts")
+            concepts = fields.concept_chips("concepts")
             sliders = gr.Column(elem_classes="strengths")
-            fields = sampling_fields("generate", (1, 4, 9), 4, "Load settings from a generated image")
-        gallery, note = image_output("generate", 2, "Generated images appear here.")
+            sampling = fields.sampling_fields("generate", (1, 4, 9), 4, "Load settings from a generated image")
+        gallery, note = fields.image_output("generate", 2, "Generated images appear here.")
 
     with sliders:
-        gr.render(inputs=[concepts, strengths, fields.base], triggers=[concepts.change])(
+        gr.render(inputs=[concepts, strengths, sampling.base], triggers=[concepts.change])(
             lambda names, values, base: _sliders(session, names, values, base, prompt, strengths)
         )
-    settings = [*fields.inputs(prompt, strengths), concepts]
+    settings = [*sampling.inputs(prompt, strengths), concepts]
     handler = partial(_generate, session)
-    on_model([fields.button.click, prompt.submit], handler, [fields.count, *settings], gallery, note)
-    fields.dropped.upload(show_errors(partial(_load_settings, session)), fields.dropped, settings, queue=False)
-    fields.base.input(lambda base: concept_choices(session.concepts(base), ()), fields.base, concepts, queue=False)
-    choices = [fields.base, concepts]
-    return Refresh(partial(_refresh, session), choices, choices)
+    fields.on_model([sampling.button.click, prompt.submit], handler, [sampling.number, *settings], gallery, note)
+    sampling.dropped.upload(show_errors(partial(_load_settings, session)), sampling.dropped, settings, queue=False)
+    base = sampling.base
+    base.input(lambda name: fields.concept_choices(session.concepts(name), ()), base, concepts, queue=False)
+    choices = [base, concepts]
+    return fields.Refresh(partial(_refresh, session), choices, choices)
 
 
 def _refresh(session: Session, base: str, selected: Sequence[str]) -> tuple[Any, Any]:
-    return gr.update(choices=session.bases()), concept_choices(session.concepts(base), selected)
+    return gr.update(choices=session.bases()), fields.concept_choices(session.concepts(base), selected)
 
 
 def _sliders(
@@ -78,14 +68,14 @@ def _sliders(
             for token in specs[name].tokens:
                 chip = gr.Button(token, size="sm", min_width=70, scale=0, elem_classes="token")
                 chip.click(None, prompt, prompt, js=INSERT % json.dumps(token))
-            strength_slider(name, values, strengths)
+            fields.strength_slider(name, values, strengths)
 
 
 def _generate(session: Session, count: int, *values: Any) -> Iterator[tuple[Any, str]]:
-    *fields, concepts = values
-    settings = settings_from_fields(*fields)
+    *sampling, concepts = values
+    settings = fields.settings_from_fields(*sampling)
     settings = replace(settings, concepts={name: settings.concepts.get(name, 1.0) for name in concepts})
-    yield from show_images(session.generate(settings, int(count)), settings.seed, int(count))
+    yield from fields.show_images(session.generate(settings, int(count)), settings.seed, int(count))
 
 
 def _load_settings(session: Session, path: str) -> tuple[Any, ...]:
@@ -97,4 +87,4 @@ def _load_settings(session: Session, path: str) -> tuple[Any, ...]:
         gr.Warning("This image was generated with gated concepts. Here they act on the whole image.")
     known = session.concepts(session.base_or_default(settings.base))
     warn_of_missing(settings.concepts, known)
-    return (*fields_from_settings(session, settings), concept_choices(known, settings.concepts))
+    return (*fields.fields_from_settings(session, settings), fields.concept_choices(known, settings.concepts))

@@ -14,7 +14,7 @@ from sbora_diffusion.adapters.merge import merge, merged_name
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_grid import sheet
 from sbora_diffusion.methods.calibration import SampledInputs
-from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, on_model
+from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, hidden_image, on_model
 from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
 from sbora_diffusion.studio.messages import error_text, show_errors
 from sbora_diffusion.studio.session import Session
@@ -42,15 +42,7 @@ def merge_tab(session: Session) -> Refresh:
         with gr.Column(scale=3, min_width=320):
             bar = gr.HTML("", elem_id="ledger")
             facts = gr.HTML(SELECT, elem_id="certificate")
-            grid = gr.Image(
-                label="Single concepts and merge",
-                show_label=False,
-                visible=False,
-                interactive=False,
-                format="png",
-                elem_id="merge-grid",
-                buttons=["download", "fullscreen"],
-            )
+            grid = hidden_image("merge-grid", "Single concepts and merge", "download", "fullscreen")
     selected.change(show_errors(partial(_examine, session)), selected, [bar, facts], **INSTANT)
     on_model(button.click, partial(_merge, session), [selected, how, name], grid, note)
     return Refresh(partial(_refresh, session), selected, [selected, bar])

@@ -12,7 +12,7 @@ from sbora_diffusion.data.images import load_image
 from sbora_diffusion.methods.registry import METHODS
 from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import other_recipes
-from sbora_diffusion.studio.fields import INSTANT, Refresh, image_gallery
+from sbora_diffusion.studio.fields import INSTANT, Refresh, hidden_image, image_gallery
 from sbora_diffusion.studio.jobs import Jobs
 from sbora_diffusion.studio.messages import show_errors
 from sbora_diffusion.studio.session import DEFAULT_BASE, Session
@@ -46,7 +46,10 @@ def train_tab(session: Session, jobs: Jobs) -> Refresh:
             with gr.Row():
                 stop = gr.Button("Stop", size="sm", visible=False, elem_id="stop")
                 resume = gr.Button("Resume", size="sm", visible=False, elem_id="resume")
-            image, plot = _progress()
+            image = hidden_image("preview", "Preview", "fullscreen")
+            plot = gr.LinePlot(
+                x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss"
+            )
 
     captioned = gr.State((NAMELESS, ()))
     gr.on([files.change, name.blur], _captions, [files, name, captions, captioned], [captions, captioned], queue=False)
@@ -102,20 +105,6 @@ def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Number, gr.Numb
         steps = number(label="Steps", maximum=20000, elem_id="train-steps")
         rank = number(label="Rank", maximum=256)
     return base, method, recipe, steps, rank
-
-
-def _progress() -> tuple[gr.Image, gr.LinePlot]:
-    """Add the latest preview and the loss, hidden until there is one."""
-    image = gr.Image(
-        label="Preview",
-        show_label=False,
-        visible=False,
-        interactive=False,
-        elem_id="preview",
-        buttons=["fullscreen"],
-    )
-    plot = gr.LinePlot(x="step", y="loss", x_title="step", y_title="loss", height=220, visible=False, elem_id="loss")
-    return image, plot
 
 
 def _refresh(session: Session) -> tuple[Any, Any]:

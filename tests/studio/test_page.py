@@ -87,6 +87,7 @@ def test_keyboard_only(page: "Page", here: Path) -> None:
 
 def test_regions(page: "Page", here: Path) -> None:
     open_tab(page, "Regions")
+    fewer_steps(page, "regions")
     square = page.locator("#box-canvas .canvas")
     square.wait_for()
     frame = square.bounding_box()
@@ -109,7 +110,6 @@ def test_regions(page: "Page", here: Path) -> None:
 
     page.locator("#clear").click()
     page.get_by_text("Drag to draw a box").wait_for()
-    page.locator("#regions-more button").first.click()
     page.locator("#regions-dropped input[type=file]").set_input_files(file)
     page.locator("#box-canvas .box").nth(1).wait_for()
     wait_for_value(page, "region-2", "a <cat>")
@@ -122,6 +122,7 @@ def test_regions(page: "Page", here: Path) -> None:
 def test_regions_with_the_keyboard(page: "Page", here: Path) -> None:
     """Chips write tokens, each concept has a strength, and tokens in a prompt select chips."""
     open_tab(page, "Regions")
+    fewer_steps(page, "regions")
     page.locator("#halves").press("Enter")
     page.locator("#concepts-1").get_by_label("dog", exact=True).press("Space")
     wait_for_value(page, "region-1", "a <dog>")
@@ -188,5 +189,5 @@ def test_phone(page: "Page") -> None:
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
     for name in ("Generate", "Regions", "Train", "Merge", "Evaluate"):
         open_tab(page, name)
-        page.wait_for_timeout(300)
+        page.get_by_role("tabpanel").filter(visible=True).first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0], f"{name} scrolls sideways"

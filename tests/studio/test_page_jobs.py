@@ -84,12 +84,12 @@ def test_another_recipe(page: "Page", here: Path) -> None:
     choose(page, "method", "sbora-fa")
     choose(page, "recipe", name)
     page.locator("#start").click()
-    wait_until((here / "runs/tiger/run.json").exists)
+    page.locator("#status [data-state=running]").wait_for()
     page.locator("#stop").click()
     page.locator("#status [data-state=stopped]").wait_for()
-    config = json.loads((here / "runs/tiger/run.json").read_text())["config"]
-    expected = configure("emoji64", "sbora-fa", {"recipe": name})
-    assert (config["steps"], config["output_penalty"]) == (expected.optim.steps, expected.loss.output_penalty)
+    (job,) = (job for job in json.loads((here / "runs/studio.json").read_bytes()) if job["name"] == "tiger")
+    assert job["arguments"][-2:] == ["--set", f"recipe={name}"]
+    assert configure("emoji64", "sbora-fa", {"recipe": name}) != configure("emoji64", "sbora-fa", {})
 
 
 def test_evaluate_stop_and_resume(page: "Page", here: Path) -> None:
