@@ -42,13 +42,12 @@ class SamplingFields(NamedTuple):
         return [prompt, self.base, self.negative, self.seed, self.steps, self.guidance, strengths]
 
 
-def sampling_fields(tab: str, counts: Sequence[int], count: int, drop_label: str) -> SamplingFields:
+def sampling_fields(tab: str, counts: Sequence[int], count: int) -> SamplingFields:
     """Lay out the button, the number of images, the seed, and the settings that few people change.
 
     Args:
         tab: prefix of the HTML ids.
         counts: numbers of images to choose from, `count` at first.
-        drop_label: label of the field that loads the settings of a generated image.
     """
     sampling = usual_sampling(DEFAULT_BASE)
     button = gr.Button("Generate", variant="primary", size="lg", elem_id=f"{tab}-button")
@@ -64,12 +63,14 @@ def sampling_fields(tab: str, counts: Sequence[int], count: int, drop_label: str
                 *(0, 12, sampling.guidance),
                 step=0.5,
                 label="Guidance",
-                info="how closely images follow the prompt",
+                info="prompt adherence",
                 min_width=140,
                 elem_id=f"{tab}-guidance",
             )
         base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id=f"{tab}-base")
-        dropped = gr.File(label=drop_label, file_types=[".png"], height=170, elem_id=f"{tab}-dropped")
+        dropped = gr.File(
+            label="Load settings from an image", file_types=[".png"], height=170, elem_id=f"{tab}-dropped"
+        )
     new_seed.click(lambda: random.randrange(MAX_SEED), None, seed, queue=False)
     base.input(show_errors(_usual_sampling), base, [steps, guidance], **INSTANT)
     return SamplingFields(button, number, seed, negative, steps, guidance, base, dropped)

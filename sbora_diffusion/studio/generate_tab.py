@@ -32,7 +32,7 @@ def generate_tab(session: Session) -> fields.Refresh:
             prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True)
             concepts = fields.concept_chips("concepts")
             sliders = gr.Column(elem_classes="strengths")
-            sampling = fields.sampling_fields("generate", (1, 4, 9), 4, "Load settings from a generated image")
+            sampling = fields.sampling_fields("generate", (1, 4, 9), 4)
         gallery, note = fields.image_output("generate", 2, "Generated images appear here.")
 
     with sliders:

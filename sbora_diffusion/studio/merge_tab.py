@@ -24,7 +24,7 @@ from sbora_diffusion.utils.errors import SboraError
 SCENES = ("a {} on the beach", "a {} in the snow", "a {} at night")
 HOW = (
     ("Sum: exact; any concept can be removed again", "sum"),
-    ("Fuse: optimized so that concepts disturb each other least", "fuse"),
+    ("Fuse: concepts disturb each other least", "fuse"),
 )
 SELECT = "<p class='note'>Select two or more concepts.</p>"
 FUSED = "Only the concepts' own columns are changed. The merge can be removed as a whole, bit for bit."

@@ -30,7 +30,7 @@ def regions_tab(session: Session) -> fields.Refresh:
             scene = gr.Textbox("on the beach", label="Prompt for the whole image", elem_id="scene")
             tokens = gr.Markdown("", elem_classes="note", elem_id="tokens")
             sliders = gr.Column(elem_classes="strengths")
-            sampling = fields.sampling_fields("regions", (1, 4), 1, "Load boxes and settings from a generated image")
+            sampling = fields.sampling_fields("regions", (1, 4), 1)
         gallery, note = fields.image_output("regions", 1, NOTE)
 
     with sliders:

@@ -11,7 +11,7 @@ CSS = """
 .results { min-height: 340px; }
 .pixels .grid-wrap { max-height: none; height: auto; overflow: visible; }
 .results .error, .note .error { display: none; }
-.compact { align-items: flex-end; }
+.compact { align-items: flex-end !important; }
 .token { align-self: center; }
 .note, .note p { color: var(--body-text-color-subdued); font-size: .9rem; }
 .strengths { gap: .4rem; }

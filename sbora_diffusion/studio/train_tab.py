@@ -71,7 +71,7 @@ def _own_images() -> tuple[gr.File, gr.Textbox, gr.Textbox, gr.Textbox]:
         label="Drop 3 to 10 images of one subject",
         file_count="multiple",
         file_types=list(EXTENSIONS),
-        height=150,
+        height=170,
         elem_id="images",
     )
     with gr.Row():
