@@ -1,1 +1,1 @@
-"""The studio: what stands behind the page, and its tabs."""
+"""The studio: a web page to generate, train, merge and evaluate."""

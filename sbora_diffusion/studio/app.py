@@ -1,71 +1,64 @@
-"""The studio: a page for everything that the command line does, for people who never open a terminal."""
+"""The studio's page and its server."""
 
 import ipaddress
 import logging
 import os
 import threading
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import gradio as gr
 
-from sbora_diffusion.studio.generate_tab import generate_tab, renewed
+from sbora_diffusion.studio.evaluate_tab import evaluate_tab
+from sbora_diffusion.studio.fields import INSTANT, Refresh
+from sbora_diffusion.studio.generate_tab import generate_tab
 from sbora_diffusion.studio.jobs import Jobs
-from sbora_diffusion.studio.measure_tab import measurable, measure_tab
-from sbora_diffusion.studio.merge_tab import merge_tab, mergeable
-from sbora_diffusion.studio.regions_fields import renewed_regions
+from sbora_diffusion.studio.merge_tab import merge_tab
 from sbora_diffusion.studio.regions_tab import regions_tab
-from sbora_diffusion.studio.session import Folders, Workshop
+from sbora_diffusion.studio.session import Folders, Session
 from sbora_diffusion.studio.style import CSS, theme
-from sbora_diffusion.studio.train_tab import teachable, train_tab
+from sbora_diffusion.studio.train_tab import train_tab
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-MAX_UPLOAD = "20mb"  # of one file
-TITLE = "# SBoRA studio\nTeach a model things from a handful of images, and put them together exactly."
+MAX_UPLOAD = "20mb"  # per file
+TITLE = "# SBoRA studio\nTrain concepts from a handful of images and combine them exactly."
 
 
-def build_ui(workshop: Workshop, jobs: Jobs) -> gr.Blocks:
-    """The page, not yet served."""
+def build_ui(session: Session, jobs: Jobs) -> gr.Blocks:
+    """Build the page without serving it."""
+    tabs: dict[str, Callable[[], Refresh]] = {
+        "Generate": lambda: generate_tab(session),
+        "Regions": lambda: regions_tab(session),
+        "Train": lambda: train_tab(session, jobs),
+        "Merge": lambda: merge_tab(session),
+        "Evaluate": lambda: evaluate_tab(session, jobs),
+    }
     with gr.Blocks(title="SBoRA studio", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(TITLE, elem_id="title")
+        refreshed = []
         with gr.Tabs():
-            with gr.Tab("Generate", id="generate") as first:
-                concepts, base = generate_tab(workshop)
-            with gr.Tab("Regions", id="regions") as boxes:
-                regional = regions_tab(workshop)
-            with gr.Tab("Train", id="train") as second:
-                source, train_base = train_tab(workshop, jobs)
-            with gr.Tab("Merge", id="merge") as third:
-                picked, ledger = merge_tab(workshop)
-            with gr.Tab("Measure", id="measure-tab") as fourth:
-                measured = measure_tab(workshop, jobs)
-        renewals = (
-            (first, partial(renewed, workshop), [base, concepts], [concepts, base]),
-            (boxes, partial(renewed_regions, workshop), regional[1:], regional),
-            (second, partial(teachable, workshop), None, [source, train_base]),
-            (third, partial(mergeable, workshop), picked, [picked, ledger]),
-            (fourth, partial(measurable, workshop), measured[0], list(measured)),
-        )
-        for tab, renew, inputs, outputs in renewals:
-            gr.on([page.load, tab.select], renew, inputs, outputs, queue=False, show_progress="hidden")
+            for name, build in tabs.items():
+                with gr.Tab(name, id=name.lower()) as tab:
+                    refreshed.append((tab, build()))
+        for tab, refresh in refreshed:
+            gr.on([page.load, tab.select], refresh.handler, refresh.inputs, refresh.outputs, **INSTANT)
     return page
 
 
-def serve(workshop: Workshop, jobs: Jobs, host: str, port: int | None, *, open_browser: bool) -> str:
-    """Serve the page from threads of this process; its address.
+def serve(session: Session, jobs: Jobs, host: str, port: int | None, *, open_browser: bool) -> str:
+    """Serve the page from threads of this process; return its address.
 
     Args:
-        port: the first free one from 7860 on if None.
+        port: None for the first free one from 7860 on.
 
     Raises:
-        SboraError: the port is taken.
+        SboraError: the port is in use.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    warn_of(host)
-    threading.Thread(target=workshop.warm_up, daemon=True).start()
-    page = build_ui(workshop, jobs).queue(default_concurrency_limit=4)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    warn_if_public(host)
+    threading.Thread(target=session.warm_up, daemon=True).start()
+    page = build_ui(session, jobs).queue(default_concurrency_limit=4)
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -90,27 +83,27 @@ def open_studio(host: str, port: int | None, bases: Sequence[str], *, open_brows
     """Serve the studio of the current folder until Ctrl-C.
 
     Raises:
-        SboraError: a studio runs in this folder already, or something else on the port.
+        SboraError: another studio is running in this folder, or the port is in use.
     """
     folders = Folders()
     jobs = Jobs(folders.runs)
-    workshop = Workshop(folders, tuple(bases), jobs.is_running)
+    session = Session(folders, tuple(bases), jobs.is_running)
     try:
-        address = serve(workshop, jobs, host, port, open_browser=open_browser)
-        log.info("the studio is at %s; Ctrl-C ends it, trainings go on", address)
+        address = serve(session, jobs, host, port, open_browser=open_browser)
+        log.info("the studio is running at %s; press Ctrl-C to stop it (jobs continue)", address)
         threading.Event().wait()
     finally:
         jobs.close()
 
 
-def warn_of(host: str) -> None:
-    """Say what it means to be reachable from elsewhere."""
+def warn_if_public(host: str) -> None:
+    """Log a warning if other machines can reach the studio."""
     if not is_loopback(host):
-        log.warning("whoever reaches %s can use this studio, and fill the disk: there is no password", host)
+        log.warning("the studio at %s has no password: anyone who can reach it can use it and fill the disk", host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Long jobs, one at a time: each a process of the command line, which neither a closed page nor server takes along."""
+"""The queue of long jobs, one at a time: each is a process that continues when the page or the studio is closed."""
 
 import json
 import logging
@@ -17,45 +17,51 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
-PERIOD = 0.3  # seconds between looks at what runs
+WORKER = (sys.executable, "-m", "sbora_diffusion.studio.worker")
+PERIOD = 0.3  # seconds between checks of the running job
 STOPPED = (130, -signal.SIGINT)  # exit statuses of a command that Ctrl-C ended
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A command with its arguments, and what became of it."""
+    """A command, its arguments and its state."""
 
-    name: str  # of the concept: one job each
+    name: str  # unique in the queue
     arguments: tuple[str, ...]
     state: State = "waiting"
     pid: int | None = None
-    started: float = 0.0  # when the process did, in seconds since the epoch: its number may be given out again
+    started: float = 0.0  # start time of the process in seconds since the epoch: process ids are reused
     message: str = ""  # why it failed
-    is_to_stop: bool = False  # it was asked to
+    is_to_stop: bool = False  # stopping was requested
 
     @property
     def is_active(self) -> bool:
-        """Whether it is at work, or will be."""
+        """Whether it is running or waiting."""
         return self.state in ("waiting", "running")
 
 
 class Jobs:
-    """The queue, kept in `studio.json` of a folder, with the jobs' stderr beside it.
+    """The queue, stored in `studio.json` of a folder, with the stderr of each job beside it.
+
+    Args:
+        worker: the command that runs a job's arguments.
 
     Raises:
-        SboraError: another studio is at work in the folder.
+        SboraError: another studio uses the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, worker: Sequence[str] = WORKER) -> None:
         self._folder = folder
+        self._worker = worker
         folder.mkdir(parents=True, exist_ok=True)
-        self._claim = FileLock(folder / ".studio.lock", timeout=0)
+        self._folder_lock = FileLock(folder / ".studio.lock", timeout=0)
         try:
-            self._claim.acquire()
+            self._folder_lock.acquire()
         except Timeout:
             raise SboraError(f"another studio is running in {folder.resolve().parent}", "Use that one.") from None
         self._lock = threading.RLock()
@@ -65,35 +71,35 @@ class Jobs:
         threading.Thread(target=self._run, daemon=True).start()
 
     def close(self) -> None:
-        """Start nothing more; what runs goes on."""
+        """Start no further job; a running one continues."""
         self._closed.set()
-        self._claim.release()
+        self._folder_lock.release()
 
-    def all(self) -> list[Job]:
-        """In the order they were asked for."""
+    def all(self, command: str = "") -> list[Job]:
+        """Return the jobs of a command ("": of all) in the order of the queue."""
         with self._lock:
-            return list(self._jobs)
+            return [job for job in self._jobs if command in ("", job.arguments[0])]
 
     def find(self, name: str) -> Job | None:
-        """The job of this name."""
+        """Return the job of this name."""
         return next((job for job in self.all() if job.name == name), None)
 
     def is_running(self) -> bool:
-        """Whether a job is at work."""
+        """Return whether a job is running."""
         return any(job.state == "running" for job in self.all())
 
     def add(self, name: str, arguments: Sequence[str]) -> None:
-        """Put a job at the end of the queue, in place of a finished one of its name."""
+        """Append a job to the queue; a finished one of the same name is replaced."""
         with self._lock:
             before = self.find(name)
             if before and before.is_active:
-                raise SboraError(f"{name} is {before.state} already", "Stop it first.")
+                raise SboraError(f"{name} is already {before.state}", "Stop it first.")
             self._jobs = [job for job in self._jobs if job.name != name]
             self._jobs.append(Job(name=name, arguments=tuple(arguments)))
             self._write()
 
     def stop(self, name: str) -> None:
-        """End a running job as Ctrl-C does, or take a waiting one out of the queue."""
+        """Send a running job Ctrl-C, or remove a waiting one from the queue."""
         with self._lock:
             job = self.find(name)
             if job is None or not job.is_active:
@@ -104,81 +110,78 @@ class Jobs:
             elif job.pid is None:
                 self._change(job, replace(job, state="stopped"))
 
-    def log_of(self, name: str) -> Path:
-        """Where a job's stderr goes."""
+    def log_path(self, name: str) -> Path:
+        """Return the file with a job's stderr."""
         return self._folder / f"{name}.stderr"
 
-    def said(self, name: str) -> str:
-        """What a job has written to its stderr so far; nothing where that is gone."""
+    def output(self, name: str) -> str:
+        """Return a job's stderr so far, "" if the file is gone."""
         try:
-            return self.log_of(name).read_text(encoding="utf-8", errors="replace")
+            return self.log_path(name).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
 
     def _run(self) -> None:
         while not self._closed.wait(PERIOD):
             try:
-                self._look()
-            except OSError:
-                log.exception("the queue cannot go on")
+                self._advance()
+            except (OSError, SboraError):
+                log.exception("the queue could not be updated")
 
-    def _look(self) -> None:
-        """Note the end of what ran, and start the next."""
+    def _advance(self) -> None:
+        """Record how the running job ended, and start the next."""
         with self._lock:
             running = next((job for job in self._jobs if job.state == "running"), None)
             if running and not self._has_ended(running):
                 return
             if running:
-                self._change(running, self._end_of(running))
+                self._change(running, self._finished(running))
             waiting = next((job for job in self._jobs if job.state == "waiting"), None)
             if waiting:
                 self._change(waiting, self._started(waiting))
 
     def _started(self, job: Job) -> Job:
-        """Running, or failed where it cannot even begin: those behind it must not wait for it."""
+        """Return the job as running, or as failed if it cannot be started: those behind it must not be blocked."""
         try:
-            return self._start(job)
+            with self.log_path(job.name).open("wb") as stderr:
+                process = subprocess.Popen(
+                    [*self._worker, *job.arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+            self._process = process
+            return replace(job, state="running", pid=process.pid, started=psutil.Process(process.pid).create_time())
         except OSError as error:
             log.warning("%s cannot be started: %s", job.name, error)
             return replace(job, state="failed", message=f"it cannot be started: {error.strerror or error}")
-
-    def _start(self, job: Job) -> Job:
-        command = [sys.executable, "-m", "sbora_diffusion.studio.worker", *job.arguments]
-        with self.log_of(job.name).open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
-            )
-        threading.Thread(target=self._process.wait, daemon=True).start()  # whoever is waited for leaves no zombie
-        pid = self._process.pid
-        return replace(job, state="running", pid=pid, started=psutil.Process(pid).create_time())
 
     def _has_ended(self, job: Job) -> bool:
         if self._process and self._process.pid == job.pid:
             return self._process.poll() is not None
         return not _is_alive(job)
 
-    def _end_of(self, job: Job) -> Job:
-        """How it ended; of a process that a former server started only its own words tell."""
-        known = self._process is not None and self._process.pid == job.pid
-        status = self._process.returncode if known and self._process else None
-        said = self.said(job.name)
-        told_error = re.search(r"^error: ", said, re.MULTILINE)
-        if status == 0 or (
-            (job.is_to_stop or status in (None, *STOPPED)) and re.search(r"^next: ", said, re.MULTILINE)
-        ):
-            return replace(job, state="done")  # also when Ctrl-C came after the last word
-        if job.is_to_stop or status in STOPPED or (status is None and not told_error):  # libraries may die of Ctrl-C
+    def _finished(self, job: Job) -> Job:
+        """Return the job with its final state; for a process of an earlier studio only its stderr is known."""
+        own = self._process if self._process and self._process.pid == job.pid else None
+        status, output = own.returncode if own else None, self.output(job.name)
+        is_complete = re.search(r"^next: ", output, re.MULTILINE)  # the last line of a training
+        if status == 0 or (is_complete and (job.is_to_stop or status in (None, *STOPPED))):
+            return replace(job, state="done")  # also if Ctrl-C came after the result was saved
+        has_error = re.search(r"^error: ", output, re.MULTILINE)
+        if job.is_to_stop or status in STOPPED or (status is None and not has_error):  # Ctrl-C can crash a library
             return replace(job, state="stopped")
-        return replace(job, state="failed", message=_last_words(said) or f"It ended with status {status}.")
+        return replace(job, state="failed", message=_error_in(output) or f"exit status {status}")
 
     def _change(self, before: Job, after: Job) -> None:
         self._jobs = [after if job is before else job for job in self._jobs]
         self._write()
 
     def _write(self) -> None:
-        partial = self._folder / ".studio.json.partial"
-        partial.write_text(json.dumps([asdict(job) for job in self._jobs], indent=1), encoding="utf-8")
-        partial.replace(self._folder / "studio.json")
+        content = json.dumps([asdict(job) for job in self._jobs], indent=1)
+        write_atomically(self._folder / "studio.json", content.encode())
 
 
 def _read(path: Path) -> list[Job]:
@@ -187,7 +190,7 @@ def _read(path: Path) -> list[Job]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:
-        log.warning("%s is damaged (%s) and starts anew", path, error)
+        log.warning("%s is damaged (%s): the queue starts empty", path, error)
         return []
 
 
@@ -199,10 +202,8 @@ def _is_alive(job: Job) -> bool:
         return False
 
 
-def _last_words(said: str) -> str:
-    """The error and its hint, or the last line."""
-    told = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith(("error: ", "hint: "))]
-    if told:
-        return ". ".join(told)
-    lines = [line for line in said.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def _error_in(output: str) -> str:
+    """Return the error and its hint, else the last line."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    marked = [line.split(": ", 1)[1] for line in lines if line.startswith(("error: ", "hint: "))]
+    return ". ".join(marked or lines[-1:])

@@ -1,4 +1,4 @@
-"""The Merge tab: pick concepts, see what their merge guarantees, make it, and look at it beside each alone."""
+"""The Merge tab: select concepts, see what their merge guarantees, merge, and compare with each single concept."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,118 +14,100 @@ from sbora_diffusion.adapters.merge import merge, merged_name
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_grid import sheet
 from sbora_diffusion.methods.calibration import SampledInputs
-from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
-from sbora_diffusion.studio.messages import sentence, told
-from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, hidden_image, on_model
+from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
+from sbora_diffusion.studio.messages import error_text, show_errors
+from sbora_diffusion.studio.session import Session
 from sbora_diffusion.studio.uploads import check_name
 from sbora_diffusion.utils.errors import SboraError
 
 SCENES = ("a {} on the beach", "a {} in the snow", "a {} at night")
 HOW = (
-    ("Sum: exact, any of them can be taken out again", "sum"),
-    ("Fuse: solved so that each disturbs the others least", "fuse"),
+    ("Sum: exact; any concept can be removed again", "sum"),
+    ("Fuse: concepts disturb each other least", "fuse"),
 )
-PICK = "<p class='note'>Pick two concepts or more.</p>"
-FUSED = "Only the concepts' own columns are written, and the merge can be taken out as a whole, to the bit."
+SELECT = "<p class='note'>Select two or more concepts.</p>"
+FUSED = "Only the concepts' own columns are changed. The merge can be removed as a whole, bit for bit."
 
 
-def merge_tab(workshop: Workshop) -> tuple[gr.CheckboxGroup, gr.HTML]:
-    """Lay it out and wire it up; the choice of concepts and the ledger, to be renewed."""
+def merge_tab(session: Session) -> Refresh:
+    """Lay out the tab and connect its events."""
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            picked = gr.CheckboxGroup([], label="Concepts", elem_id="merge-concepts", elem_classes="chips")
-            how = gr.Radio(list(HOW), value="sum", label="How", elem_id="how")
-            name = gr.Textbox("", label="Name of the merge", info="empty: made of the concepts’", elem_id="merge-name")
+            selected = concept_chips("merge-concepts")
+            how = gr.Radio(list(HOW), value="sum", label="Method", elem_id="how")
+            name = gr.Textbox("", label="Name", info="empty: made from the concepts' names", elem_id="merge-name")
             button = gr.Button("Merge", variant="primary", size="lg", elem_id="merge")
             note = gr.Markdown("", elem_classes="note", elem_id="merge-note")
         with gr.Column(scale=3, min_width=320):
             bar = gr.HTML("", elem_id="ledger")
-            facts = gr.HTML(PICK, elem_id="certificate")
-            grid = gr.Image(
-                label="Alone and merged",
-                show_label=False,
-                visible=False,
-                interactive=False,
-                format="png",
-                elem_id="merge-grid",
-                buttons=["download", "fullscreen"],
-            )
-    picked.change(told(partial(_examine, workshop)), picked, [bar, facts], queue=False, show_progress="hidden")
-    button.click(
-        told(partial(_merge, workshop)),
-        [picked, how, name],
-        [note, grid],
-        concurrency_id="model",
-        concurrency_limit=1,
-        show_progress_on=grid,
-    )
-    return picked, bar
+            facts = gr.HTML(SELECT, elem_id="certificate")
+            grid = hidden_image("merge-grid", "Single concepts and merge", "download", "fullscreen")
+    selected.change(show_errors(partial(_examine, session)), selected, [bar, facts], **INSTANT)
+    on_model(button.click, partial(_merge, session), [selected, how, name], grid, note)
+    return Refresh(partial(_refresh, session), selected, [selected, bar])
 
 
-def mergeable(workshop: Workshop, chosen: Sequence[str]) -> tuple[Any, str]:
-    """The concepts that there are now, single ones, and the ledger."""
-    names = [name for base in workshop.bases() for name, spec in workshop.concepts(base).items() if not spec.parents]
-    kept = [name for name in chosen if name in names]
-    return gr.update(choices=names, value=kept), _ledgers(workshop, kept)
+def _refresh(session: Session, selected: Sequence[str]) -> tuple[Any, str]:
+    choices = concept_choices([name for base in session.bases() for name in session.singles(base)], selected)
+    return choices, _ledgers(session, choices["value"])
 
 
-def _ledgers(workshop: Workshop, picked: Sequence[str]) -> str:
-    ledgers = workshop.library.ledgers()
-    if not ledgers:
-        return "<p class='note'>The library is empty: train a concept first.</p>"
-    return "".join(ledger_bar(ledger, picked) for ledger in ledgers)
+def _ledgers(session: Session, selected: Sequence[str]) -> str:
+    bars = [ledger_bar(ledger, selected) for ledger in session.library.ledgers()]
+    return "".join(bars) or "<p class='note'>The library is empty. Train a concept first.</p>"
 
 
-def _examine(workshop: Workshop, picked: Sequence[str]) -> tuple[str, str]:
-    """The ledger, and what a sum of these guarantees or why they cannot be merged."""
-    bar = _ledgers(workshop, picked)
-    if len(picked) < 2:
-        return bar, PICK
-    adapters = [workshop.load(name) for name in picked]
+def _examine(session: Session, selected: Sequence[str]) -> tuple[str, str]:
+    """Return the ledger, and what the sum guarantees or why these cannot be merged."""
+    bar = _ledgers(session, selected)
+    if len(selected) < 2:
+        return bar, SELECT
+    adapters = [session.load(name) for name in selected]
     spec = adapters[0].spec
     try:
-        return bar, certificate_list(certify(adapters, workshop.library.widths(spec.base_fingerprint, spec.side)))
-    except SboraError as reason:
-        return bar, f"<p>{sentence(str(reason))} {sentence(reason.hint or '')}</p>"
+        return bar, certificate_list(certify(adapters, session.library.widths(spec.base_fingerprint, spec.side)))
+    except SboraError as error:
+        return bar, f"<p>{error_text(error)}</p>"
 
 
-def _merge(workshop: Workshop, picked: Sequence[str], how: str, name: str | None) -> Iterator[tuple[str, Any]]:
-    """Write the merge, then draw the grid of each concept alone and merged."""
-    if len(picked) < 2:
-        raise SboraError("a merge needs two concepts", "Pick two or more.")
-    adapters = [workshop.load(each) for each in picked]
+def _merge(session: Session, selected: Sequence[str], how: str, name: str | None) -> Iterator[tuple[Any, str]]:
+    """Save the merge, then generate images of each concept, single and merged."""
+    if len(selected) < 2:
+        raise SboraError(f"got {len(selected)} concepts, expected at least two", "Select two or more.")
+    adapters = [session.load(each) for each in selected]
     name = (name or "").strip() or merged_name(adapters)
     for part in name.split("+"):
         check_name(part)
-    path = workshop.library.path(name)
+    path = session.library.path(name)
     if path.exists():
-        raise SboraError(f"there is a concept {name} already", "Choose another name.")
-    yield "Merging …", gr.skip()
+        raise SboraError(f"the concept {name} already exists", "Choose another name.")
+    yield gr.skip(), "Merging …"
     base = adapters[0].spec.base_id
-    merged = merge(adapters, [1.0] * len(adapters), "sum") if how == "sum" else _fuse(workshop, base, adapters)
-    merged.save(path)
-    made = f"**{name}** is in Generate now."
-    yield f"{made} SampleRequest what it does …", gr.skip()
-    image = _before_after(workshop, base, list(picked), adapters, name)
-    yield made if how == "sum" else f"{made} {FUSED}", gr.update(value=image, visible=True)
+    _merged(session, base, adapters, how).save(path)
+    note = f"**{name}** is now available in Generate."
+    yield gr.skip(), f"{note} Generating a comparison …"
+    image = _comparison(session, base, list(selected), adapters, name)
+    yield gr.update(value=image, visible=True), note if how == "sum" else f"{note} {FUSED}"
 
 
-def _fuse(workshop: Workshop, base: str, adapters: Sequence[Adapter]) -> Adapter:
+def _merged(session: Session, base: str, adapters: Sequence[Adapter], how: str) -> Adapter:
     weights = [1.0] * len(adapters)
-    return workshop.with_model(base, {}, lambda model: fuse(adapters, weights, SampledInputs(model, adapters)))
+    if how == "sum":
+        return merge(adapters, weights, "sum")
+    return session.with_model(base, {}, lambda model: fuse(adapters, weights, SampledInputs(model, adapters)))
 
 
-def _before_after(
-    workshop: Workshop, base: str, picked: Sequence[str], adapters: Sequence[Adapter], merged: str
+def _comparison(
+    session: Session, base: str, selected: Sequence[str], adapters: Sequence[Adapter], merged: str
 ) -> Image.Image:
-    """A row for each concept alone, and one for it in the merge, same seeds."""
+    """Generate two rows for each concept, single and merged, with the same seeds."""
     rows = []
-    for name, adapter in zip(picked, adapters, strict=True):
+    for name, adapter in zip(selected, adapters, strict=True):
         token = next(iter(adapter.spec.tokens))
         prompts = [scene.format(token) for scene in SCENES]
-        drawing = partial(generate, prompts=prompts, seeds=range(len(prompts)))
-        for what in (name, merged):
-            images = workshop.with_model(base, {what: 1.0}, drawing)
-            title = f"{token} alone" if what == name else f"{token} in {merged}"
+        sample = partial(generate, prompts=prompts, seeds=range(len(prompts)))
+        for source, title in ((name, f"{token}, single"), (merged, f"{token}, merged in {merged}")):
+            images = session.with_model(base, {source: 1.0}, sample)
             rows.append((title, list(zip(prompts, images, strict=True))))
     return sheet(rows, cell=192)

@@ -1,4 +1,4 @@
-"""What a visitor is told: errors as a sentence and what to do, never as a stack trace."""
+"""Messages on the page: an error is a sentence and what to do, never a stack trace."""
 
 import functools
 import html
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 SECONDS = 12  # that a message stays
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A page's event handler, whose errors become messages."""
+def show_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an event handler so that its errors appear as messages on the page."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -37,18 +37,18 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sentence(text: str) -> str:
-    """With a capital and a full stop, and `<dog>` as it is, though the page reads HTML."""
+    """Return the text capitalized, with a full stop, and escaped for HTML so that `<dog>` stays readable."""
     text = text[:1].upper() + text[1:]
     return html.escape(text if text.endswith((".", "!", "?")) else f"{text}.")
 
 
-def in_words(defect: SboraError) -> str:
-    """What is wrong, and what to do."""
-    return " ".join(sentence(part) for part in (str(defect), defect.hint) if part)
+def error_text(error: SboraError) -> str:
+    """Return an error and its hint as sentences."""
+    return " ".join(sentence(part) for part in (str(error), error.hint) if part)
 
 
 def warn_of_missing(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Say which concepts of an image are not here."""
+    """Show a warning that names the concepts that are not in the library."""
     if missing := sorted(set(wanted).difference(known)):
         gr.Warning(f"Not in this library: {', '.join(missing)}")
 
@@ -57,18 +57,18 @@ def warn_of_missing(wanted: Iterable[str], known: Collection[str]) -> None:
 def _as_messages() -> Iterator[None]:
     try:
         yield
-    except SboraError as defect:
-        raise _message(in_words(defect)) from None
+    except SboraError as error:
+        raise _message(error_text(error)) from None
     except gr.Error:
         raise
     except MemoryError:
-        raise _message("Out of memory. Close other programs, or make fewer images.") from None
+        raise _message("Out of memory. Close other programs, or generate fewer images.") from None
     except OSError as error:
-        log.exception("a file could not be used")
+        log.exception("a file could not be read or written")
         raise _message(f"{sentence(error.strerror or 'a file could not be used')} See the terminal.") from None
     except Exception:
-        log.exception("a handler of the page failed")
-        raise _message("This is a mistake of ours: the terminal that the studio runs in says more.") from None
+        log.exception("an event handler failed")
+        raise _message("Internal error. See the terminal for details.") from None
 
 
 def _message(text: str) -> gr.Error:

@@ -1,94 +1,76 @@
-"""The Regions tab: boxes with a prompt and concepts of their own, in one image."""
+"""The Regions tab: boxes with their own prompts and concepts in one image."""
 
-import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.studio.box_canvas import MAX_BOXES, board, box
-from sbora_diffusion.studio.fields import MAX_SEED, image_gallery, more_fields, seed_field, strength_slider
-from sbora_diffusion.studio.messages import told
-from sbora_diffusion.studio.regions_fields import draw, named, read, renewed_regions, visible, written
-from sbora_diffusion.studio.session import Workshop
+from sbora_diffusion.studio import fields
+from sbora_diffusion.studio import regions_fields as handlers
+from sbora_diffusion.studio.box_canvas import MAX_BOXES, box, box_canvas
+from sbora_diffusion.studio.messages import show_errors
+from sbora_diffusion.studio.session import Session
 
-NOTE = "Each concept acts in its own box only. One that is picked for a box, but not named there, acts on all of it."
+NOTE = (
+    "Each concept acts only inside its own box. A concept that is selected for a box but not named in its prompt acts "
+    "on the whole box."
+)
 
 
-def regions_tab(workshop: Workshop) -> list[Any]:
-    """Lay it out and wire it up; what is to be renewed: tokens, base models, the concepts of each box."""
+def regions_tab(session: Session) -> fields.Refresh:
+    """Lay out the tab and connect its events."""
     strengths = gr.State({})
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            canvas = board()
+            canvas = box_canvas()
             with gr.Row():
                 halves = gr.Button("Left and right", size="sm", min_width=100, elem_id="halves")
                 clear = gr.Button("Clear", size="sm", min_width=100, elem_id="clear")
-            groups, prompts, picked = zip(*map(_box_fields, range(1, MAX_BOXES + 1)), strict=True)
-            around = gr.Textbox("on the beach", label="In the whole image", elem_id="around")
+            groups, prompts, selected = zip(*map(_box_fields, range(1, MAX_BOXES + 1)), strict=True)
+            scene = gr.Textbox("on the beach", label="Prompt for the whole image", elem_id="scene")
             tokens = gr.Markdown("", elem_classes="note", elem_id="tokens")
             sliders = gr.Column(elem_classes="strengths")
-            button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-regions")
-            with gr.Row(elem_classes="compact"):
-                number = gr.Radio([1, 4], value=1, label="Images", min_width=120, elem_classes="chips")
-                seed = seed_field("regions-seed")
-                dice = gr.Button("New seed", size="sm", min_width=90)
-            with gr.Accordion("More", open=False, elem_id="regions-more"):
-                negative, steps, guidance, base, dropped = more_fields(
-                    "regions-", "Steps of regions", "Boxes and settings of an image made here"
-                )
-        with gr.Column(scale=3, min_width=320):
-            gallery = image_gallery("regions-gallery", 1)
-            note = gr.Markdown(NOTE, elem_id="regions-note", elem_classes="note")
+            sampling = fields.sampling_fields("regions", (1, 4), 1)
+        gallery, note = fields.image_output("regions", 1, NOTE)
 
     with sliders:
-        gr.render(inputs=[strengths, *picked], triggers=[chips.change for chips in picked])(
-            lambda factors, *chosen: _sliders(chosen, factors, strengths)
+        gr.render(inputs=[strengths, *selected], triggers=[chips.change for chips in selected])(
+            lambda values, *names: _sliders(names, values, strengths)
         )
-    gr.on(  # one at a time, the last one always: two at once may come back in the other order
+    gr.on(  # one at a time, always the last: two at once may return in the other order
         [canvas.input, canvas.change],
-        visible,
+        handlers.show_boxes,
         canvas,
         list(groups),
-        queue=False,
-        show_progress="hidden",
         trigger_mode="always_last",
+        **fields.INSTANT,
     )
-    for prompt, chips in zip(prompts, picked, strict=True):
-        chips.input(partial(written, workshop), [base, prompt, chips], prompt, queue=False, show_progress="hidden")
-        prompt.blur(partial(named, workshop), [base, prompt, chips], chips, queue=False, show_progress="hidden")
+    base = sampling.base
+    for prompt, chips in zip(prompts, selected, strict=True):
+        chips.input(partial(handlers.write_tokens, session), [base, prompt, chips], prompt, **fields.INSTANT)
+        prompt.blur(partial(handlers.select_named, session), [base, prompt, chips], chips, **fields.INSTANT)
     halves.click(lambda: [box(0, 0, 0, 50, 100), box(1, 50, 0, 50, 100)], None, canvas, queue=False)
     clear.click(list, None, canvas, queue=False)
-    dice.click(lambda: random.randrange(MAX_SEED), None, seed, queue=False)
-    fields = [canvas, base, around, negative, seed, steps, guidance, strengths, *prompts, *picked]
-    button.click(
-        told(partial(draw, workshop)),
-        [number, *fields],
-        [gallery, note],
-        concurrency_id="model",
-        concurrency_limit=1,
-        show_progress="minimal",
-        show_progress_on=gallery,
-    )
-    dropped.upload(told(partial(read, workshop)), dropped, fields, queue=False)
-    renewable = [tokens, base, *picked]
-    base.input(partial(renewed_regions, workshop), [base, *picked], renewable, queue=False)
-    return renewable
+    settings = [canvas, *sampling.inputs(scene, strengths), *prompts, *selected]
+    generate = partial(handlers.generate_images, session)
+    fields.on_model(sampling.button.click, generate, [sampling.number, *settings], gallery, note)
+    load = show_errors(partial(handlers.load_settings, session))
+    sampling.dropped.upload(load, sampling.dropped, settings, queue=False)
+    refresh = partial(handlers.refresh_choices, session)
+    base.input(refresh, [base, *selected], [tokens, base, *selected], queue=False)
+    return fields.Refresh(refresh, [base, *selected], [tokens, base, *selected])
 
 
 def _box_fields(number: int) -> tuple[gr.Group, gr.Textbox, gr.CheckboxGroup]:
-    """What one box is to show; not seen before the box is there."""
+    """Add the prompt and the concepts of a box, hidden until the box is drawn."""
     with gr.Group(visible=False) as group:
-        prompt = gr.Textbox("", label=f"In box {number}", elem_id=f"region-{number}")
-        chips = gr.CheckboxGroup(
-            [], label=f"Concepts in box {number}", show_label=False, elem_id=f"concepts-{number}", elem_classes="chips"
-        )
+        prompt = gr.Textbox("", label=f"Prompt for box {number}", elem_id=f"region-{number}")
+        chips = fields.concept_chips(f"concepts-{number}", f"Concepts in box {number}", show_label=False)
     return group, prompt, chips
 
 
-def _sliders(chosen: Sequence[Sequence[str]], factors: Mapping[str, float], strengths: gr.State) -> None:
-    """One for each concept that a box has."""
-    for name in sorted(set().union(*chosen)):
+def _sliders(selected: Sequence[Sequence[str]], values: Mapping[str, float], strengths: gr.State) -> None:
+    """Add a strength slider for each concept of any box."""
+    for name in sorted(set().union(*selected)):
         with gr.Row(elem_classes="strength"):
-            strength_slider(name, factors, strengths)
+            fields.strength_slider(name, values, strengths)

@@ -1,4 +1,4 @@
-"""How the page looks: system fonts (nothing is fetched from elsewhere), large images, light and dark."""
+"""The look of the page: system fonts (nothing is fetched), large images, light and dark."""
 
 from gradio.themes import Base, Soft
 
@@ -8,10 +8,10 @@ CSS = """
 #title h1 { font-size: 1.35rem; font-weight: 650; margin: .2rem 0 0; letter-spacing: -.01em; }
 #title p { color: var(--body-text-color-subdued); margin: .1rem 0 .4rem; }
 .pixels img { image-rendering: pixelated; }
-#gallery, #regions-gallery { min-height: 340px; }
+.results { min-height: 340px; }
 .pixels .grid-wrap { max-height: none; height: auto; overflow: visible; }
-#gallery .error, #regions-gallery .error, #note .error { display: none; }
-.compact { align-items: flex-end; }
+.results .error, .note .error { display: none; }
+.compact { align-items: flex-end !important; }
 .token { align-self: center; }
 .note, .note p { color: var(--body-text-color-subdued); font-size: .9rem; }
 .strengths { gap: .4rem; }
@@ -41,7 +41,7 @@ footer { display: none !important; }
 
 
 def theme() -> Base:
-    """Soft shapes and the system's own letters."""
+    """Return the theme: soft shapes and the fonts of the system."""
     return Soft(
         primary_hue="indigo",
         neutral_hue="slate",

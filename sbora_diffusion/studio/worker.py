@@ -1,22 +1,21 @@
-"""The command line as a process of its own for the studio's long jobs: it yields to the page, and hears Ctrl-C."""
+"""Run the command line as a low-priority process for the studio's long jobs."""
 
 import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
-
-from sbora_diffusion.cli.app import main
 
 NICENESS = 5
 
 
 def work() -> None:
-    """Run the command in `sys.argv`."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a server in the background has it ignored
+    """Replace this process by `sbora-diffusion` with the arguments in `sys.argv`, at a lower priority."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a server in the background ignores it, and children inherit that
     os.nice(NICENESS)
-    with suppress(OSError):  # where Linux weighs whole sessions, niceness counts inside of this one only
+    with suppress(OSError):  # where Linux schedules by session, niceness only counts inside a session
         Path("/proc/self/autogroup").write_text(str(NICENESS), encoding="ascii")
-    main()
+    os.execv(sys.executable, [sys.executable, "-m", "sbora_diffusion", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,49 +1,42 @@
-"""A library of random concepts, the studio as a process of its own, and a real Chromium that looks at it."""
+"""A library of random concepts, one studio process and one headless Chromium for all tests, reset for each."""
 
+import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import bench_studio
 import pytest
-from bench_studio import FLAGS, find_chromium
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.studio.session import Folders, Workshop
+from sbora_diffusion.studio.session import Folders, Session
 
 from ..adapters.random_adapters import adapter
-from ..tiny_pipeline import save_tiny_pipeline
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
-CLI = [sys.executable, "-c", "from sbora_diffusion.cli.app import main; main()"]
+QUEUE = "studio.json"
 
 
-def needed(what: str, found: object) -> None:
-    """Skip where something is not installed, but fail on the machines that check everything."""
+def require(what: str, found: object) -> None:
+    """Skip a test if something is not installed; fail on machines that must have everything."""
     if not found and os.environ.get("SBORA_CI"):
-        pytest.fail(f"{what} is needed here")
+        pytest.fail(f"{what} is required")
     if not found:
         pytest.skip(f"{what} is not installed")
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
-
-
 def random_concept(base: Base, name: str, start: int, scale: float = 0.02) -> Adapter:
-    """A concept of rank 4 for a base model."""
+    """Return a concept of rank 4 for a base model."""
     made = adapter(
         Interval(start, 4),
         seed=start,
@@ -59,95 +52,96 @@ def random_concept(base: Base, name: str, start: int, scale: float = 0.02) -> Ad
     return Adapter(made.spec, factors, tokens)
 
 
-@pytest.fixture(scope="session")
-def emoji_concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library with a random dog and a random cat for emoji64."""
-    folder, base = tmp_path_factory.mktemp("library"), load_base("emoji64")
+def dog_and_cat(folder: Path, base_name: str) -> Path:
+    """Save two random concepts."""
+    base = load_base(base_name)
     for place, name in enumerate(("dog", "cat")):
         random_concept(base, name, 4 * place).save(folder / f"{name}.safetensors")
     return folder
 
 
-@pytest.fixture
-def workshop(tmp_path: Path, tiny_folder: Path) -> Workshop:
-    """With the concepts dog and cat."""
-    base = load_base(str(tiny_folder))
-    (tmp_path / "adapters").mkdir()
-    for place, name in enumerate(("dog", "cat")):
-        random_concept(base, name, 4 * place).save(tmp_path / "adapters" / f"{name}.safetensors")
-    folders = Folders(adapters=tmp_path / "adapters", outputs=tmp_path / "outputs")
-    return Workshop(folders, (str(tiny_folder),))
-
-
-@pytest.fixture
-def here(tmp_path: Path, emoji_concepts: Path) -> Path:
-    """The folder that a studio is opened in."""
-    (tmp_path / "here").mkdir()
-    shutil.copytree(emoji_concepts, tmp_path / "here" / "adapters")
-    return tmp_path / "here"
-
-
-@pytest.fixture
-def address(here: Path, tiny_folder: Path) -> Iterator[str]:
-    """Where a studio is served, by the command itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [*CLI, "ui", "--port", str(port), "--base", str(tiny_folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with (here.parent / "log.txt").open("wb") as log:
-        process = subprocess.Popen(words, cwd=here, stderr=log, stdout=log, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (here.parent / "log.txt").read_text()
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+@pytest.fixture(scope="session")
+def emoji_concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with the concepts dog and cat for emoji64."""
+    return dog_and_cat(tmp_path_factory.mktemp("library"), "emoji64")
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[BrowserContext]":
-    """Headless, with nothing of anybody's profile."""
-    path = find_chromium()
-    needed("Chromium (apt-get install chromium)", path)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        needed("playwright", None)
-        raise
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=path, args=list(FLAGS), accept_downloads=True
-        )
-        yield context
-        context.close()
+def tiny_concepts(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The same for the tiny base model."""
+    return dog_and_cat(tmp_path_factory.mktemp("library"), str(tiny_folder))
 
 
 @pytest.fixture
-def page(browser: "BrowserContext", address: str) -> "Iterator[Page]":
-    """The studio's page at desktop width; fails where the browser's console tells of an error."""
-    errors: list[str] = []
-    page = browser.new_page()
-    page.set_viewport_size({"width": DESKTOP[0], "height": DESKTOP[1]})
+def session(tmp_path: Path, tiny_folder: Path, tiny_concepts: Path) -> Session:
+    """A session with the concepts dog and cat of the tiny base model."""
+    adapters = Path(shutil.copytree(tiny_concepts, tmp_path / "adapters"))
+    return Session(Folders(adapters=adapters, outputs=tmp_path / "outputs"), (str(tiny_folder),))
+
+
+def kill_jobs(folder: Path) -> None:
+    """Kill the jobs that a failed test has left running in a folder of runs."""
+    jobs = json.loads((folder / QUEUE).read_bytes()) if (folder / QUEUE).exists() else []
+    for job in jobs:
+        if job["state"] == "running":
+            with suppress(ProcessLookupError):
+                os.kill(job["pid"], signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a studio that the command itself serves, and its folder."""
+    require("gradio", find_spec("gradio"))
+    folder = tmp_path_factory.mktemp("studio")
+    with bench_studio.studio(folder, "--base", str(tiny_folder)) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def here(studio: tuple[str, Path], emoji_concepts: Path) -> Iterator[Path]:
+    """The folder of the studio, with nothing but the concepts dog and cat of emoji64."""
+    _, folder = studio
+    for path in (*folder.iterdir(), *(folder / "runs").iterdir()):
+        if path.name not in ("runs", QUEUE, ".studio.lock", "log.txt"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(emoji_concepts, folder / "adapters")
+    yield folder
+    kill_jobs(folder / "runs")
+
+
+@pytest.fixture
+def address(studio: tuple[str, Path], here: Path) -> str:  # noqa: ARG001 (resets the folder)
+    """Where the studio is served."""
+    return studio[0]
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium."""
+    require("Chromium (apt-get install chromium)", bench_studio.find_chromium())
+    require("playwright", find_spec("playwright"))
+    with bench_studio.chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: "Browser", address: str) -> "Iterator[Page]":
+    """The studio's page at desktop width in a fresh profile; errors in the browser's console fail the test."""
+    context = browser.new_context(viewport={"width": DESKTOP[0], "height": DESKTOP[1]}, accept_downloads=True)
+    page = context.new_page()
     page.set_default_timeout(180_000)  # of a busy machine
+    errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     outside: list[str] = []
-    page.on("request", lambda request: None if _is_ours(request.url, address) else outside.append(request.url))
+    page.on("request", lambda request: None if _is_own(request.url, address) else outside.append(request.url))
     page.goto(address)
-    page.wait_for_selector("#generate")
+    page.wait_for_selector("#concepts label")
     yield page
-    page.close()
+    context.close()
     assert not errors
-    assert not outside, "the page asked other machines"
+    assert not outside, "the page sent requests to other machines"
 
 
-def _is_ours(url: str, address: str) -> bool:
+def _is_own(url: str, address: str) -> bool:
     return url.startswith((address, "data:", "blob:"))

@@ -1,8 +1,9 @@
-"""The queue of long jobs: real processes, one at a time, kept on disk."""
+"""The queue of long jobs: real processes, one at a time, stored on disk."""
 
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +14,37 @@ from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.worker import NICENESS
 from sbora_diffusion.utils.errors import SboraError
 
-LONG = ["train", "--concept", "dog", "--set", "steps=20000"]
+WORKER = """
+import sys, time
+print(*sys.argv[1:], sep="\\n", file=sys.stderr, flush=True)
+if sys.argv[1] == "long":
+    time.sleep(600)
+sys.exit(any(line.startswith("error: ") for line in sys.argv))
+"""
+FAKE = (sys.executable, "-S", "-c", WORKER)  # starts at once; its arguments are its stderr
 
 
 @pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    queue = Jobs(tmp_path / "runs", FAKE)
+    yield queue
+    close(queue)
+
+
+@pytest.fixture
+def real_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """A queue that runs the command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     queue = Jobs(tmp_path / "runs")
     yield queue
-    queue.close()
-    for job in queue.all():  # whatever the test came to
+    close(queue)
+
+
+def close(jobs: Jobs) -> None:
+    """Close a queue and kill what runs, whatever happened in the test."""
+    jobs.close()
+    for job in jobs.all():
         if job.pid and job.state == "running":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job.pid, signal.SIGKILL)
@@ -35,79 +56,81 @@ def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 3
         job = jobs.find(name)
         if job and until(job):
             return job
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise AssertionError(f"{name} is {jobs.find(name)}")
 
 
-def ended(job: Job) -> bool:
+def has_ended(job: Job) -> bool:
     return job.state not in ("waiting", "running")
 
 
-def test_done_and_failed(jobs: Jobs) -> None:
-    jobs.add("good", ["--version"])
-    jobs.add("bad", ["inspect", "nothing"])
-    assert wait(jobs, "good", ended).state == "done"
-    bad = wait(jobs, "bad", ended)
-    assert bad.state == "failed"
-    assert bad.message.startswith("no adapter 'nothing', neither a file nor in adapters")
+def is_running(job: Job) -> bool:
+    return job.state == "running"
 
 
-def test_what_cannot_be_started_holds_nothing_up(jobs: Jobs) -> None:
-    name = "long" * 100  # of its log, longer than a file's may be
-    jobs.add(name, ["--version"])
-    jobs.add("next", ["--version"])
-    assert wait(jobs, name, ended).message == "it cannot be started: File name too long"
-    assert jobs.find(name).state == "failed"  # pyright: ignore[reportOptionalMemberAccess]
-    assert wait(jobs, "next", ended).state == "done"
+def test_outcomes(jobs: Jobs) -> None:
+    outcomes = {
+        "good": ("--version",),
+        "error": ("error: no such file", "hint: Look again"),
+        "crash": ("", "error: x"),
+    }
+    for name, lines in outcomes.items():
+        jobs.add(name, lines)
+    assert wait(jobs, "good", has_ended).state == "done"
+    assert wait(jobs, "error", has_ended).message == "no such file. Look again"
+    assert wait(jobs, "crash", has_ended).state == "failed"
 
 
-def test_a_log_that_is_gone_holds_nothing_up(jobs: Jobs) -> None:
-    jobs.add("first", LONG)
-    jobs.add("next", ["--version"])
-    wait(jobs, "first", lambda job: job.state == "running")
-    jobs.log_of("first").unlink()
+def test_a_job_that_cannot_be_started_does_not_block_the_queue(jobs: Jobs) -> None:
+    name = "long" * 100  # its log's name is longer than a file system allows
+    jobs.add(name, ["quick"])
+    jobs.add("next", ["quick"])
+    assert wait(jobs, name, has_ended).message == "it cannot be started: File name too long"
+    assert wait(jobs, name, has_ended).state == "failed"
+    assert wait(jobs, "next", has_ended).state == "done"
+
+
+def test_a_missing_log_does_not_block_the_queue(jobs: Jobs) -> None:
+    jobs.add("first", ["long"])
+    jobs.add("next", ["quick"])
+    wait(jobs, "first", lambda _: "long" in jobs.output("first"))
+    jobs.log_path("first").unlink()
     jobs.stop("first")
-    assert wait(jobs, "first", ended).state == "stopped"
-    assert wait(jobs, "next", ended).state == "done"
+    assert wait(jobs, "first", has_ended).state == "stopped"
+    assert wait(jobs, "next", has_ended).state == "done"
 
 
-def test_one_at_a_time_stop_and_take_out(jobs: Jobs) -> None:
-    jobs.add("first", LONG)
-    jobs.add("second", ["--version"])
-    wait(jobs, "first", lambda job: job.state == "running")
-    time.sleep(1)
+def test_jobs_run_one_at_a_time_and_can_be_stopped(jobs: Jobs) -> None:
+    jobs.add("first", ["long"])
+    jobs.add("second", ["quick"])
+    wait(jobs, "first", lambda _: "long" in jobs.output("first"))
+    time.sleep(0.5)  # longer than the queue needs to start a job
     assert [job.state for job in jobs.all()] == ["running", "waiting"]
-    with pytest.raises(SboraError, match="first is running already"):
-        jobs.add("first", LONG)
+    with pytest.raises(SboraError, match="first is already running"):
+        jobs.add("first", ["long"])
     jobs.stop("second")
-    assert wait(jobs, "second", ended).state == "stopped"
+    assert wait(jobs, "second", has_ended).state == "stopped"
     jobs.stop("first")
-    assert wait(jobs, "first", ended).state == "stopped"
+    assert wait(jobs, "first", has_ended).state == "stopped"
     with pytest.raises(SboraError, match="first is not running"):
         jobs.stop("first")
 
 
-def test_a_job_outlives_its_studio(jobs: Jobs, tmp_path: Path) -> None:
-    jobs.add("long", LONG)
-    jobs.add("next", ["--version"])
-    running = wait(jobs, "long", lambda job: job.state == "running")
-    with pytest.raises(SboraError, match="another studio is running"):
-        Jobs(tmp_path / "runs")
+@pytest.mark.parametrize(("line", "state"), [("next: use it", "done"), ("step 3", "stopped"), ("error: x", "failed")])
+def test_the_outcome_for_a_later_studio(jobs: Jobs, tmp_path: Path, line: str, state: str) -> None:
+    """The exit status is unknown there: the stderr decides."""
+    jobs.add("job", ["long", line])
+    job = wait(jobs, "job", lambda _: line in jobs.output("job"))
     jobs.close()
-    time.sleep(1)
-    later = Jobs(tmp_path / "runs")
+    later = Jobs(tmp_path / "runs", FAKE)
     try:
-        assert later.find("long") == running
-        wait(later, "long", lambda _: "concept <dog>" in later.log_of("long").read_text())  # it is at work
-        later.stop("long")
-        long = wait(later, "long", ended)
-        assert long.state == "stopped", long.message
-        assert wait(later, "next", ended).state == "done"
+        os.kill(job.pid or 0, signal.SIGKILL)
+        assert wait(later, "job", has_ended).state == state
     finally:
-        later.close()
+        close(later)
 
 
-def test_a_damaged_file_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_starts_an_empty_queue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "studio.json").write_text("[{]")
     jobs = Jobs(tmp_path)
     jobs.close()
@@ -115,10 +138,38 @@ def test_a_damaged_file_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "is damaged" in caplog.text
 
 
-@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="only Linux weighs whole sessions")
-def test_a_training_yields_to_the_page(jobs: Jobs) -> None:
-    jobs.add("long", LONG)
-    running = wait(jobs, "long", lambda job: job.state == "running")
-    wait(jobs, "long", lambda _: Path(f"/proc/{running.pid}/autogroup").read_text().split()[-1] == str(NICENESS))
-    jobs.stop("long")
-    assert wait(jobs, "long", ended).state == "stopped"
+def test_commands_report_their_errors(real_jobs: Jobs) -> None:
+    real_jobs.add("good", ["--version"])
+    real_jobs.add("bad", ["inspect", "nothing"])
+    assert wait(real_jobs, "good", has_ended).state == "done"
+    bad = wait(real_jobs, "bad", has_ended)
+    assert bad.state == "failed"
+    assert bad.message.startswith("no adapter 'nothing', neither a file nor in adapters")
+
+
+def test_a_training_outlives_its_studio(real_jobs: Jobs, tmp_path: Path, tiny_folder: Path) -> None:
+    """It is stopped while it starts, started again, yields to the page, and is stopped by a later studio."""
+    long = ["train", "--concept", "dog", "--base", str(tiny_folder), "--set", "steps=20000"]
+    real_jobs.add("long", long)
+    wait(real_jobs, "long", is_running)
+    real_jobs.stop("long")
+    assert wait(real_jobs, "long", has_ended).state == "stopped"
+    real_jobs.add("long", long)
+    real_jobs.add("next", ["--version"])
+    running = wait(real_jobs, "long", is_running)
+    with pytest.raises(SboraError, match="another studio is running"):
+        Jobs(tmp_path / "runs")
+    real_jobs.close()
+    later = Jobs(tmp_path / "runs")
+    try:
+        assert later.find("long") == running
+        wait(later, "long", lambda _: "concept <dog>" in later.output("long"))  # it is working
+        autogroup = Path(f"/proc/{running.pid}/autogroup")
+        if autogroup.exists():  # Linux schedules by session
+            assert autogroup.read_text().split()[-1] == str(NICENESS)
+        later.stop("long")
+        long_job = wait(later, "long", has_ended)
+        assert long_job.state == "stopped", long_job.message
+        assert wait(later, "next", has_ended).state == "done"
+    finally:
+        close(later)

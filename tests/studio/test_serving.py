@@ -1,10 +1,9 @@
-"""Who can reach the studio, and what it never gives away."""
+"""What the server gives away, and the messages and HTML of the page."""
 
 import logging
 import shutil
 import urllib.error
 import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,9 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.studio.drawings import certificate_list, ledger_bar
+from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
 
-from .conftest import needed
-
-
-@pytest.fixture(autouse=True)
-def _gradio() -> None:
-    needed("gradio", find_spec("gradio"))
+pytest.importorskip("gradio")
 
 
 def status(url: str | urllib.request.Request) -> int:
@@ -33,7 +27,7 @@ def status(url: str | urllib.request.Request) -> int:
         return error.code
 
 
-def test_no_file_is_served_but_what_a_tab_shows(address: str, here: Path) -> None:
+def test_only_files_of_the_page_are_served(address: str, here: Path) -> None:
     (here / "secret.txt").write_text("secret")
     assert status(address) == 200
     for path in ("/etc/passwd", here / "secret.txt", here / "adapters/dog.safetensors", here / "runs/studio.json"):
@@ -53,36 +47,38 @@ def test_uploads_are_limited(address: str) -> None:
 
 
 @pytest.mark.usefixtures("address")
-def test_one_studio_a_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_studio_per_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     answer = CliRunner().invoke(app, ["ui"])
     assert answer.exit_code == 1
     assert f"error: another studio is running in {here}" in answer.stderr
 
 
-def test_off_the_loopback_there_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    from sbora_diffusion.studio.app import is_loopback, warn_of
+def test_a_public_address_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    from sbora_diffusion.studio.app import is_loopback, warn_if_public
 
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.4", "::", "example.org", "")] == [False] * 5
     with caplog.at_level(logging.WARNING):
-        warn_of("127.0.0.1")
+        warn_if_public("127.0.0.1")
         assert caplog.messages == []
-        warn_of("0.0.0.0")
-    assert caplog.messages == ["whoever reaches 0.0.0.0 can use this studio, and fill the disk: there is no password"]
+        warn_if_public("0.0.0.0")
+    assert caplog.messages == [
+        "the studio at 0.0.0.0 has no password: anyone who can reach it can use it and fill the disk"
+    ]
 
 
-def test_messages_keep_tokens_and_end_in_a_full_stop() -> None:
+def test_messages_are_escaped_sentences() -> None:
     from sbora_diffusion.studio.messages import sentence
 
     assert sentence("got <dog> & co") == "Got &lt;dog&gt; &amp; co."
     assert sentence("Why?") == "Why?"
 
 
-def test_errors_are_messages_not_stack_traces() -> None:
+def test_errors_become_messages() -> None:
     import gradio as gr
 
-    from sbora_diffusion.studio.messages import told
+    from sbora_diffusion.studio.messages import show_errors
 
     def fail(_: int) -> None:
         raise ZeroDivisionError("secret details")
@@ -92,15 +88,15 @@ def test_errors_are_messages_not_stack_traces() -> None:
         raise OSError(28, "No space left on device", "/secret")
 
     with pytest.raises(gr.Error) as caught:
-        told(fail)(1)
+        show_errors(fail)(1)
     assert "secret" not in str(caught.value)
-    answers = told(stream)(1)
+    answers = show_errors(stream)(1)
     assert next(answers) == 1
     with pytest.raises(gr.Error, match=r"No space left on device\. See the terminal"):
         next(answers)
 
 
-def test_the_ledger_and_the_certificate_are_drawn(emoji_concepts: Path, tmp_path: Path) -> None:
+def test_ledger_and_certificate(emoji_concepts: Path, tmp_path: Path) -> None:
     library = Library(shutil.copytree(emoji_concepts, tmp_path / "adapters"))
     bar = ledger_bar(library.ledgers()[0], ["dog"])
     assert bar.index(">dog</span>") < bar.index(">cat</span>")
