@@ -29,20 +29,20 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data import latents
 from sbora_diffusion.data.prior import prior_latents
 from sbora_diffusion.models.loading import load_pipeline
-from sbora_diffusion.models.precision import Precision
 from sbora_diffusion.training.checkpoint import RunFolder
+from sbora_diffusion.training.precision import Precision
 from sbora_diffusion.training.preview import Preview
-from sbora_diffusion.training.trainer import Run
+from sbora_diffusion.training.trainer import Trainer
 
 PARTS: dict[str, Callable[..., Any]] = {
     "import packages": importlib._bootstrap._find_and_load,  # type: ignore[attr-defined]
     "load the base model": load_pipeline,
     "encode the images": latents.encode,
     "load or generate the prior images": prior_latents,
-    "predict what is to be preserved": latents.answers,
+    "predict what is to be preserved": latents.base_predictions,
     "generate previews, before and after": Preview._images,
-    "steps": Run.advance,
-    "→ forward": Run._predict,
+    "steps": Trainer.train_step,
+    "→ forward": Trainer._predict,
     "→ backward": Precision.backward,
     "→ optimiser": Precision.step,
     "save checkpoints": RunFolder.save,

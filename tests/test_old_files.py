@@ -5,7 +5,6 @@ import lzma
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from sbora_diffusion.data.concept import Concept, load_concept
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training import train as training
 from sbora_diffusion.training.checkpoint import CHECKPOINT, read_log
+from sbora_diffusion.training.run import run_training
 
 GOLDENS = Path(__file__).parent / "goldens" / "before_rooms"
 OLD_KEYS = {"quiet_weight", "final_rate", "class_pictures", "validation_pictures", "pictures", "picture"}
@@ -101,10 +100,4 @@ def test_interrupted_training_resumes(tiny: Base, mug: Concept, tmp_path: Path) 
 
 
 def _resume(concept: Concept, base: Base, interval: Interval, config: TrainConfig, folder: Path) -> Adapter:
-    run: Any = getattr(training, "run_training", None)
-    if run:
-        return run(concept, base, interval, config, folder, save_to=None, resume=True).adapter
-    logs: Any = training.train(concept, base, interval, config, folder, resume=True)
-    *_, last = logs
-    assert last.adapter is not None
-    return last.adapter
+    return run_training(concept, base, interval, config, folder, resume=True).adapter

@@ -81,7 +81,7 @@ def inject(model: Any, method: str, config: LlmConfig, interval: Interval | None
         lora_alpha=config.method.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         lora_dropout=config.method.dropout,
         target_modules=list(targets),
-        **find_method(method).peft_options,
+        use_dora=method == "dora",
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)

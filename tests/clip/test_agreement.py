@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sbora_diffusion.evaluation.judges.clip import Encoder, preprocess
+from sbora_diffusion.evaluation.judges.clip import preprocess
 from sbora_diffusion.evaluation.judges.registry import load_judge
 from sbora_diffusion.utils.errors import SboraError
 
@@ -122,7 +122,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["quick_gelu", "gelu"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Encoder]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Judge, Judge]:
     """The checkpoint as transformers and as open_clip read it."""
     folder = tmp_path_factory.mktemp("clip")
     register(folder, request.param)
@@ -139,13 +139,13 @@ def images() -> list[Image.Image]:
     return [Image.fromarray(values.astype(np.uint8)) for values in noise]
 
 
-def test_images_agree(pair: tuple[Encoder, Encoder]) -> None:
+def test_images_agree(pair: tuple[Judge, Judge]) -> None:
     ours, theirs = (encoder.images(images()) for encoder in pair)
     assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert told_apart(ours)
 
 
-def test_texts_agree(pair: tuple[Encoder, Encoder]) -> None:
+def test_texts_agree(pair: tuple[Judge, Judge]) -> None:
     ours, theirs = (encoder.texts(TEXTS) for encoder in pair)
     assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert told_apart(ours)

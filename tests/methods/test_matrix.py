@@ -26,7 +26,8 @@ from sbora_diffusion.methods.registry import METHODS, configure, find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.train import train
+from sbora_diffusion.training.checkpoint import StepLog
+from sbora_diffusion.training.run import run_training
 from sbora_diffusion.utils.errors import SboraError
 
 from ..models.families.conftest import SAVERS, SETTINGS, last_of, make_concept, tiny_base
@@ -147,12 +148,12 @@ def train_and_copy(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, copy: Path
 ) -> Adapter:
     """Train, and copy the run folder as an interruption after the first step would leave it."""
-    for log in train(concept, base, interval, config, run):
+
+    def copy_first(log: StepLog) -> None:
         if log.step == 1:
             shutil.copytree(run, copy)
-        if log.adapter:
-            return log.adapter
-    raise AssertionError("no result")
+
+    return run_training(concept, base, interval, config, run, on_step=copy_first).adapter
 
 
 def test_trains_exactly_these_parameters(cell: Cell) -> None:
@@ -225,7 +226,7 @@ def test_merges(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with applied(base, [merged]):
             predict(base, "a <rex> and a <tom>")
         for key in {*merged.factors, *merged.dense} if factor else ():
-            expected = factor * (delta(both[0], key, base) + delta(both[1], key, base))
+            expected = (factor or 0.0) * (delta(both[0], key, base) + delta(both[1], key, base))
             torch.testing.assert_close(delta(merged, key, base), expected, rtol=1e-4, atol=1e-5)
     assert cell.is_untouched()
 
