@@ -122,14 +122,17 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["quick_gelu", "gelu"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Judge, Judge]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Encoder]:
     """The checkpoint as transformers and as open_clip read it."""
     folder = tmp_path_factory.mktemp("clip")
     register(folder, request.param)
     state = random_state(request.param)
     torch.save(state, folder / "tiny.pt")
     ours = load_judge(save_transformers(folder / "transformers", state, request.param))
-    return ours, load_judge(f"open_clip:{architecture(request.param)}/{folder / 'tiny.pt'}")
+    theirs = load_judge(f"open_clip:{architecture(request.param)}/{folder / 'tiny.pt'}")
+    assert isinstance(ours, Encoder)
+    assert isinstance(theirs, Encoder)
+    return ours, theirs
 
 
 def images() -> list[Image.Image]:
@@ -139,13 +142,13 @@ def images() -> list[Image.Image]:
     return [Image.fromarray(values.astype(np.uint8)) for values in noise]
 
 
-def test_images_agree(pair: tuple[Judge, Judge]) -> None:
+def test_images_agree(pair: tuple[Encoder, Encoder]) -> None:
     ours, theirs = (encoder.images(images()) for encoder in pair)
     assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert told_apart(ours)
 
 
-def test_texts_agree(pair: tuple[Judge, Judge]) -> None:
+def test_texts_agree(pair: tuple[Encoder, Encoder]) -> None:
     ours, theirs = (encoder.texts(TEXTS) for encoder in pair)
     assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert told_apart(ours)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.emoji import loop
@@ -24,6 +25,7 @@ from tools.emoji.optimizer import MuonAdamW
 
 log = logging.getLogger(__name__)
 
+COMMITTED = Path(__file__).parent / "checkpoints" / "vae.safetensors"  # averaged weights to start from
 LATENT_CHANNELS = 16
 CHANNELS = (24, 48, 96, 160)
 POOL = 4096  # compositions that crops are taken from
@@ -162,6 +164,10 @@ def main() -> None:
     optimizer = MuonAdamW(vae, args.learning_rate)
     checkpoint = args.data / "vae.pt"
     state = loop.load_state(checkpoint) or {"step": 0}
+    if not state["step"] and COMMITTED.exists():
+        for network in (vae, average):
+            network.load_state_dict(load_file(COMMITTED))
+        log.info("starting from %s", COMMITTED)
     if state["step"]:
         vae.load_state_dict(state["vae"])
         average.load_state_dict(state["average"])
@@ -197,7 +203,7 @@ def main() -> None:
 def report(data: Path, step: int, loss: Tensor, vae: AutoencoderKL, unseen: Tensor, concepts: Tensor) -> None:
     """Log the averaged weights' PSNR on unseen compositions and on concepts; save a sheet of the latter."""
     (quality, _), (of_concepts, rebuilt) = psnr(vae, unseen), psnr(vae, concepts)
-    log.info("step %d loss %.4f PSNR unseen %.2f dB, concepts %.2f dB", step, loss, quality, of_concepts)
+    log.info("step %d loss %.4f PSNR unseen %.2f dB, concepts %.2f dB", step, loss.item(), quality, of_concepts)
     sheet = torch.stack([concepts, rebuilt], 1).flatten(0, 1)
     loop.save_sheet(data / "samples" / f"vae-{step:06d}.png", image_grid(sheet, 16, 1))
 
