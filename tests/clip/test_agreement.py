@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sbora_diffusion.evaluation.judges.clip import preprocess
+from sbora_diffusion.evaluation.judges.clip import Encoder, preprocess
 from sbora_diffusion.evaluation.judges.registry import load_judge
 from sbora_diffusion.utils.errors import SboraError
 
