@@ -87,7 +87,6 @@ def test_keyboard_only(page: "Page", here: Path) -> None:
 
 def test_regions(page: "Page", here: Path) -> None:
     open_tab(page, "Regions")
-    fewer_steps(page, "regions")
     square = page.locator("#box-canvas .canvas")
     square.wait_for()
     frame = square.bounding_box()
@@ -98,6 +97,7 @@ def test_regions(page: "Page", here: Path) -> None:
         page.mouse.move(frame["x"] + right * frame["width"], frame["y"] + 0.9 * frame["height"], steps=4)
         page.mouse.up()
     page.locator("#box-canvas .box").nth(1).wait_for()
+    fewer_steps(page, "regions")  # scrolls the square away
     field(page, "region-1").fill("a <dog>")
     page.locator("#regions-button").click()
     page.get_by_text("Box 2 has no prompt. Describe what it should show.").first.wait_for(state="attached")
