@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sbora_diffusion import __version__
-from sbora_diffusion.evaluation.llm_table import Measured, to_json
+from sbora_diffusion.evaluation.reports.llm_table import Measured, to_json
 from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_about
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.evaluate import EvalConfig, Harness

@@ -38,9 +38,9 @@ def configure(base: str, method: str, overrides: Mapping[str, str]) -> TrainConf
     Raises:
         SboraError: an unknown method, recipe or setting, a value that is not allowed or does not fit the method.
     """
-    found = find_method(method)
+    find_method(method)
     config = TrainConfig.from_recipe(base, method, overrides)
-    found.check(config)
+    find_method(config.method.name).check(config)
     return config
 
 

@@ -13,6 +13,7 @@ from sbora_diffusion.utils.errors import SboraError
 DECAY = Range(low=0, high=1, words="a decay from 0 to below 1, such as 0.99")
 SUM_SAFE = "sum-safe"  # for concepts that will only ever be summed
 FORMER_NAME = "loud"  # of the default, from the time when sum-safe was the default
+CROP = Range(low=0, high=1, low_is_allowed=False, high_is_allowed=True, words="a number greater than 0 and up to 1")
 SEED = Range(low=0, high=2**62, words=f"a number from 0 to below {2**62}")  # sums with it must still be a seed
 
 
@@ -34,7 +35,7 @@ class DataConfig:
 
     batch_size: int = setting("images a step", POSITIVE)
     crops: int = setting("encoded crops of each image", POSITIVE)
-    smallest_crop: float = setting("the smallest crop's side, as a fraction of the image's", SHARE)
+    smallest_crop: float = setting("the smallest crop's side, as a fraction of the image's", CROP)
     flip: float = setting("probability that a crop is mirrored, unless its caption names left or right", SHARE)
     buckets: bool = setting("keep the images' aspect ratios, in batches of one shape")
     caption_dropout: float = setting("probability of the empty caption, for classifier-free guidance", SHARE)

@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from sbora_diffusion.evaluation.scores import METRICS
-from sbora_diffusion.evaluation.tables import MAIN
+from sbora_diffusion.evaluation.judges import clip, vision
+from sbora_diffusion.evaluation.reports.tables import main_metrics
 from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, image_gallery, number_chips
 from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import error_text, sentence, show_errors
@@ -159,7 +159,8 @@ def _table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row for each concept and model: means with their intervals."""
     rows = []
     for result in results:
-        scores = {METRICS[metric]: _cell(result["estimates"].get(metric)) for metric in MAIN}
+        metrics = main_metrics(clip.METRICS | vision.METRICS)
+        scores = {metric.title: _cell(result["estimates"].get(key)) for key, metric in metrics.items()}
         rows.append({"concept": result["concept"], "model": result["model"], "n": result["n"], **scores})
     frame = pd.DataFrame(rows)
     return frame.loc[:, (frame != "").any()]
