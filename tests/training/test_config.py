@@ -76,7 +76,7 @@ def test_mistakes_are_named(key: str, value: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "guessed"), [("stesp", "7", "steps"), ("method", "lore", "lora"), ("zzz", "1", "")]
+    ("key", "value", "guessed"), [("stesp", "7", "steps"), ("method", "orthogonl", "orthogonal"), ("zzz", "1", "")]
 )
 def test_what_was_meant_is_guessed(key: str, value: str, guessed: str) -> None:
     with pytest.raises(SboraError) as caught:
