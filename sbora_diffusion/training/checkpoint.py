@@ -3,28 +3,24 @@
 import hashlib
 import io
 import json
-import platform
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sbora_diffusion import __version__
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.masks import mask_file
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.utils import run_folder
 from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.locks import folder_held
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -77,18 +73,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, Python, the main libraries and, in a checkout, the commit."""
-    found = {"sbora-diffusion": __version__, "python": platform.python_version()}
-    found |= {name: version(name) for name in LIBRARIES}
-    commit = _git_commit()
-    return found | ({"git": commit} if commit else {})
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return run_folder.versions(LIBRARIES)
 
 
 class RunFolder:
@@ -102,14 +87,9 @@ class RunFolder:
         self.path, self._writes = path, writes
         self._checkpoint = path / CHECKPOINT
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> AbstractContextManager[None]:
         """Lock the folder; the operating system releases the lock when the process dies."""
-        if not self._writes:
-            yield
-            return
-        with folder_held(self.path, "training", "wait for it to end"):
-            yield
+        return run_folder.claimed(self.path, self._writes)
 
     def start(self, description: dict[str, Any], resume: bool, discard: bool = False) -> dict[str, Any] | None:
         """Return the checkpoint to resume from, or None for a new training; call it while the folder is claimed.
@@ -130,7 +110,7 @@ class RunFolder:
             )
         if found:
             return self._load(description)
-        write_atomically(self.path / "run.json", json.dumps(description | {"versions": versions()}, indent=2).encode())
+        run_folder.write_description(self.path, description, versions())
         return None
 
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +120,7 @@ class RunFolder:
             before["config"] = with_current_names(before["config"])
         except Exception as error:  # torch.load raises anything at all on a damaged file
             raise SboraError(f"cannot read {self._checkpoint}: {error}", "start over with --force") from error
-        changed = _differences(before, description)
+        changed = run_folder.differences(before, description)
         if changed:
             raise SboraError(
                 f"the interrupted training in {self.path} differs in {', '.join(changed)}",
@@ -202,14 +182,3 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             continue
     return [steps[step] for step in sorted(steps)]
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    changed = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed.append(f"{prefix}{key} ({old} there, {new} here)")
-    return changed
