@@ -53,10 +53,10 @@ class Processes:
         flat = torch.cat([*parts, here])
         with _others_there():
             distributed.all_reduce(flat)
-        *means, told = (flat / self.count).split([*(parameter.numel() for parameter in trained), len(here)])
-        for parameter, mean, is_there in zip(trained, means, told[:-1] > 0, strict=True):
+        *means, extra = (flat / self.count).split([*(parameter.numel() for parameter in trained), len(here)])
+        for parameter, mean, is_there in zip(trained, means, extra[:-1] > 0, strict=True):
             parameter.grad = mean.view_as(parameter) if is_there else None
-        return told[-1].item()
+        return extra[-1].item()
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What the first process makes, in every process; whatever it raises ends the others as well."""

@@ -86,8 +86,8 @@ def _weights(base: Base, precision: str) -> int:
 
 
 def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
-    """One line: which settings would make it smaller, and what each of them alone saves."""
-    before, told = estimate(base, config, kept).total, []
+    """Return the settings that would save memory, most first, with what each saves by itself, in one line."""
+    before, savings = estimate(base, config, kept).total, []
     leaner = LEANER.get(config.model.precision, config.model.precision)
     if leaner == "nf4" and find_method(config.method.name).reads_weights:
         leaner = config.model.precision
@@ -95,8 +95,8 @@ def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
         if config[key] != value:
             saved = before - estimate(base, config.with_settings(**{key: value}), kept).total
             if saved > before // 50:
-                told.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))
-    most_first = [text for _, text in sorted(told, reverse=True)]
+                savings.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))
+    most_first = [text for _, text in sorted(savings, reverse=True)]
     return ", ".join(most_first) or "no setting saves much: take a smaller base model"
 
 

@@ -52,8 +52,8 @@ def load_world() -> World:
     for tier, entries in enumerate(raw["subjects"]["tiers"]):
         subjects += [_subject(entry, tier, False) for entry in entries]
     colours = {name: tuple(rgb) for name, rgb in raw["colours"].items()}
-    told = raw["judge"]
-    judge = Judge(tuple(told["groups"]), tuple(told["skip_subgroups"]), tuple(told["held_out"]), told["siblings"])
+    about = raw["judge"]
+    judge = Judge(tuple(about["groups"]), tuple(about["skip_subgroups"]), tuple(about["held_out"]), about["siblings"])
     return World(raw["styles"], colours, raw["scenes"], tuple(subjects), judge)
 
 

@@ -13,7 +13,7 @@ class Noising(Protocol):
     """A forward process."""
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) timesteps as the model is told them, one from each of `count` equally likely parts."""
+        """Return (count,) timesteps in the model's own units, one from each of `count` equally likely parts."""
         ...
 
     def add(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

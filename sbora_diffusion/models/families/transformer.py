@@ -28,7 +28,7 @@ from sbora_diffusion.utils.errors import SboraError
 
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 REMEMBERED = 256  # captions that T5's reading is kept of
-TRAINING_GUIDANCE = 1.0  # that FLUX.1 [dev] is told while it is trained: its own, undistilled answer
+TRAINING_GUIDANCE = 1.0  # of FLUX.1 [dev] in training: its undistilled prediction
 
 
 def _encode_text_sd3(pipeline: Any, ids: Tensor) -> TextConditioning:
