@@ -101,7 +101,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def assemble(data: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> StableDiffusionPipeline:
-    """Build a pipeline without progress bars from these networks and the autoencoder and tokenizer of the data folder."""
+    """Build a pipeline of these networks and the data folder's autoencoder and tokenizer."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(data / "vae").eval(),
         text_encoder=text_encoder,
