@@ -95,7 +95,7 @@ def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
         if config[key] != value:
             saved = before - estimate(base, config.with_settings(**{key: value}), kept).total
             if saved > before // 50:
-                savings.append((saved, f"--set {key}={value} (saves {saved / GIGABYTE:.1f} GB)"))
+                savings.append((saved, f"--set {key}={str(value).lower()} (saves {saved / GIGABYTE:.1f} GB)"))
     most_first = [text for _, text in sorted(savings, reverse=True)]
     return ", ".join(most_first) or "no setting saves much: take a smaller base model"
 

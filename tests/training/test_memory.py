@@ -115,7 +115,7 @@ def test_estimates_follow_the_settings(base: Base) -> None:
 def test_advice_names_what_saves_most_first(base: Base) -> None:
     told = advice(base, short_config(batch_size="2", prior_batch="1"), KEPT)
     assert told.split(", ") == [
-        "--set gradient_checkpointing=1 (saves 4.5 GB)",
+        "--set gradient_checkpointing=true (saves 4.5 GB)",
         "--set precision=bf16 (saves 3.0 GB)",
         "--set prior_batch=0 (saves 2.0 GB)",
         "--set batch_size=1 (saves 2.0 GB)",

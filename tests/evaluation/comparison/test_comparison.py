@@ -128,10 +128,13 @@ def test_concepts_of_ones_own_are_neither_characters_nor_objects(tmp_path: Path)
     assert {kind: score["mean"] for kind, score in row["text_mos"].items()} == {"character": 1, "mean": 1.5}
 
 
+SUM_SAFE = "sbora-fa:recipe=sum-safe"
+
+
 def test_different_budgets_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for variants, words in (
         (("lora", "lora:rank=2"), None),
-        (("lora", "sbora-fa"), "lora 200 × (8 + 2), sbora-fa 200 × (4 + 1)"),
+        (("lora", SUM_SAFE), f"lora 200 × (8 + 2), {SUM_SAFE} 200 × (4 + 1)"),
     ):
         told = comparison(variants=variants)
         fill(tmp_path / variants[1], told)
