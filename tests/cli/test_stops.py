@@ -20,14 +20,21 @@ import os, signal, sys
 from pathlib import Path
 from sbora_diffusion.cli.app import main
 
-replace, (when, name), sys.argv = Path.replace, sys.argv[1:3], sys.argv[:1] + sys.argv[3:]
+replace, link, (when, name), sys.argv = Path.replace, os.link, sys.argv[1:3], sys.argv[:1] + sys.argv[3:]
 
-def replace_or_die(self, target):
+def die_at(target):
     if Path(target).name == name and Path(target).exists() == (when == "again"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+def replace_or_die(self, target):
+    die_at(target)
     return replace(self, target)
 
-Path.replace = replace_or_die
+def link_or_die(source, target, **options):
+    die_at(target)
+    return link(source, target, **options)
+
+Path.replace, os.link = replace_or_die, link_or_die
 main()
 """
 

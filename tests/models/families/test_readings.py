@@ -38,7 +38,7 @@ def test_kept_or_read_again_the_same_is_learned(
             return base.family.encode_text(base.pipeline, ids)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Base, "read", counted)
+            patch.setattr(Base, "encode_text", counted)
             return last_of(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / name), count
 
     kept, few = trained("kept")

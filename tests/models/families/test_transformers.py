@@ -72,7 +72,7 @@ def test_sd3_without_its_t5(concept: Concept, tmp_path: Path) -> None:
 
 
 def test_what_transformers_cannot_do(flux: Base) -> None:
-    with pytest.raises(SboraError, match=r"regions and gating are for Stable Diffusion 1.x, 2.x and XL"):
+    with pytest.raises(SboraError, match=r"regions and gating support Stable Diffusion 1.x, 2.x and XL"):
         live_concepts(flux, []).__enter__()
     with pytest.raises(SboraError, match=r"embeddings for each layer are for Stable Diffusion 1.x and 2.x"):
         cross_attentions(flux)
