@@ -52,7 +52,7 @@ class Preview:
         images = [(image.caption, load_image(image.path)) for image in self._concept.images[:5]]
         noun = self._concept.class_noun
         rows = [
-            ("the images that were given", images),
+            ("reference images", images),
             (f"before: {self._base.id}'s own {noun}", list(zip(self._plain, self._before, strict=True))),
             (f"after: {self._concept.token}", self._labelled(self.named)),
             (f"after, without the token (pixels moved by {drift:.1%})", list(zip(self._plain, after, strict=True))),
