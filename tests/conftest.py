@@ -1,20 +1,21 @@
-"""What all tests share: one thread, Ctrl-C, a tiny Stable Diffusion pipeline loaded by the real code, two concepts."""
+"""What all tests share: one thread, Ctrl-C, a tiny Stable Diffusion pipeline loaded by the real code, two concepts.
+
+diffusers and PEFT are imported inside the fixtures: tests/clip must prepare torchvision before them.
+"""
 
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sbora_diffusion.data.concept import Concept, ConceptImage
-from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.recipes.config import TrainConfig
-
-from .helpers import short_config
-from .tiny_pipeline import save_tiny_pipeline
-from .tiny_sd2 import save_tiny_sd2
+if TYPE_CHECKING:
+    from sbora_diffusion.data.concept import Concept
+    from sbora_diffusion.models.base import Base
+    from sbora_diffusion.recipes.config import TrainConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,21 +33,29 @@ def _ctrl_c() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .tiny_pipeline import save_tiny_pipeline
+
     return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from .tiny_sd2 import save_tiny_sd2
+
     return save_tiny_sd2(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture
-def base(tiny_folder: Path) -> Base:
+def base(tiny_folder: Path) -> "Base":
+    from sbora_diffusion.models.base import load_base
+
     return load_base(str(tiny_folder))
 
 
 @pytest.fixture
-def concept(tmp_path: Path) -> Concept:
+def concept(tmp_path: Path) -> "Concept":
+    from sbora_diffusion.data.concept import Concept, ConceptImage
+
     images = []
     for number, colour in enumerate(("red", "orange")):
         path = tmp_path / f"{number}.png"
@@ -56,13 +65,17 @@ def concept(tmp_path: Path) -> Concept:
 
 
 @pytest.fixture
-def config() -> TrainConfig:
+def config() -> "TrainConfig":
+    from .helpers import short_config
+
     return short_config()
 
 
 @pytest.fixture
-def tall(tmp_path: Path) -> Concept:
+def tall(tmp_path: Path) -> "Concept":
     """Four images: three wide ones, of which two are transparent around their subject, and a high one."""
+    from sbora_diffusion.data.concept import Concept, ConceptImage
+
     images = []
     for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
         image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
