@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -39,9 +40,9 @@ main()
 """
 
 
-def test_garbage_is_collected_less_and_not_at_exit() -> None:
+def test_garbage_is_collected_less_and_not_at_exit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_A_NEW_PROCESS]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == f"True {GC_THRESHOLD} True\n"
 
 
