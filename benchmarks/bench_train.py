@@ -27,10 +27,10 @@ from bench_common import Out, Rounds, Row, Tiny, new_app, prepare, save
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data import latents
-from sbora_diffusion.data.prior import prior_latents
+from sbora_diffusion.data.latents import prior_latents
 from sbora_diffusion.models.loading import load_pipeline
 from sbora_diffusion.training.checkpoint import RunFolder
-from sbora_diffusion.training.precision import Precision
+from sbora_diffusion.training.optim import Precision
 from sbora_diffusion.training.preview import Preview
 from sbora_diffusion.training.trainer import Trainer
 

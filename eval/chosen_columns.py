@@ -25,13 +25,12 @@ from sbora_diffusion.adapters import layer as attaching
 from sbora_diffusion.adapters.basis import canonical, permutation
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept, default_roots, load_concept
-from sbora_diffusion.data.latents import Batch, EncodedImages
-from sbora_diffusion.data.prior import prior_latents
+from sbora_diffusion.data.latents import Batch, EncodedImages, prior_latents
 from sbora_diffusion.methods import peft_layers
 from sbora_diffusion.methods.peft_layers import lora_config
 from sbora_diffusion.methods.registry import method_side
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.noise import Noising
+from sbora_diffusion.models.families.base import Noising
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.losses.base import mean_error
 from sbora_diffusion.utils.text import say_plainly

@@ -10,9 +10,9 @@ from inputs import CachedInputs
 from retention_study import Cell, Study
 from torch import Tensor
 
+from sbora_diffusion.adapters.baseline_merges import STEPS, gradient_fusion
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import RIDGE, full_support, fuse, objective
-from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
 from sbora_diffusion.adapters.merge import merge, put_together
 from sbora_diffusion.evaluation.comparison.cells import generate_all
 from sbora_diffusion.evaluation.judges.base import prepare

@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.lbfgs import STEPS, gradient_fusion
+from sbora_diffusion.adapters.file import Adapter, Dense
+from sbora_diffusion.adapters.fuse import response
 from sbora_diffusion.adapters.merge import in_order, put_together
 
 _RIDGE = 1e-6  # of the mean diagonal entry: prompts of which some directions never occur
@@ -114,3 +113,35 @@ def _delta(adapter: Adapter, key: str) -> Tensor:
 def _with_dense(adapter: Adapter, dense: Mapping[str, Dense]) -> Adapter:
     ranks = [each.up.shape[1] for each in dense.values() if each.down is not None]
     return replace(adapter, dense=dict(dense), spec=replace(adapter.spec, rank=max(ranks, default=1)))
+
+
+STEPS = {"text_encoder": 500, "text_encoder_2": 500, "unet": 50, "transformer": 50}  # of the paper's code
+
+
+def gradient_fusion(
+    deltas: Sequence[Tensor], moments: Sequence[Tensor], prior: Tensor, *, prior_weight: float, steps: int
+) -> Tensor:
+    """Minimise the layer's objective from the mean of the deltas, (out, in) in their dtype.
+
+    Works on sums of the moments E[x xᵀ] instead of on recorded inputs x, one product an evaluation however many
+    concepts there are: `fuse.objective` is tr(ΔW S ΔWᵀ) − 2 tr(ΔW Cᵀ) + const with S = Σ_j M_j + λ P and
+    C = Σ_j ΔW_j M_j. So a comparison of times is fair to it.
+
+    Args:
+        deltas, moments, prior, prior_weight: as in `full_support`.
+        steps: LBFGS iterations at most.
+    """
+    seen = torch.stack(list(moments)).sum(0) + prior_weight * prior
+    wanted = torch.stack([delta @ own for delta, own in zip(deltas, moments, strict=True)]).sum(0)
+    constant = torch.stack([response(delta, own) for delta, own in zip(deltas, moments, strict=True)]).sum()
+    fused = torch.stack(list(deltas)).mean(0).requires_grad_()
+    optimizer = torch.optim.LBFGS([fused], lr=1.0, max_iter=steps, line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def closure() -> Tensor:
+        product = fused @ seen
+        fused.grad = 2 * (product - wanted)
+        return ((product - 2 * wanted) * fused).sum() + constant
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    return fused.detach()

@@ -23,8 +23,7 @@ from sbora_diffusion.adapters.linear_function import (
     overwrite,
     without_autocast,
 )
-from sbora_diffusion.adapters.peft_layer import FastForward, has_known_frozen_weight
-from sbora_diffusion.adapters.peft_variant import SboraVariant
+from sbora_diffusion.adapters.peft_layer import FastForward, SboraVariant, has_known_frozen_weight
 
 
 @contextmanager

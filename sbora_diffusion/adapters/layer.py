@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Interval, Side, canonical, indices
 from sbora_diffusion.adapters.file import Factor
-from sbora_diffusion.adapters.peft_layer import end_inplace_training, make_fast
-from sbora_diffusion.adapters.peft_variant import SboraVariant, trained_factor
+from sbora_diffusion.adapters.peft_layer import SboraVariant, end_inplace_training, make_fast, trained_factor
 from sbora_diffusion.utils.errors import SboraError
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side, canonical
-from sbora_diffusion.adapters.file import Factor, check_factor
-from sbora_diffusion.adapters.linear_function import gather_inputs, is_quantised, overwrite, without_autocast
+from sbora_diffusion.adapters.file import Adapter, Factor, check_factor
+from sbora_diffusion.adapters.linear_function import (
+    full_weight,
+    gather_inputs,
+    is_quantised,
+    overwrite,
+    without_autocast,
+)
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -258,3 +264,23 @@ def _quantised_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and is_quantised(module.weight)
     }
+
+
+def written_side(adapter: Adapter) -> Side:
+    """What `written_factors` gives: columns, or an SBoRA-FB's rows."""
+    return "fa" if adapter.dense else adapter.spec.side
+
+
+def written_factors(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str, Factor]:
+    """Its columns or rows; of a change of whole weights, all columns.
+
+    Args:
+        layers: "<component>.<canonical layer>" -> layer, with nothing written into it (DoRA reads its weight).
+    """
+    changes = {key: dense.delta(full_weight(layers[key].weight)) for key, dense in adapter.dense.items()}
+    return adapter.factors | {key: Factor(torch.arange(delta.shape[1]), delta) for key, delta in changes.items()}
+
+
+def needs_original(adapter: Adapter) -> bool:
+    """Whether what it adds depends on the base weight."""
+    return any(dense.magnitude is not None for dense in adapter.dense.values())

@@ -7,20 +7,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sbora_diffusion.data.captions import shuffle_tags
 from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.data.images import shuffle_tags
 from sbora_diffusion.data.latents import (
     Batch,
     EncodedImages,
     base_predictions,
     encode,
+    prior_latents,
     sample_latents,
     split_for_memory,
 )
-from sbora_diffusion.data.prior import prior_latents
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
-from sbora_diffusion.models.families.noise import Diffusion, Noising
+from sbora_diffusion.models.families.base import Diffusion, Noising
 from sbora_diffusion.models.input_moments import recorded_inputs
 from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.recipes.config import TrainConfig

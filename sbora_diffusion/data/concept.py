@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.data.masks import is_mask
+from sbora_diffusion.data.images import is_mask
 from sbora_diffusion.utils.errors import SboraError, guess
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -100,3 +101,85 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_SIDES = re.compile(r"\b(left|right)(-hand|wards?|most)?\b", re.IGNORECASE)
+
+
+def names_a_side(caption: str) -> bool:
+    """Return whether mirroring an image would make its caption wrong: "a <dog> on the left"."""
+    return _SIDES.search(caption) is not None
+
+
+def shuffle_tags(caption: str, generator: torch.Generator) -> str:
+    """Shuffle the parts between commas except the first: "a <dog>, at night, wet" has two orders."""
+    first, *others = [part.strip() for part in caption.split(",") if part.strip()] or [caption]
+    order = torch.randperm(len(others), generator=generator).tolist()
+    return ", ".join([first, *(others[place] for place in order)])
+
+
+STRETCH = 2.0  # the largest aspect ratio
+STEPS = 8  # a side is a multiple of resolution / STEPS
+
+
+def bucket_of(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """Return the width and height of about resolution² pixels nearest to an image's aspect ratio.
+
+    Sides are multiples of an eighth of the resolution: 64 pixels for Stable Diffusion 1.5, 128 for SDXL, which
+    divides evenly in the models' U-Nets.
+    """
+    step = max(1, resolution // STEPS)
+    aspect = min(STRETCH, max(1 / STRETCH, width / height))
+    wide, high = resolution * aspect**0.5, resolution / aspect**0.5
+    return max(step, round(wide / step) * step), max(step, round(high / step) * step)
+
+
+SUFFIX = ".mask.png"  # dog.jpg has dog.mask.png beside it, or dog.png in the folder masks/ beside images/
+
+
+def is_mask(path: Path) -> bool:
+    """Return whether a file is a mask and not an image to learn from."""
+    return path.name.lower().endswith(SUFFIX)
+
+
+def mask_file(image: Path) -> Path | None:
+    """Return the mask beside an image, or None."""
+    folder = image.parents[1] if image.parent.name == "images" else image.parent
+    beside = (image.with_name(image.stem + SUFFIX), folder / "masks" / f"{image.stem}.png")
+    return next((path for path in beside if path.is_file()), None)
+
+
+def load_mask(image: Path) -> Image.Image | None:
+    """Return an 8-bit grey image of the image's size, white on the subject; None if the image has no mask.
+
+    Raises:
+        SboraError: an unreadable image or mask, a mask of another size or without any white.
+    """
+    size = load_image(image).size
+    if path := mask_file(image):
+        return _checked(load_image(path, background=(0, 0, 0)).convert("L"), path, size)
+    with Image.open(image) as opened:
+        if not opened.has_transparency_data:
+            return None
+        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else _checked(alpha, image, size)
+
+
+def to_mask(mask: Image.Image, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
+    """Scale a mask as its image is scaled, to (1, height, width) float32 of the latents, from 0 to 1.
+
+    Args:
+        size: width and height of the image after scaling.
+        latent_size: height and width of its latents.
+    """
+    fitted = ImageOps.fit(mask, size, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(fitted)).float()[None, None] / 255
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, latent_size)[0]
+
+
+def _checked(mask: Image.Image, path: Path, size: tuple[int, int]) -> Image.Image:
+    if mask.size != size:
+        raise SboraError(f"the mask {path} has {mask.size} pixels, its image {size}", "scale it to the image's size")
+    if mask.getextrema() == (0, 0):
+        raise SboraError(f"the mask {path} is all black: it shows nothing to learn", "paint the subject white")
+    return mask

@@ -1,22 +1,25 @@
 """Encode images once for a training, and compute the base model's own predictions."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
-from sbora_diffusion.data.buckets import bucket_of
-from sbora_diffusion.data.captions import names_a_side
 from sbora_diffusion.data.concept import ConceptImage
-from sbora_diffusion.data.images import load_image, to_tensor
-from sbora_diffusion.data.masks import load_mask, to_mask
+from sbora_diffusion.data.images import bucket_of, load_image, load_mask, names_a_side, to_mask, to_tensor
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.noise import Noising
+from sbora_diffusion.models.families.base import Noising
+from sbora_diffusion.models.loading import EMBEDDED, embedded_folder
 from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -142,3 +145,36 @@ def sample_latents(base: Base, prompts: Sequence[str], seeds: Sequence[int], con
     how = {"steps": config.output.sampling_steps, "guidance": config.output.guidance, "as_latents": True}
     parts = range(0, len(prompts), size)
     return torch.cat([base.sample(prompts[at : at + size], seeds=seeds[at : at + size], **how) for at in parts])
+
+
+FILE = "prior.safetensors"  # in the embedded model's folder
+_KEY, _SOURCE = "latents", "drawn from"
+
+
+def prior_latents(base: Base, config: TrainConfig) -> Tensor:
+    """Return an image of each prior prompt from the seeds 0, 1, …, as latents (n, channels, height, width).
+
+    They are the same for every training on this base model, whatever its seed.
+    """
+    if base.id == EMBEDDED:
+        with safe_open(embedded_folder() / FILE, "pt") as file:
+            if file.metadata().get(_SOURCE) == _describe(base, config):
+                return file.get_tensor(_KEY).to(base.device).float()
+    return sample_prior(base, config)
+
+
+def sample_prior(base: Base, config: TrainConfig) -> Tensor:
+    """Generate these images."""
+    return sample_latents(base, config.loss.prior_prompts, range(len(config.loss.prior_prompts)), config)
+
+
+def save_prior(base: Base, config: TrainConfig, path: Path) -> None:
+    """Generate these images and save them in fp16."""
+    latents = {_KEY: sample_prior(base, config).half().cpu().contiguous()}
+    write_atomically(path, safetensors.torch.save(latents, {_SOURCE: _describe(base, config)}))
+
+
+def _describe(base: Base, config: TrainConfig) -> str:
+    """Return everything that the images depend on."""
+    source = {"fingerprint": base.fingerprint, "prompts": config.loss.prior_prompts}
+    return json.dumps(source | {"steps": config.output.sampling_steps, "guidance": config.output.guidance})

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.data.concept import EXTENSIONS
-from sbora_diffusion.data.images import load_image
-from sbora_diffusion.data.masks import is_mask
+from sbora_diffusion.data.images import is_mask, load_image
 from sbora_diffusion.evaluation.gallery import ImageFiles
 from sbora_diffusion.evaluation.judges.base import Judge, Scorer, prepare
 from sbora_diffusion.evaluation.reports.results import Report, Result

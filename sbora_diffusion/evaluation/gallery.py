@@ -11,8 +11,7 @@ from typing import Any, overload
 from PIL import Image
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.locks import folder_held
+from sbora_diffusion.utils.files import folder_held, write_atomically
 
 IMAGES, MANIFEST = "images", "evaluation.json"
 _OLDER_IMAGES = "pictures"  # until November 2026

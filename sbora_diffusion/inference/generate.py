@@ -9,9 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from sbora_diffusion.adapters.delta import needs_original, written_factors, written_side
 from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
-from sbora_diffusion.adapters.weight_patcher import AdapterPatcher
+from sbora_diffusion.adapters.weight_patcher import AdapterPatcher, needs_original, written_factors, written_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
 from sbora_diffusion.models.tokens import added_tokens

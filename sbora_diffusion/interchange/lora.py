@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval, Side, permutation
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
+from sbora_diffusion.adapters.file import Adapter, Dense, Factor, check_fits
 from sbora_diffusion.utils.errors import SboraError
 
 

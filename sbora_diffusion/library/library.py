@@ -14,6 +14,8 @@ from sbora_diffusion.library.ledger import (
     Ledger,
     Owner,
     Space,
+    State,
+    check_not_in_training,
     check_pinned,
     check_seed,
     is_fulfilled,
@@ -21,7 +23,6 @@ from sbora_diffusion.library.ledger import (
     partition,
     reservation_of,
 )
-from sbora_diffusion.library.reservations import State, check_not_in_training
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)

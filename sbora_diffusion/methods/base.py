@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sbora_diffusion.adapters.basis import Interval, Side
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Adapter, Factor
+from sbora_diffusion.adapters.file import Adapter, Dense, Factor
 from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
 from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.recipes.config import TrainConfig

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Factor
+from sbora_diffusion.adapters.file import Dense, Factor
 from sbora_diffusion.adapters.layer import SboraLayer
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.methods.base import Injected, Injection

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sbora_diffusion.adapters.dense import Dense
+from sbora_diffusion.adapters.file import Dense
 from sbora_diffusion.methods.base import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.methods.lora import AVERAGE, SUM
 from sbora_diffusion.recipes.config import TrainConfig

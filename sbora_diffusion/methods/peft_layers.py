@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import canonical
-from sbora_diffusion.adapters.dense import Dense
+from sbora_diffusion.adapters.file import Dense
 from sbora_diffusion.methods.base import ADAPTER, Injected, Injection, Learned
 
 Tuners = dict[str, dict[str, Any]]  # component -> canonical layer -> PEFT's layer

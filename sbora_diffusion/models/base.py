@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side, canonical
 from sbora_diffusion.adapters.layer import keep_linear4bit_unpacked
+from sbora_diffusion.models.distributed import is_sharded
 from sbora_diffusion.models.families.base import (
     CLIP_ATTENTION,
     Family,
@@ -22,7 +23,6 @@ from sbora_diffusion.models.families.base import (
     TextEncoderSpec,
 )
 from sbora_diffusion.models.families.registry import family_of
-from sbora_diffusion.models.fsdp import is_sharded
 from sbora_diffusion.models.loading import (
     EMBEDDED,
     EMBEDDED_SAMPLING,

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from sbora_diffusion.models.target_modules import repeated_blocks
 from sbora_diffusion.utils.errors import SboraError
 
 PATIENCE = timedelta(hours=2)  # while the first process fetches a base model, the others wait
@@ -130,3 +133,21 @@ def _others_there() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise SboraError("another process of this training has ended", "its message says why") from error
+
+
+def shard(model: Any) -> None:
+    """Keep this process's share of a model's weights, on its GPU if there is one; every process calls this alike.
+
+    Args:
+        model: of diffusers or transformers, with the same weights in every process; its repeated blocks are put
+            together one at a time.
+    """
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.get_world_size(),))
+    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    for module in reversed(repeated_blocks(model).values()):  # inner ones first
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)

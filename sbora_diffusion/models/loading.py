@@ -8,16 +8,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sbora_diffusion.models.distributed import shard
 from sbora_diffusion.models.families.base import Family, Sampling
 from sbora_diffusion.models.families.registry import ALIASES, family_named
-from sbora_diffusion.models.fsdp import shard
-from sbora_diffusion.models.single_file import load_checkpoint, settings_of
-from sbora_diffusion.models.stored import fetched, stored_in
 from sbora_diffusion.utils.errors import SboraError, guess
 from sbora_diffusion.utils.hub import cache_if_offline, why
 from sbora_diffusion.utils.signals import interrupts_held
@@ -188,3 +193,80 @@ def _what_to_do(name: str) -> str:
         f"a checkpoint has weights only: put the other files of a pipeline of its kind ({kind}), in diffusers' "
         f"format, into {Path(name).with_suffix('')}/ beside it"
     )
+
+
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def fetched(name: str, **options: Any) -> Path:
+    """The folder of a pipeline in diffusers' format: itself, or where a model of the hub is kept.
+
+    Args:
+        options: those of `from_pretrained` that say which components are not wanted.
+    """
+    return Path(name) if Path(name).is_dir() else Path(DiffusionPipeline.download(name, **options))
+
+
+def stored_in(folder: Path, dtype: torch.dtype) -> list[str]:
+    """The components whose files hold numbers of this type only, so that reading them in it rounds nothing."""
+    return [part.name for part in sorted(folder.iterdir()) if part.is_dir() and _types(part) == {dtype}]
+
+
+def _types(part: Path) -> set[torch.dtype | None]:
+    """Of everything in a component's files; None stands for types that are not floating point numbers."""
+    found: set[torch.dtype | None] = set()
+    for path in part.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {_TYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def settings_of(checkpoint: Path) -> str:
+    """Where the settings of a checkpoint's pipeline are: a folder beside it, or a model of the hub.
+
+    The folder is named as the file is, without its ending: `dream.safetensors` and `dream/`. It is what a pipeline of
+    the same kind is in diffusers' format; weights in it are not read, and need not be there.
+
+    Raises:
+        SboraError: no safetensors file, or of a kind that diffusers does not know.
+    """
+    shapes = _shapes(checkpoint)
+    beside = checkpoint.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return str(beside)
+    kind = infer_diffusers_model_type(shapes)
+    return DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def load_checkpoint(checkpoint: Path, pipeline: str) -> Any:
+    """A pipeline in fp32.
+
+    Args:
+        pipeline: the name of its class in diffusers.
+
+    Raises:
+        SboraError: a part is missing in the file, or does not have the shape that the settings say.
+    """
+    settings = settings_of(checkpoint)
+    try:
+        return getattr(diffusers, pipeline).from_single_file(
+            str(checkpoint), config=settings, torch_dtype=torch.float32
+        )
+    except (SingleFileComponentError, RuntimeError) as error:
+        raise SboraError(
+            f"base model {checkpoint} does not hold what {settings} describes: {str(error).splitlines()[0]}",
+            "use a complete checkpoint (with text encoders and autoencoder), or a folder in diffusers' format",
+        ) from error
+
+
+def _shapes(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors without their numbers."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            names = list(file.keys())
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SboraError(
+            f"base model {checkpoint} cannot be read as safetensors ({error})",
+            "convert pickled files (.ckpt, .pt, .bin) first",
+        ) from None

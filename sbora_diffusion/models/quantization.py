@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbora_diffusion.models.blocks import repeated_blocks
+from sbora_diffusion.models.target_modules import repeated_blocks
 from sbora_diffusion.utils.errors import SboraError
 
 DTYPE = torch.bfloat16  # of the layers' arithmetic

@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sbora_diffusion.models.base import Base
 from sbora_diffusion.utils.errors import SboraError
 
+if TYPE_CHECKING:
+    from sbora_diffusion.models.base import Base
 
-def adapted_layers(base: Base, blocks: Sequence[str] = (), *, text_encoders: bool = True) -> dict[str, list[str]]:
+
+def adapted_layers(base: "Base", blocks: Sequence[str] = (), *, text_encoders: bool = True) -> dict[str, list[str]]:
     """Return component -> canonical names of the layers to train.
 
     Args:
@@ -37,7 +39,7 @@ def _within(layers: Sequence[str], blocks: Sequence[str]) -> list[str]:
     return [layer for layer in layers if layer.startswith(tuple(f"{block}." for block in blocks))]
 
 
-def blocks_before(base: Base, blocks: Sequence[str]) -> list[str]:
+def blocks_before(base: "Base", blocks: Sequence[str]) -> list[str]:
     """Return the names of a U-Net's blocks that its forward pass computes before the first of `blocks`."""
     if base.family.denoiser != "unet" or not blocks:
         return []
@@ -67,3 +69,9 @@ def only_passed(denoiser: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
 def _detach_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     cut = {key: value.detach() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in args), cut
+
+
+def repeated_blocks(model: Any) -> dict[str, nn.Module]:
+    """By name, outer ones before those within them."""
+    kinds = set(model._no_split_modules or ())
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from sbora_diffusion.adapters.delta import needs_original
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.weight_patcher import needs_original
 from sbora_diffusion.inference.generate import ConceptPatcher
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.models.base import Base, load_base

@@ -15,13 +15,17 @@ from sbora_diffusion.data.latents import Batch
 from sbora_diffusion.methods.live import InjectedConcept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
-from sbora_diffusion.models.text_cache import TextEmbeddingCache
+from sbora_diffusion.models.tokens import TextEmbeddingCache
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.ema import EMA
-from sbora_diffusion.training.losses.base import Predictions, mean_error
-from sbora_diffusion.training.losses.objectives import make_objectives
-from sbora_diffusion.training.optim import eval_parameters, make_optimizer, make_schedule, parameter_groups
-from sbora_diffusion.training.precision import Precision
+from sbora_diffusion.training.losses.base import Predictions, make_objectives, mean_error
+from sbora_diffusion.training.optim import (
+    EMA,
+    Precision,
+    eval_parameters,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from sbora_diffusion import __version__
 from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.locks import folder_held
+from sbora_diffusion.utils.files import folder_held, write_atomically
 
 RUN = "run.json"  # everything that decided the training
 _FULL_DISK = (

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sbora_diffusion.adapters.baseline_merges import gradient_fusion
 from sbora_diffusion.adapters.basis import Interval, Side, indices
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import full_support, fuse, objective
-from sbora_diffusion.adapters.lbfgs import gradient_fusion
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.adapters.spec import Spec
 

@@ -16,8 +16,7 @@ from torch.testing import assert_close
 
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.layer import detect
-from sbora_diffusion.adapters.peft_layer import FastForward
-from sbora_diffusion.adapters.peft_variant import SboraVariant
+from sbora_diffusion.adapters.peft_layer import FastForward, SboraVariant
 
 from .tiny import KINDS, NAMES, Kind, Tiny, activate, attached, run
 

@@ -12,9 +12,8 @@ from typer.testing import CliRunner, Result
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.library.ledger import Space
+from sbora_diffusion.library.ledger import Reservation, Space
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.library.reservations import Reservation
 from sbora_diffusion.models.base import Base, load_base
 
 from ..interchange.samples import assert_same, random_adapter

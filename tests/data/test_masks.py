@@ -9,8 +9,8 @@ from PIL import Image
 
 from sbora_diffusion.data.batches import Sample, prepare_data
 from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.data.images import load_mask
 from sbora_diffusion.data.latents import encode
-from sbora_diffusion.data.masks import load_mask
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.training.losses.attention import AttentionLoss

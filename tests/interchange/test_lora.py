@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sbora_diffusion.adapters.basis import Interval, Side
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Adapter, Factor
+from sbora_diffusion.adapters.file import Adapter, Dense, Factor
 from sbora_diffusion.interchange.exporting import export
 from sbora_diffusion.interchange.lora import Lora, check_lora, from_loras, owned_intervals, to_loras
 from sbora_diffusion.utils.errors import SboraError

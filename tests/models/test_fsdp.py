@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.models.base import load_base
-from sbora_diffusion.models.loading import load_pipeline
-from sbora_diffusion.models.stored import stored_in
+from sbora_diffusion.models.loading import load_pipeline, stored_in
 
 from ..tiny_sdxl import save_tiny_sdxl
 from ..tiny_transformers import save_tiny_flux

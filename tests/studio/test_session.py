@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sbora_diffusion.adapters.dense import Dense
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.file import Adapter, Dense
 from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_file import Settings, read_settings

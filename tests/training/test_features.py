@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.data.batches import prepare_data
-from sbora_diffusion.data.buckets import bucket_of
-from sbora_diffusion.data.captions import names_a_side, shuffle_tags
 from sbora_diffusion.data.concept import Concept, ConceptImage
+from sbora_diffusion.data.images import bucket_of, names_a_side, shuffle_tags
 from sbora_diffusion.data.latents import encode
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.families.noise import Diffusion
-from sbora_diffusion.training.ema import EMA
-from sbora_diffusion.training.optim import PACKAGES, learning_rate_factor
+from sbora_diffusion.models.families.base import Diffusion
+from sbora_diffusion.training.optim import EMA, PACKAGES, learning_rate_factor
 from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 

@@ -3,7 +3,7 @@
 One command, after the weights, the prompts or the way of drawing changed: `python -m tools.emoji.prior`
 """
 
-from sbora_diffusion.data.prior import FILE, save_prior
+from sbora_diffusion.data.latents import FILE, save_prior
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import load_base
 from sbora_diffusion.models.loading import EMBEDDED

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sbora_diffusion.models.families.base import (
     ATTENTION,
     Family,
+    FlowMatching,
     SampleRequest,
     Sampling,
     TextConditioning,
@@ -23,7 +24,6 @@ from sbora_diffusion.models.families.base import (
     expanded,
     sample_with_negative,
 )
-from sbora_diffusion.models.families.noise import FlowMatching
 from sbora_diffusion.utils.errors import SboraError
 
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from sbora_diffusion.models.families.base import (
     ATTENTION,
+    Diffusion,
     Family,
     Sampling,
     TextConditioning,
     TextEncoderSpec,
     sample_with_negative,
 )
-from sbora_diffusion.models.families.noise import Diffusion
 
 
 def _encode_text(pipeline: Any, ids: Tensor) -> TextConditioning:

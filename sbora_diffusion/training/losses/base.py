@@ -9,8 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sbora_diffusion.data.batches import StepBatch
+from sbora_diffusion.data.batches import Data, StepBatch
 from sbora_diffusion.data.latents import Batch
+from sbora_diffusion.methods.live import InjectedConcept
+from sbora_diffusion.models.base import Base
+from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.losses.attention import AttentionLoss
+from sbora_diffusion.training.losses.output_erasure import OutputErasure
+from sbora_diffusion.training.losses.output_penalty import OutputPenalty
+from sbora_diffusion.utils.errors import SboraError
 
 Recording = Callable[[StepBatch], AbstractContextManager[Any]]
 
@@ -94,3 +101,84 @@ def mean_error(predicted: Tensor, batch: Batch, masked: bool) -> Tensor:
         by_sample = error.flatten(1).mean(1)
     weights = getattr(batch, "weights", None)
     return (by_sample if weights is None else by_sample * weights).sum() / max(1, len(by_sample))
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The diffusion or flow-matching loss on the concept's images.
+
+    Args:
+        masked: whether only what the images' masks show counts.
+    """
+
+    masked: bool
+    weight: float = 1.0
+
+    def __call__(self, batch: StepBatch, predictions: Predictions) -> Tensor:
+        return mean_error(predictions.concept, batch.concept, self.masked)
+
+
+@dataclass(frozen=True)
+class PriorPreservation:
+    """The squared difference from predictions that the base model made before the training.
+
+    Args:
+        own_pass: apply to prior samples of another shape than the concept samples, which need their own forward pass;
+            otherwise to those that share the concept samples' pass.
+    """
+
+    weight: float
+    own_pass: bool
+
+    def __call__(self, batch: StepBatch, predictions: Predictions) -> Tensor | None:
+        if batch.prior is None or batch.prior_fits == self.own_pass:
+            return None
+        return mean_error(predictions.prior, batch.prior, masked=False)
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The denoising loss on the base model's images of the class noun (DreamBooth, Ruiz et al. 2023, section 3.3)."""
+
+    weight: float
+
+    def __call__(self, batch: StepBatch, predictions: Predictions) -> Tensor | None:
+        if batch.class_images is None:
+            return None
+        return mean_error(predictions.class_images, batch.class_images, masked=False)
+
+
+def make_objectives(
+    base: Base, live: InjectedConcept, data: Data, config: TrainConfig, num_processes: int
+) -> tuple[list[Objective], Recording]:
+    """Return the objectives in the order of their backward passes, and what to record of the concept's forward pass.
+
+    Raises:
+        SboraError: a loss on whole batches with several processes.
+    """
+    weights = config.loss
+    on_concept: dict[str, Loss] = {
+        "denoising": Denoising(weights.masked_loss),
+        "prior": PriorPreservation(weights.prior_weight, own_pass=False),
+    }
+    others: dict[str, Loss] = {
+        "prior_own_pass": PriorPreservation(weights.prior_weight, own_pass=True),
+        "class_images": ClassImages(weights.class_weight),
+    }
+    if data.moments:
+        others["output_penalty"] = OutputPenalty(base, live.layers, data.moments, weights.output_penalty)
+    erasure = OutputErasure(base, live.layers, weights.erasure_weight) if weights.erasure_weight else None
+    if erasure:
+        others["output_erasure"] = erasure
+    has_masks = any(group.masks is not None for group in data.images)
+    attention = AttentionLoss(base, weights.attention_weight) if weights.attention_weight and has_masks else None
+    if num_processes > 1 and (erasure or attention):
+        raise SboraError(
+            "erasure_weight and attention_weight need whole batches, which several processes do not have",
+            "train in one process, or set them to 0",
+        )
+    record = erasure.recording if erasure else no_recording
+    if attention:
+        on_concept["attention"] = attention
+        return [Objective(on_concept, attention.recording), Objective(others)], record
+    return [Objective(on_concept | others)], record

@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from sbora_diffusion.models.families.noise import Diffusion, FlowMatching
+from sbora_diffusion.models.families.base import Diffusion, FlowMatching
 from sbora_diffusion.utils.errors import SboraError
 
 

@@ -9,9 +9,9 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.methods.registry import configure
-from sbora_diffusion.models import text_cache as readings
+from sbora_diffusion.models import tokens as readings
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.text_cache import TextEmbeddingCache
+from sbora_diffusion.models.tokens import TextEmbeddingCache
 
 from ...training.test_train import assert_same
 from .conftest import SETTINGS, last_of, make_concept, tiny_base

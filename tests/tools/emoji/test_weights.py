@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from sbora_diffusion.data.prior import FILE, prior_latents, sample_prior
+from sbora_diffusion.data.latents import FILE, prior_latents, sample_prior
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.methods.registry import METHODS, configure
 from sbora_diffusion.models.base import Base, load_base
