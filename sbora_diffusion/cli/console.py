@@ -14,9 +14,10 @@ import typer
 
 from sbora_diffusion.utils.errors import SboraError
 
-IMPORT_NOTICES = {  # logger -> a notice at import about an optional package that we advise against
+NOTICES = {  # logger -> a notice that does not concern the user: an optional package, a caption that we cut ourselves
     "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward from kernels-community",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
+    "transformers.tokenization_utils_base": "will result in indexing errors",
 }
 SPIN_COUNT = "10000"  # benchmarks/bench_threads.py
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's default is 700
@@ -86,7 +87,7 @@ def set_up_logging() -> None:
     """Send logs to stderr, ours from INFO on; call before importing model libraries."""
     logging.basicConfig(handlers=[_EchoHandler()], level=logging.WARNING, format="%(message)s")
     logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
-    for name, unwanted in IMPORT_NOTICES.items():
+    for name, unwanted in NOTICES.items():
         logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
 
 

@@ -3,21 +3,19 @@
 import logging
 import re
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
-from sbora_diffusion.data.images import is_mask
+from sbora_diffusion.data.folder import captions_beside, image_files, shared_captions
 from sbora_diffusion.utils.errors import SboraError, guess
+from sbora_diffusion.utils.text import slug
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-UNREAD = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # images all the same
 TEMPLATE = "a photo of a {token}"
-TOKEN = re.compile(r"<[\w-]+>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +80,18 @@ def load_concept(
     folder = _find(str(name_or_folder), default_roots() if roots is None else roots)
     described = _describe(folder / "concept.toml")
     name = concept_name(described.name or folder.resolve().name)
-    token = described.token or f"<{name}>"
+    token = normalize("NFC", described.token or f"<{name}>")
     noun = class_noun or described.class_noun or _noun(folder)
     if not name or not noun:
         missing = "class noun" if name else "name"
         raise SboraError(f"the folder {folder} suggests no {missing}", "give it in the folder's concept.toml")
-    if not TOKEN.fullmatch(token):
+    if (token[:1], token[-1:], token[1:-1].lower()) != ("<", ">", slug(token)):
         raise SboraError(
             f"the token of {folder} is {token!r}; allowed is one word of letters, digits, - and _ in angle brackets",
             f'write token = "<{name}>" in its concept.toml',
         )
-    images = _image_files(folder)
-    _check_captions(folder, images, described.captions)
-    captions = (_caption(path, described).replace("{token}", token) for path in images)
+    images = image_files(folder)
+    captions = [normalize("NFC", words).replace("{token}", token) for words in _captions(folder, images, described)]
     concept = Concept(
         name=name,
         token=token,
@@ -111,6 +108,8 @@ def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
     candidates = [root / given for root in roots] if is_name else []
     found = next((path for path in [*candidates, given] if path.is_dir()), None)
     if found and name_or_folder:
+        if found != given and given.is_dir() and found.resolve() != given.resolve():
+            log.warning("there is a folder %s, too; for that one: --concept ./%s", given, given)
         return found
     if given.is_file():
         raise SboraError(f"{name_or_folder} is no folder", "give the folder that holds the images")
@@ -144,52 +143,29 @@ def _describe(path: Path) -> _Description:
 
 def concept_name(text: str) -> str:
     """`My dog (2)` -> `my-dog-2`: usable in a token and as a file's name."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
+    return slug(text)
 
 
 def _noun(folder: Path) -> str:
     """The words of a folder's name without digits: `red_teapot2` -> `red teapot`."""
-    return " ".join(re.findall(r"[^\W\d_]+", folder.resolve().name.lower()))
+    return re.sub(r"[\d_-]+", " ", slug(folder.resolve().name)).strip()
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """The images in `images/`, or in the folder itself, sorted by name."""
-    directory = folder / "images"
-    directory = directory if directory.is_dir() else folder
-    try:
-        visible = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    except OSError as error:
-        raise SboraError(f"cannot read the folder {directory}: {error.strerror}") from error
-    images = [path for path in visible if path.suffix.lower() in EXTENSIONS and not is_mask(path)]
-    if images:
-        if unread := [path.name for path in visible if path.suffix.lower() in UNREAD]:
-            log.warning("left out, for they are not JPEG, PNG or WebP: %s", ", ".join(unread))
-        return images
-    got = ", ".join(path.name for path in visible[:4]) or "nothing"
-    raise SboraError(f"no image in {directory}: got {got}", f"put images there; allowed are {', '.join(EXTENSIONS)}")
-
-
-def _check_captions(folder: Path, images: Sequence[Path], captions: dict[str, Any]) -> None:
-    """Every caption belongs to one image: no line without an image, no .txt file for two."""
-    for file, words in captions.items():
+def _captions(folder: Path, images: Sequence[Path], described: _Description) -> list[str]:
+    """Return each image's caption: of concept.toml, else of a file beside the image, else the template."""
+    written = {}
+    for file, words in described.captions.items():
         if not isinstance(words, str):
             raise SboraError(f"the caption of {file} in {folder / 'concept.toml'} must be a string, got {words!r}")
-        if file not in [path.name for path in images]:
-            raise SboraError(f"{folder / 'concept.toml'} has a caption for {file}, but there is no such image")
-    sharing = Counter(path.with_suffix(".txt") for path in images if path.name not in captions)
-    for file, count in sharing.items():
-        if count > 1 and file.exists():
-            raise SboraError(f"{count} images share the caption file {file}", "rename one of the images")
-
-
-def _caption(image: Path, described: _Description) -> str:
-    file = image.with_suffix(".txt")
-    if image.name in described.captions or not file.exists():
-        return described.captions.get(image.name, described.template)
-    try:
-        return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SboraError(f"cannot read the caption file {file}: {error}", "save it as UTF-8 text") from error
+        written[normalize("NFC", file)] = words
+    names = {normalize("NFC", path.name): path for path in images}
+    if unknown := [file for file in written if file not in names]:
+        raise SboraError(f"{folder / 'concept.toml'} has a caption for {unknown[0]}, but there is no such image")
+    others = [path for name, path in names.items() if name not in written]
+    if shared := shared_captions(others):
+        raise SboraError(f"2 images share the caption file {shared}", "rename one of the images")
+    beside = captions_beside(others)
+    return [written.get(name, beside.get(path, described.template)) for name, path in names.items()]
 
 
 def _check_token(concept: Concept) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
+from sbora_diffusion.data.folder import mask_file
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -132,21 +133,6 @@ def bucket_of(width: int, height: int, resolution: int) -> tuple[int, int]:
     aspect = min(STRETCH, max(1 / STRETCH, width / height))
     wide, high = resolution * aspect**0.5, resolution / aspect**0.5
     return max(step, round(wide / step) * step), max(step, round(high / step) * step)
-
-
-SUFFIX = ".mask.png"  # dog.jpg has dog.mask.png beside it, or dog.png in the folder masks/ beside images/
-
-
-def is_mask(path: Path) -> bool:
-    """Return whether a file is a mask and not an image to learn from."""
-    return path.name.lower().endswith(SUFFIX)
-
-
-def mask_file(image: Path) -> Path | None:
-    """Return the mask beside an image, or None."""
-    folder = image.parents[1] if image.parent.name == "images" else image.parent
-    beside = (image.with_name(image.stem + SUFFIX), folder / "masks" / f"{image.stem}.png")
-    return next((path for path in beside if path.is_file()), None)
 
 
 def load_mask(image: Path) -> Image.Image | None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbora_diffusion.data.concept import EXTENSIONS
-from sbora_diffusion.data.images import is_mask, load_image
+from sbora_diffusion.data.folder import EXTENSIONS, without_masks
+from sbora_diffusion.data.images import load_image
 from sbora_diffusion.evaluation.gallery import ImageFiles
 from sbora_diffusion.evaluation.judges.base import Judge, Scorer, prepare
 from sbora_diffusion.evaluation.reports.results import Report, Result
@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SboraError(f"no folder {folder}")
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
-    files = [path for path in found if not is_mask(path)]
+    files = without_masks(found)
     if not files:
         raise SboraError(f"no image in {folder}", f"allowed are {', '.join(EXTENSIONS)}")
     return files

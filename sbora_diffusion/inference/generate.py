@@ -3,7 +3,8 @@
 import logging
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,14 +12,15 @@ from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
 from sbora_diffusion.adapters.weight_patcher import AdapterPatcher, needs_original, written_factors, written_side
+from sbora_diffusion.data.concept import ConceptImage
 from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.families.base import expanded
 from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
 from sbora_diffusion.models.tokens import added_tokens
 from sbora_diffusion.utils.errors import SboraError, guess
+from sbora_diffusion.utils.text import TOKEN, tokens_in
 
 log = logging.getLogger(__name__)
-
-TOKEN = re.compile(r"<[^<>\s]+>")
 
 
 class ConceptPatcher:
@@ -212,31 +214,44 @@ def generate(
 
 
 def check_tokens(base: Base, prompts: Sequence[str]) -> None:
-    """Raise SboraError for a `<token>` that no loaded concept provides, or beyond the end of a long prompt."""
+    """Raise SboraError for a `<token>` that no loaded concept provides, or that the end of a long prompt cuts off."""
     known = {word for reader in base.learners for word in base.tokenizer(reader).get_added_vocab()}
     for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # command-line bytes that are not UTF-8
             raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
-        named = set(TOKEN.findall(prompt))
-        if missing := sorted(named - known):
+        if missing := sorted({*tokens_in(prompt)} - known):
             have = sorted(set(filter(TOKEN.fullmatch, known)) - _special_tokens(base))
             raise SboraError(
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
             )
-        if named:
-            _check_read(base, prompt, named)
+        _check_read(base, prompt, repr(textwrap.shorten(prompt, 60, placeholder=" …")))
 
 
-def _check_read(base: Base, prompt: str, tokens: Iterable[str]) -> None:
-    """Raise SboraError if one of a prompt's tokens is beyond the first text encoder's length."""
-    ids = base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist()
+def check_captions(base: Base, images: Sequence[ConceptImage]) -> None:
+    """Raise SboraError if a caption's end cuts a learned token off; warn of captions that are read in part."""
+    cut = [image.path.name for image in images if _check_read(base, image.caption, f"the caption of {image.path}")]
+    if cut:
+        length = base.tokenizer(base.learners[0]).model_max_length
+        log.warning("longer than the %d tokens that are read, the rest is not learned: %s", length, ", ".join(cut))
+
+
+def _check_read(base: Base, prompt: str, described: str) -> bool:
+    """Return whether the first text encoder reads only a part of a prompt.
+
+    Raises:
+        SboraError: it does not read every vector of a learned token.
+    """
     tokenizer = base.tokenizer(base.learners[0])
-    if lost := sorted(token for token in tokens if tokenizer.convert_tokens_to_ids(token) not in ids):
-        short = textwrap.shorten(prompt, 60, placeholder=" …")
+    whole = Counter(tokenizer(expanded([prompt], tokenizer)[0], verbose=False).input_ids)
+    read = Counter(base.family.split(base.pipeline, base.tokenize([prompt]))[0][0].tolist())
+    lost = whole - read
+    names = [re.sub(r"(?<=>)_\d+$", "", tokenizer.convert_ids_to_tokens(number)) for number in lost]
+    if named := [name for name in names if TOKEN.fullmatch(name) and name not in tokenizer.all_special_tokens]:
         raise SboraError(
-            f"{short!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier"
+            f"{described} is too long: {named[0]} is beyond its {read.total()} tokens", "name the concept earlier"
         )
+    return bool(lost)
 
 
 def _special_tokens(base: Base) -> set[str]:

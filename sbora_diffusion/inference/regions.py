@@ -12,12 +12,12 @@ from torch import Tensor
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.attention_maps import AttentionMaps
 from sbora_diffusion.inference.gating import LiveConcepts, live_concepts
-from sbora_diffusion.inference.generate import TOKEN, check_tokens
+from sbora_diffusion.inference.generate import check_tokens
 from sbora_diffusion.inference.regional_attention import Branch, RegionalAttention, regional_attention
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import say_plainly
+from sbora_diffusion.utils.text import say_plainly, tokens_in
 
 FEATHER = 0.1  # of the image's side
 FORM = (
@@ -196,7 +196,7 @@ def whole_scene(prompt: str, regions: Sequence[Region], nouns: Mapping[str, str]
 
 
 def _plainly(prompt: str, nouns: Mapping[str, str]) -> str:
-    for token in set(TOKEN.findall(prompt)).intersection(nouns):
+    for token in set(tokens_in(prompt)).intersection(nouns):
         prompt = say_plainly(prompt, token, nouns[token])
     return prompt
 

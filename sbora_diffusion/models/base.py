@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ class Base:
         steps, guidance = self.choose_sampling(seeds, steps, guidance)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         drawing = SampleRequest(
-            prompts=prompts,
+            prompts=[normalize("NFC", prompt) for prompt in prompts],
             generators=generators,
             steps=steps,
             guidance=guidance,
@@ -198,7 +199,7 @@ class Base:
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
-        return self.family.tokenize(self.pipeline, captions)
+        return self.family.tokenize(self.pipeline, [normalize("NFC", caption) for caption in captions])
 
     def encode_text(self, ids: Tensor) -> TextConditioning:
         """Encode token ids with all text encoders."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning, TextEncoderSpec
@@ -116,7 +116,7 @@ def _copy_with(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], size:
     if taken:
         raise SboraError(f"the base model knows the token {taken[0]} already", "choose another token")
     copied = copy.deepcopy(tokenizer)
-    copied.add_tokens(list(names))
+    copied.add_tokens([AddedToken(name, normalized=False) for name in names])  # as written: <Rex>, <Ünï>
     ids = copied.convert_tokens_to_ids(list(names))
     if ids != list(range(size, size + len(names))):
         raise SboraError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.inference.generate import TOKEN
 from sbora_diffusion.inference.image_file import read_settings
 from sbora_diffusion.inference.regions import Region, parse_region
 from sbora_diffusion.studio.box_canvas import MAX_BOXES, box, fractions
@@ -15,6 +14,7 @@ from sbora_diffusion.studio.fields import concept_choices, fields_from_settings,
 from sbora_diffusion.studio.messages import warn_of_missing
 from sbora_diffusion.studio.session import Session
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import tokens_in
 
 Boxes = Sequence[dict[str, Any]]
 
@@ -47,7 +47,7 @@ def write_tokens(session: Session, base: str, prompt: str, selected: Sequence[st
 def select_named(session: Session, base: str, prompt: str, selected: Sequence[str]) -> list[str]:
     """Return the selected concepts together with those that the prompt names."""
     owners = session.tokens(base)
-    return list(dict.fromkeys([*(selected or []), *(owners[t] for t in TOKEN.findall(prompt or "") if t in owners)]))
+    return list(dict.fromkeys([*(selected or []), *(owners[t] for t in tokens_in(prompt or "") if t in owners)]))
 
 
 def generate_images(session: Session, count: int, boxes: Boxes | None, *values: Any) -> Iterator[tuple[Any, str]]:
@@ -71,7 +71,7 @@ def _regions(
     for place, prompt, chosen in zip(_places(boxes), prompts, selected, strict=False):
         if not (prompt or "").strip():
             raise SboraError(f"box {len(regions) + 1} has no prompt", "Describe what it should show.")
-        named = {owners.get(token) for token in TOKEN.findall(prompt)}
+        named = {owners.get(token) for token in tokens_in(prompt)}
         unnamed = tuple(name for name in chosen or [] if name not in named)
         regions.append(Region(box=place, prompt=prompt.strip(), adapters=unnamed))
     return regions

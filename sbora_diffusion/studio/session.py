@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter, Spec, read_spec
-from sbora_diffusion.inference.generate import TOKEN, generate
+from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_file import Settings, save_numbered
 from sbora_diffusion.inference.regions import Region, class_nouns, generate_regions, whole_scene
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.studio.live_model import LiveModel, known_path
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import tokens_in
 
 T = TypeVar("T")
 
@@ -163,7 +164,7 @@ class Session:
     def _acting(self, settings: Settings, regions: Sequence[Region]) -> list[str]:
         """Return the concepts that a prompt names or a region lists."""
         owners = self.tokens(settings.base)
-        named = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in TOKEN.findall(text)}
+        named = {token for text in (settings.prompt, *(r.prompt for r in regions)) for token in tokens_in(text)}
         if missing := sorted(named - owners.keys()):
             raise _unknown_token(settings.base, missing[0], owners)
         return sorted({owners[token] for token in named}.union(*(region.adapters for region in regions)))
@@ -172,7 +173,7 @@ class Session:
         """SboraError for a token of the prompt without its concept."""
         specs = self.concepts(settings.base)
         given = {token for name in settings.concepts if name in specs for token in specs[name].tokens}
-        for token in (token for token in TOKEN.findall(settings.prompt) if token not in given):
+        for token in (token for token in tokens_in(settings.prompt) if token not in given):
             owners = [name for name, spec in specs.items() if token in spec.tokens]
             if owners:
                 raise SboraError(f"the prompt uses {token}, but its concept is off", f"Select {' or '.join(owners)}.")

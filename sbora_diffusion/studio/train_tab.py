@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from sbora_diffusion.data.concept import EXTENSIONS, default_roots, known_concepts, load_concept
+from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
+from sbora_diffusion.data.folder import EXTENSIONS
 from sbora_diffusion.data.images import load_image
 from sbora_diffusion.methods.registry import METHODS
 from sbora_diffusion.models.loading import recipe_base

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sbora_diffusion.data.concept import EXTENSIONS, Concept, load_concept
+from sbora_diffusion.data.concept import Concept, load_concept
+from sbora_diffusion.data.folder import EXTENSIONS
 from sbora_diffusion.utils.errors import SboraError
 
 MAX_IMAGES = 50

@@ -14,7 +14,7 @@ import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.data.images import mask_file
+from sbora_diffusion.data.folder import mask_file
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils import run_folder

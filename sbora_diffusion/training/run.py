@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.spec import FORMAT, FORMAT_OF_METHODS, Spec
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.inference.generate import check_tokens
+from sbora_diffusion.inference.generate import check_captions, check_tokens
 from sbora_diffusion.methods.live import InjectedConcept, injected_concept
 from sbora_diffusion.methods.registry import find_method, method_side
 from sbora_diffusion.models.base import Base
@@ -81,7 +81,8 @@ def run_training(
         preview.generate_before()
         data = prepare_data(concept, base, config)
         with injected_concept(concept, base, interval, config) as live:
-            check_tokens(base, [*(image.caption for image in concept.images), *preview.named])
+            check_captions(base, concept.images)
+            check_tokens(base, preview.named)
             trainer = Trainer(live, data, config, base, processes)
             if state is not None:
                 trainer.load(state)

@@ -1,6 +1,24 @@
-"""English for prompts and messages: articles, class nouns for tokens, types in words."""
+"""Words in prompts and messages: tokens, names, articles, class nouns for tokens, types in words."""
 
 import re
+from unicodedata import category, normalize
+
+TOKEN = re.compile(r"(?<!>_)<(?=[^\s<>])[^<>]*(?<=[^\s<>])>(?!_<)")  # a tagger's <o>_<o> is none
+
+
+def tokens_in(prompt: str) -> list[str]:
+    """Return the tokens that a prompt names, such as "<dog>", in their order."""
+    return TOKEN.findall(normalize("NFC", prompt))
+
+
+def slug(text: str) -> str:
+    """Return the letters, digits and underscores of a text, lower case, joined by hyphens: `My dog (2)` -> `my-dog-2`.
+
+    Marks belong to their letters: vowel signs of Indic scripts, accents that have no letter of their own.
+    """
+    letters = normalize("NFC", text.lower())
+    kept = (each if each.isalnum() or each == "_" or category(each)[0] == "M" else " " for each in letters)
+    return "-".join("".join(kept).split())
 
 
 def with_article(noun: str) -> str:
