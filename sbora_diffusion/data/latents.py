@@ -19,6 +19,7 @@ from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Noising
 from sbora_diffusion.models.loading import EMBEDDED, embedded_folder
 from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,21 @@ def encode(base: Base, images: Sequence[ConceptImage], config: TrainConfig) -> l
             shape = (latents.shape[-2], latents.shape[-1])
             cut = [to_mask(_cut(mask, *where), size, shape) for where in zip(boxes, flips, strict=True)]
             cut_masks = torch.stack(cut).to(latents)
+            _check_masks(image.path, cut_masks)
         groups.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, cut_masks))
     return [_concatenate(group) for _, group in sorted(groups.items())]
+
+
+def _check_masks(path: Path, masks: Tensor) -> None:
+    """Raise SboraError if no crop of an image shows anything of its mask; warn if some do not."""
+    empty = int((masks.flatten(1).amax(1) == 0).sum())
+    if empty == len(masks):
+        raise SboraError(
+            f"no crop of {path} shows anything of its mask",
+            "crop the image around its subject, or keep its proportions with --set buckets=true",
+        )
+    if empty:
+        log.warning("%d of %d crops of %s show nothing of its mask", empty, len(masks), path)
 
 
 def _concatenate(group: Sequence[EncodedImages]) -> EncodedImages:

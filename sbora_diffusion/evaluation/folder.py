@@ -1,11 +1,13 @@
 """Score a folder of images from anywhere, with their prompts and reference images."""
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from sbora_diffusion.data.folder import EXTENSIONS, without_masks
 from sbora_diffusion.data.images import load_image
@@ -15,6 +17,8 @@ from sbora_diffusion.evaluation.reports.results import Report, Result
 from sbora_diffusion.evaluation.suites.suite import load_suite
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.errors import SboraError
+
+log = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(\d+)-(\d+)")
 
@@ -104,7 +108,10 @@ def _texts(files: Sequence[Path], prompts: str, class_noun: Sequence[str]) -> li
         if isinstance(captions, dict):  # a list is CustomConcept101's
             return [_caption(path, captions, prompts) for path in files]
     bound = load_suite(prompts).bind(class_noun)
-    return [bound[_number(path, len(bound))] for path in files]
+    numbers = [_number(path, len(bound)) for path in files]
+    if missing := [text for number, text in enumerate(bound) if number not in numbers]:
+        log.warning("no image of %d of %d prompts, such as %r", len(missing), len(bound), missing[0])
+    return [bound[number] for number in numbers]
 
 
 def _read_json(path: Path) -> Any:
@@ -115,7 +122,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _caption(path: Path, captions: dict[str, str], source: str) -> str:
-    text = captions.get(path.name, captions.get(path.stem))
+    captions = {normalize("NFC", key): text for key, text in captions.items()}
+    text = captions.get(normalize("NFC", path.name), captions.get(normalize("NFC", path.stem)))
     if not isinstance(text, str):
         raise SboraError(f"{source} has no prompt for {path.name}", "list every image, with or without its extension")
     return text

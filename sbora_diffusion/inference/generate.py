@@ -233,7 +233,7 @@ def check_captions(base: Base, images: Sequence[ConceptImage]) -> None:
     cut = [image.path.name for image in images if _check_read(base, image.caption, f"the caption of {image.path}")]
     if cut:
         length = base.tokenizer(base.learners[0]).model_max_length
-        log.warning("longer than the %d tokens that are read, the rest is not learned: %s", length, ", ".join(cut))
+        log.warning("captions are truncated to the %d tokens that the text encoder reads: %s", length, ", ".join(cut))
 
 
 def _check_read(base: Base, prompt: str, described: str) -> bool:

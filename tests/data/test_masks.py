@@ -34,6 +34,36 @@ def test_masks_are_cut_as_their_images_are(base: Base, concept: Concept) -> None
     assert shots.masks[:, :, half + 1 :].min() == 1
 
 
+@pytest.mark.parametrize(("left", "buckets", "empty"), [(0, "0", 2), (55, "0", 0), (0, "1", 0), (95, "0", 2)])
+def test_a_subject_beside_every_crop_is_refused(
+    base: Base, concept: Concept, left: int, buckets: str, empty: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The central square of a wide image is learned, without buckets."""
+    for image in concept.images:
+        mask = Image.new("L", (120, 60))
+        mask.paste(255, (left, 10, left + 20, 50))
+        Image.new("RGB", (120, 60), "red").save(image.path)
+        mask.save(image.path.with_suffix(".mask.png"))
+    config = short_config(masked_loss="1", crops="2", smallest_crop="1", buckets=buckets)
+    if empty:
+        with pytest.raises(SboraError, match=r"no crop of .*0\.png shows anything of its mask"):
+            encode(base, concept.images, config)
+    else:
+        assert all(
+            group.masks is not None and group.masks.amax((1, 2, 3)).min() > 0
+            for group in encode(base, concept.images, config)
+        )
+    assert not caplog.records
+
+
+def test_crops_without_the_subject_are_counted(base: Base, concept: Concept, caplog: pytest.LogCaptureFixture) -> None:
+    mask = Image.new("L", (40, 60))
+    mask.paste(255, (0, 28, 4, 32))
+    mask.save(concept.images[0].path.with_suffix(".mask.png"))
+    encode(base, concept.images[:1], short_config(masked_loss="1", crops="20", smallest_crop="0.3"))
+    assert "of 20 crops of" in caplog.text
+
+
 def test_an_error_behind_the_mask_is_none() -> None:
     target, masks = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
     masks[..., :2] = 1

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from PIL import Image
@@ -115,3 +116,20 @@ def test_bad_input(
     (here / "damaged/a.png").write_bytes(b"no image")
     with pytest.raises(SboraError, match=message):
         score(judge, prompts, references, nouns)
+
+
+def test_prompts_without_an_image_are_counted(here: Path, judge: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    (here / "prompts.txt").write_text("A red <TOK>\nA blue <TOK> at night\nA <TOK> in snow\nA <TOK> on sand\n")
+    score(judge, "prompts.txt", ["ruby"], ["dog"])
+    assert caplog.messages == ["no image of 2 of 4 prompts, such as 'A dog in snow'"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_images_as_every_system_composes_them(here: Path, judge: Encoder, form: str) -> None:
+    shutil.rmtree(here / "images")
+    (here / "images").mkdir()
+    Image.new("RGB", (40, 50), COLOURS["red"]).save(here / "images" / normalize(form, "été.png"))  # type: ignore[arg-type]
+    for name in ("été", normalize("NFD", "été.png")):
+        (here / "captions.json").write_text(json.dumps({name: TEXTS[0]}))
+        (result,) = score(judge, "captions.json", ["ruby"], [])
+        assert result.prompts == (TEXTS[0],)

@@ -75,7 +75,7 @@ def test_captions_that_are_read_in_part_are_named(base: Base, caplog: pytest.Log
         assert not caplog.records
         images = [ConceptImage(path=Path(f"{name}.jpg"), caption=f"<rex> {long}") for name in ("2", "3")]
         check_captions(base, images)
-    assert "the rest is not learned: 2.jpg, 3.jpg" in caplog.text
+    assert "that the text encoder reads: 2.jpg, 3.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(
