@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sbora_diffusion.adapters.basis import Interval, Side
-from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import with_current_names
 
 FORMAT = 1  # SBoRA adapters
 FORMAT_OF_METHODS = 2  # adapters of other methods: two more keys
