@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sbora_diffusion.adapters.basis import Spec
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.interchange.embeddings import BUNDLED, Embedding, bundled_embeddings, read_embedding
 from sbora_diffusion.interchange.exporting import EMBEDDINGS, LORA_NAME
 from sbora_diffusion.interchange.lora import Lora, from_loras, owned_intervals

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.adapters.basis import Spec
 
 SPEC = "sbora.spec"  # the key of our own specification
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sbora_diffusion.adapters.basis import Interval, Side, first_free
+from sbora_diffusion.adapters.basis import Interval, Side, check_file_name, first_free
 from sbora_diffusion.adapters.file import Adapter, Spec, read_spec
-from sbora_diffusion.adapters.spec import check_file_name
 from sbora_diffusion.library.ledger import (
     Ledger,
     Owner,

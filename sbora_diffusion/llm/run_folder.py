@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.basis import Interval, Spec
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.layer import collect
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig, side_of

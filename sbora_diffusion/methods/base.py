@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sbora_diffusion.adapters.basis import Interval, Side
+from sbora_diffusion.adapters.basis import FORMAT_OF_METHODS, Interval, Side
 from sbora_diffusion.adapters.file import Adapter, Dense, Factor
 from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
-from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 

@@ -5,11 +5,10 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.adapters.basis import FORMAT, Side
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.adapters.spec import FORMAT
 from sbora_diffusion.methods.base import ADAPTER, Inject, Injected, Injection, LayerSize, Merge, MergeRequest, Method
 
 

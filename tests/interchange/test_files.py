@@ -13,10 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sbora_diffusion.adapters.basis import Interval, Side
+from sbora_diffusion.adapters.basis import Interval, Side, Spec
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.interchange.exporting import FORMATS, export
 from sbora_diffusion.interchange.importing import read_foreign, to_adapter
 from sbora_diffusion.interchange.provenance import base_model
