@@ -55,7 +55,7 @@ def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_nam
     from sbora_diffusion.adapters.file import Adapter
     from sbora_diffusion.inference.generate import check_base
     from sbora_diffusion.interchange.importing import read_foreign, to_adapter
-    from sbora_diffusion.interchange.safefile import read_metadata
+    from sbora_diffusion.interchange.files import read_metadata
     from sbora_diffusion.models.base import load_base
 
     if path.is_file() and "sbora" in read_metadata(path):

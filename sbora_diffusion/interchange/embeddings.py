@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sbora_diffusion.interchange.safefile import read_tensors
+from sbora_diffusion.interchange.files import read_tensors
 from sbora_diffusion.utils.errors import SboraError
 
 BUNDLED = "bundle_emb."  # prefix of embeddings that A1111 stores in LoRA files

@@ -11,10 +11,9 @@ from torch import nn
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.layer import detect
+from sbora_diffusion.interchange.exporting import SPEC
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component, to_bytes
 from sbora_diffusion.interchange.lora import to_loras
-from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_component
-from sbora_diffusion.interchange.provenance import SPEC
-from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER
 from sbora_diffusion.utils.errors import SboraError

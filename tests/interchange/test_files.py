@@ -16,9 +16,8 @@ from torch import Tensor
 from sbora_diffusion.adapters.basis import Interval, Side, Spec
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.interchange.exporting import FORMATS, export
+from sbora_diffusion.interchange.exporting import FORMATS, base_model, export
 from sbora_diffusion.interchange.importing import read_foreign, to_adapter
-from sbora_diffusion.interchange.provenance import base_model
 from sbora_diffusion.utils.errors import SboraError
 
 from .samples import SDXL_SHAPES, SHAPES, assert_same, random_adapter
