@@ -8,9 +8,8 @@ import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.library.collisions import collisions
 from sbora_diffusion.library.ledger import Space
-from sbora_diffusion.library.library import Library
+from sbora_diffusion.library.library import Library, collisions
 
 from ..interchange.samples import SHAPES, random_adapter
 
