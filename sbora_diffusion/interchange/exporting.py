@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 from sbora_diffusion.adapters.basis import Spec
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.file import COMPONENTS, Adapter
 from sbora_diffusion.interchange.embeddings import Embedding, embedding_file
 from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, diffusers_file, kohya_file, peft_component, to_bytes
-from sbora_diffusion.interchange.lora import Lora, common_rank, to_loras
+from sbora_diffusion.interchange.lora import common_rank, to_loras
 from sbora_diffusion.interchange.names import is_sdxl
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_file
@@ -57,7 +57,12 @@ def export(
     loras = to_loras(adapter, layer_shapes)
     about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
     if to == "peft":
-        files = dict(_peft(adapter.spec.base_id, loras, layer_shapes, about))
+        files = {}
+        for component in sorted({key.partition(".")[0] for key in loras}):
+            own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
+            config, tensors = peft_component(own, adapter.spec.base_id, layer_shapes)
+            files[f"{component}/{CONFIG}"] = config.encode()
+            files[f"{component}/{WEIGHTS}"] = to_bytes(tensors, {**about, "format": "pt"})
     elif to == "kohya":
         tensors = kohya_file(loras, sdxl=is_sdxl(layer_shapes))
         files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(tensors, about)}
@@ -72,21 +77,11 @@ def export(
     return [folder / name for name in files]
 
 
-def _peft(
-    base_id: str, loras: Mapping[str, Lora], layers: Collection[str], about: Mapping[str, str]
-) -> Iterator[tuple[str, bytes]]:
-    for component in sorted({key.partition(".")[0] for key in loras}):
-        own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
-        config, tensors = peft_component(own, base_id, layers)
-        yield f"{component}/{CONFIG}", config.encode()
-        yield f"{component}/{WEIGHTS}", to_bytes(tensors, {**about, "format": "pt"})
-
-
 def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
     files = {}
     for token, noun in adapter.spec.tokens.items():
-        split = {key: key.partition(".") for key in adapter.tokens}
-        vectors = {split[key][0]: value for key, value in adapter.tokens.items() if split[key][2] == token}
+        places = {component: f"{component}.{token}" for component in COMPONENTS}
+        vectors = {component: adapter.tokens[key] for component, key in places.items() if key in adapter.tokens}
         if vectors:
             name = f"{EMBEDDINGS}/{_slug(token)}.safetensors"
             if name in files:
@@ -103,14 +98,7 @@ def _slug(text: str) -> str:
 def provenance(
     spec: Spec, layers: Mapping[str, tuple[int, int]], rank: int, resolution: int, date: str
 ) -> dict[str, str]:
-    """Return metadata of an exported file: trigger words, base model, training, date, and our full specification.
-
-    Args:
-        layers: "<component>.<layer>" -> (out, in), of the base model.
-        rank: the exported LoRA's.
-        resolution: an image's side in pixels.
-        date: today, ISO 8601.
-    """
+    """Return an exported file's metadata for kohya (ss_), modelspec and ourselves; arguments as in `export`."""
     version, architecture = base_model(layers, resolution)
     tokens, recipe = list(spec.tokens), spec.recipe
     metadata = {

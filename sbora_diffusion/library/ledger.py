@@ -59,12 +59,9 @@ class State:
     def read(cls, path: Path) -> "State":
         try:
             content = json.loads(path.read_bytes())
-            reservations = [
-                Reservation(**{**fields, "interval": Interval.parse(fields["interval"])})
-                for fields in content["reservations"]
-            ]
+            read = [Reservation(**{**r, "interval": Interval.parse(r["interval"])}) for r in content["reservations"]]
             widths = {key: {name: int(width) for name, width in w.items()} for key, w in content["widths"].items()}
-            return cls(reservations, widths)
+            return cls(read, widths)
         except FileNotFoundError:
             return cls([], {})
         except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
