@@ -206,8 +206,7 @@ def load_adapters(
 def collisions(adapter: Adapter, library: Library) -> list[str]:
     """Describe each concept and reservation of the same base model and side that shares columns with an adapter.
 
-    Columns are compared, not intervals: imported adapters may have none. Invalid files are skipped, and so is the
-    adapter's own name.
+    Columns are compared, not intervals, because imported adapters may have none. Invalid files are skipped.
     """
     spec = adapter.spec
     lines = []
@@ -221,25 +220,18 @@ def collisions(adapter: Adapter, library: Library) -> list[str]:
     widths = library.widths(spec.base_fingerprint, spec.side) or {}
     for owner in library.owners(spec.base_fingerprint, spec.side):
         if owner.name != spec.name and owner.state != "trained":
-            lines += _shared(adapter, f"{owner.name} ({owner.state}, {owner.interval})", _reserved(owner, widths))
+            taken = {  # layers that are too narrow are not adapted by this owner
+                key: indices(key.partition(".")[2], dim, owner.interval, owner.seed)
+                for key, dim in widths.items()
+                if owner.interval.stop <= dim
+            }
+            lines += _shared(adapter, f"{owner.name} ({owner.state}, {owner.interval})", taken)
     return lines
-
-
-def _reserved(owner: Owner, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return the columns or rows of an interval by layer; layers that are too narrow are not adapted by its owner."""
-    return {
-        key: indices(key.partition(".")[2], dim, owner.interval, owner.seed)
-        for key, dim in widths.items()
-        if owner.interval.stop <= dim
-    }
 
 
 def _shared(adapter: Adapter, name: str, taken: Mapping[str, Tensor]) -> Iterator[str]:
     what = "columns" if adapter.spec.side == "fa" else "rows"
-    counts = [
-        len(set(factor.index.tolist()) & set(taken[key].tolist()))
-        for key, factor in adapter.factors.items()
-        if key in taken
-    ]
+    both = [(factor.index, taken[key]) for key, factor in adapter.factors.items() if key in taken]
+    counts = [len(set(own.tolist()) & set(others.tolist())) for own, others in both]
     if layers := sum(count > 0 for count in counts):
         yield f"{name}: {sum(counts)} {what} in {layers} of {len(adapter.factors)} layers, at most {max(counts)} in one"
