@@ -29,9 +29,8 @@ from bench_common import (
 )
 from safetensors.torch import load_file, save_file
 
-from sbora_diffusion.adapters.basis import Interval, indices
+from sbora_diffusion.adapters.basis import Interval, Spec, indices
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.interchange.exporting import LORA_NAME, export
 from sbora_diffusion.models.base import Base, load_base

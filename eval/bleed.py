@@ -36,7 +36,7 @@ from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 from sbora_diffusion.inference.regions import Region, generate_regions
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import versions
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 from tools.emoji.measure import HALVES
 
 log = logging.getLogger("bleed")
@@ -131,7 +131,7 @@ def measure(studio: Studio, pair: tuple[str, str], folder: Path) -> None:
         rows.append((condition, [(" | ".join(scene.names), image) for scene, some in generated for image in some]))
     folder.mkdir(parents=True, exist_ok=True)
     sheet(rows, cell=CELL).save(folder / f"{'+'.join(pair)}.png")
-    write_atomically(folder / f"{'+'.join(pair)}.json", json.dumps(found).encode())
+    write_file(folder / f"{'+'.join(pair)}.json", json.dumps(found).encode(), overwrite=True)
 
 
 def _score(judge: clip.AlignmentScorer, image: Image.Image) -> Tensor:
@@ -230,8 +230,8 @@ def _first_images(path: Path) -> list[Image.Image]:
 
 
 def write_summary(summary: Mapping, out: Path) -> None:
-    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
-    write_atomically(out.with_suffix(".md"), table(summary).encode())
+    write_file(out, (json.dumps(summary, indent=1) + "\n").encode(), overwrite=True)
+    write_file(out.with_suffix(".md"), table(summary).encode(), overwrite=True)
 
 
 def main(

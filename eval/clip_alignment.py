@@ -44,7 +44,7 @@ def main(
     from sbora_diffusion.evaluation.judges.registry import load_judge
     from sbora_diffusion.evaluation.reports.report import to_json
     from sbora_diffusion.evaluation.reports.tables import to_markdown
-    from sbora_diffusion.utils.files import write_atomically
+    from sbora_diffusion.utils.files import write_file
 
     hide_loading_bars()
     judges = [load_judge(name) for name in (encoder, f"vision:{vision}" if vision else "") if name]
@@ -52,7 +52,7 @@ def main(
     report = replace(report, about=report.about | {"command": shlex.join(["python", *sys.argv])})
     typer.echo(to_markdown(report))
     if out:
-        write_atomically(out, to_json(report, images).encode())
+        write_file(out, to_json(report, images).encode(), overwrite=True)
         typer.echo(out)
 
 

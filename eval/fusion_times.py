@@ -16,7 +16,7 @@ from retention_bench import Bench
 from retention_study import SIZES, Study
 
 from sbora_diffusion.training.checkpoint import versions
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 SOLVES = 4  # of the closed form before LBFGS, and after it
 
@@ -50,7 +50,7 @@ def main(
     rows = [compared(bench, size) for size in SIZES]
     command = f"python eval/fusion_times.py FOLDER --scheme {scheme} --seed {seed}"
     content = {"command": command, "solves": 2 * SOLVES, "versions": versions(), "rows": rows}
-    write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(out, (json.dumps(content, indent=1) + "\n").encode(), overwrite=True)
     typer.echo(out)
 
 

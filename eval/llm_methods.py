@@ -30,7 +30,7 @@ from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig
 from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.train import train
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 Cell = tuple[str, str]  # method ("base" for none), quantisation
 
@@ -96,8 +96,8 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(base)
     number = options.steps * options.batch_size
     questions = chosen(options.data / "ARC-Easy" / "train.json", tokenizer, options.longest, number)
-    write_atomically(settings, json.dumps(wanted).encode())
-    write_atomically(data, json.dumps([question.record for question in questions]).encode())
+    write_file(settings, json.dumps(wanted).encode(), overwrite=True)
+    write_file(data, json.dumps([question.record for question in questions]).encode(), overwrite=True)
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
@@ -129,8 +129,8 @@ def write_results(options: argparse.Namespace) -> None:
     about = {"torch": torch.__version__} | json.loads((options.work / "settings.json").read_text())
     lines = ",\n  ".join(map(json.dumps, cells))
     head = json.dumps(about, indent=1).removesuffix("\n}")
-    write_atomically(options.out.with_suffix(".json"), f'{head},\n "cells": [\n  {lines}\n ]\n}}\n'.encode())
-    write_atomically(options.out.with_suffix(".md"), (table(cells) + "\n").encode())
+    write_file(options.out.with_suffix(".json"), f'{head},\n "cells": [\n  {lines}\n ]\n}}\n'.encode(), overwrite=True)
+    write_file(options.out.with_suffix(".md"), (table(cells) + "\n").encode(), overwrite=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -157,7 +157,7 @@ def main() -> None:
         try:
             with FileLock(path.with_suffix(".lock"), timeout=0):
                 if not path.exists():
-                    write_atomically(path, json.dumps(make_cell(tuple(options.cell), options)).encode())
+                    write_file(path, json.dumps(make_cell(tuple(options.cell), options)).encode(), overwrite=True)
         except Timeout:
             print(f"{path} is being computed by another process")  # noqa: T201
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sbora_diffusion.adapters.basis import Interval
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 CONCEPTS = ("dog", "penguin", "octopus", "cat", "horse", "rooster")
 CONCEPTS += ("dragon", "monkey", "elephant", "tiger", "snail", "pumpkin")
@@ -87,4 +87,4 @@ class Found:
         self._found["scores"] |= {f"{how}-{size}-{name}": scores[name] for name in names}
         if merged:
             self._found["merges"][f"{how}-{'+'.join(names)}"] = merged
-        write_atomically(self._path, (json.dumps(self._found) + "\n").encode())
+        write_file(self._path, (json.dumps(self._found) + "\n").encode(), overwrite=True)

@@ -13,7 +13,7 @@ from retention_study import Study, planned
 from sbora_diffusion.evaluation.comparison.table import grid, markdown
 from sbora_diffusion.evaluation.metrics.bootstrap import Estimate, format_estimate
 from sbora_diffusion.training.checkpoint import versions
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger("retention")
 
@@ -70,8 +70,8 @@ def _score(row: Mapping, metric: str) -> str:
 
 def write_table(summary: Mapping, out: Path) -> None:
     """Write the summary as JSON, and its table in Markdown beside it."""
-    write_atomically(out, (json.dumps(summary, indent=1) + "\n").encode())
-    write_atomically(out.with_suffix(".md"), table(summary).encode())
+    write_file(out, (json.dumps(summary, indent=1) + "\n").encode(), overwrite=True)
+    write_file(out.with_suffix(".md"), table(summary).encode(), overwrite=True)
 
 
 def write_summary(summary: Mapping, out: Path) -> None:

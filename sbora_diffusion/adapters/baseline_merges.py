@@ -1,6 +1,6 @@
 """Merges of methods that change whole weights, from their papers' formulas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from sbora_diffusion.adapters.file import Adapter, Dense
 from sbora_diffusion.adapters.fuse import response
 from sbora_diffusion.adapters.merge import in_order, put_together
 
+STEPS = {"text_encoder": 500, "text_encoder_2": 500, "unet": 50, "transformer": 50}  # of gradient fusion's code
 _RIDGE = 1e-6  # of the mean diagonal entry: prompts of which some directions never occur
 
 
@@ -24,8 +25,7 @@ def weighted_sum(
         layers: the untouched base model's, for DoRA.
     """
     adapters, weights = in_order(adapters, weights)
-    dense = {key: _sum_layer(key, adapters, weights, layers) for key in _keys(adapters)}
-    return _with_dense(put_together(adapters, weights, {}, {"how": how}), dense)
+    return _merge_layers(adapters, weights, how, lambda key: _sum_layer(key, adapters, weights, layers))
 
 
 def fuse_by_gradient(
@@ -40,43 +40,43 @@ def fuse_by_gradient(
         moments: for each adapter E[x xᵀ] (in, in) of each layer's inputs under the adapter's own model.
         device: where it is computed.
     """
-    pairs = {id(adapter): seen for adapter, seen in zip(adapters, moments, strict=True)}
+    of_adapter = {id(adapter): seen for adapter, seen in zip(adapters, moments, strict=True)}
     adapters, weights = in_order(adapters, weights)
-    dense = {}
-    for key in _keys(adapters):
-        seen = [pairs[id(adapter)][key].to(device) for adapter in adapters]
-        deltas = [_delta(adapter, key).to(device).double() * weight
-                  for adapter, weight in zip(adapters, weights, strict=True)]  # fmt: skip
+
+    def fuse_layer(key: str) -> Dense:
+        seen = [of_adapter[id(adapter)][key].to(device) for adapter in adapters]
+        pairs = zip(adapters, weights, strict=True)
+        deltas = [adapter.dense[key].delta(None).to(device).double() * weight for adapter, weight in pairs]
         steps = STEPS[key.partition(".")[0]]
         fused = gradient_fusion(deltas, seen, torch.zeros_like(seen[0]), prior_weight=0.0, steps=steps)
-        dense[key] = Dense(fused.float().cpu())
-    return _with_dense(put_together(adapters, weights, {}, {"how": "gradient"}), dense)
+        return Dense(fused.float().cpu())
+
+    return _merge_layers(adapters, weights, "gradient", fuse_layer)
 
 
 def merge_constrained(
     adapters: Sequence[Adapter], weights: Sequence[float], texts: Sequence[Tensor], prior: Tensor
 ) -> Adapter:
-    """Custom Diffusion's closed form (Kumari et al. 2023, eq. 4): each concept's words keep their answers.
+    """Custom Diffusion's closed form (Kumari et al. 2023, eq. 4): each concept's words keep their responses.
 
     Args:
         texts: for each adapter (n, d), the text encoder's states at the concept's words.
         prior: (d, d) E[c cᵀ] of the states c of prompts without any concept.
     """
-    pairs = {id(adapter): text for adapter, text in zip(adapters, texts, strict=True)}
+    of_adapter = {id(adapter): text for adapter, text in zip(adapters, texts, strict=True)}
     adapters, weights = in_order(adapters, weights)
-    words = torch.cat([pairs[id(adapter)] for adapter in adapters])
-    dense = {}
-    for key in _keys(adapters):
-        wanted = [
-            weight * _delta(adapter, key).double() @ pairs[id(adapter)].double().T
-            for adapter, weight in zip(adapters, weights, strict=True)
-        ]
-        dense[key] = Dense(constrained_least_squares(torch.cat(wanted, dim=1), words, prior).float())
-    return _with_dense(put_together(adapters, weights, {}, {"how": "constrained"}), dense)
+    words = [of_adapter[id(adapter)] for adapter in adapters]
+
+    def solve_layer(key: str) -> Dense:
+        triples = zip(adapters, weights, words, strict=True)
+        wanted = [weight * adapter.dense[key].delta(None).double() @ own.double().T for adapter, weight, own in triples]
+        return Dense(constrained_least_squares(torch.cat(wanted, dim=1), torch.cat(words), prior).float())
+
+    return _merge_layers(adapters, weights, "constrained", solve_layer)
 
 
 def constrained_least_squares(wanted: Tensor, words: Tensor, prior: Tensor) -> Tensor:
-    """The ΔW (out, d) float64 with ΔW cᵀ = wanted for all words c that moves the prior prompts least.
+    """Return the ΔW (out, d) float64 with ΔW cᵀ = wanted for all words c that moves the prior prompts least.
 
     ΔW = V (C P⁻¹ Cᵀ)⁻¹ C P⁻¹, by Lagrange multipliers: minimise tr(ΔW P ΔWᵀ) under ΔW Cᵀ = V.
 
@@ -89,33 +89,6 @@ def constrained_least_squares(wanted: Tensor, words: Tensor, prior: Tensor) -> T
     prior = prior + _RIDGE * prior.diagonal().mean() * torch.eye(len(prior), dtype=torch.float64)
     solved = torch.linalg.solve(prior, words.T).T  # C P⁻¹
     return wanted.double() @ torch.linalg.pinv(words @ solved.T, rtol=1e-9, hermitian=True) @ solved
-
-
-def _keys(adapters: Sequence[Adapter]) -> list[str]:
-    return sorted({key for adapter in adapters for key in adapter.dense})
-
-
-def _sum_layer(
-    key: str, adapters: Sequence[Adapter], weights: Sequence[float], layers: Mapping[str, nn.Linear]
-) -> Dense:
-    owners = [(a.dense[key], weight) for a, weight in zip(adapters, weights, strict=True) if key in a.dense]
-    downs = [dense.down for dense, _ in owners if dense.down is not None and dense.magnitude is None]
-    if len(downs) == len(owners):
-        return Dense(torch.cat([dense.up * weight for dense, weight in owners], dim=1), torch.cat(downs))
-    deltas = [dense.delta(layers[key].weight if key in layers else None).double() * weight for dense, weight in owners]
-    return Dense(torch.stack(deltas).sum(0).float())
-
-
-def _delta(adapter: Adapter, key: str) -> Tensor:
-    return adapter.dense[key].delta(None)
-
-
-def _with_dense(adapter: Adapter, dense: Mapping[str, Dense]) -> Adapter:
-    ranks = [each.up.shape[1] for each in dense.values() if each.down is not None]
-    return replace(adapter, dense=dict(dense), spec=replace(adapter.spec, rank=max(ranks, default=1)))
-
-
-STEPS = {"text_encoder": 500, "text_encoder_2": 500, "unet": 50, "transformer": 50}  # of the paper's code
 
 
 def gradient_fusion(
@@ -145,3 +118,24 @@ def gradient_fusion(
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType]
     return fused.detach()
+
+
+def _merge_layers(
+    adapters: Sequence[Adapter], weights: Sequence[float], how: str, merge_layer: Callable[[str], Dense]
+) -> Adapter:
+    dense = {key: merge_layer(key) for key in sorted({key for adapter in adapters for key in adapter.dense})}
+    merged = put_together(adapters, weights, {}, {"how": how})
+    ranks = [each.up.shape[1] for each in dense.values() if each.down is not None]
+    return replace(merged, dense=dense, spec=replace(merged.spec, rank=max(ranks, default=1)))
+
+
+def _sum_layer(
+    key: str, adapters: Sequence[Adapter], weights: Sequence[float], layers: Mapping[str, nn.Linear]
+) -> Dense:
+    owners = [(a.dense[key], weight) for a, weight in zip(adapters, weights, strict=True) if key in a.dense]
+    downs = [dense.down for dense, _ in owners if dense.down is not None and dense.magnitude is None]
+    if len(downs) == len(owners):
+        return Dense(torch.cat([dense.up * weight for dense, weight in owners], dim=1), torch.cat(downs))
+    base = layers[key].weight if key in layers else None
+    deltas = [dense.delta(base).double() * weight for dense, weight in owners]
+    return Dense(torch.stack(deltas).sum(0).float())

@@ -47,12 +47,20 @@ class Certificate:
     def describe(self) -> str:
         """Return what is guaranteed for these files, what is not, and the norms, one line each."""
         what, total = ("column" if self.side == "fa" else "row"), _combine(self.layers.values())
-        lines = _guarantees(what, len(self.layers)) if self.disjoint else self._overlaps(what)
+        lines = self._guarantees(what) if self.disjoint else self._overlaps(what)
         lines.append("not guaranteed: that concepts do not disturb each other; each acts on every activation")
         if total.free is not None:
             lines.append(f"free: at least {total.free} {what}s in every layer")
         lines += [f"‖ΔW‖ of {name}: {norm:.4g}" for name, norm in zip(self.names, total.norms, strict=True)]
         return "\n".join(lines)
+
+    def _guarantees(self, what: str) -> list[str]:
+        return [
+            f"disjoint: no {what} of {len(self.layers)} layers is written by two adapters",
+            "guaranteed: each weight is written by at most one concept",
+            "guaranteed: the sum is the same in any order, bit for bit",
+            "guaranteed: each of them can be removed again, bit for bit",
+        ]
 
     def _overlaps(self, what: str) -> list[str]:
         shared = [layer.overlap for layer in self.layers.values() if layer.overlap]
@@ -77,18 +85,17 @@ def certify(adapters: Sequence[Adapter], widths: Mapping[str, int] | None = None
     layers, collisions = {}, Counter()
     for key in sorted({key for adapter in adapters for key in adapter.factors}):
         factors = {position: a.factors[key] for position, a in enumerate(adapters) if key in a.factors}
-        width = None if widths is None else widths.get(key)
-        layers[key] = _certify_layer(factors, len(adapters), width)
-        if layers[key].overlap:
-            collisions.update(_shared(factors))
+        layers[key] = _certify_layer(factors, len(adapters), (widths or {}).get(key))
+        owned = {position: set(factor.index.tolist()) for position, factor in factors.items()}
+        for i, j in combinations(owned, 2):
+            collisions[i, j] += len(owned[i] & owned[j])
     names = tuple(adapter.spec.name for adapter in adapters)
-    pairs = {(names[i], names[j]): number for (i, j), number in sorted(collisions.items())}
+    pairs = {(names[i], names[j]): number for (i, j), number in sorted(collisions.items()) if number}
     return Certificate(names, adapters[0].spec.side, layers, pairs)
 
 
 def layer_group(key: str) -> str:
-    """Return a layer's group: "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" is in
-    "unet.down_blocks.attn1"."""
+    """Return a layer's group: "unet.down_blocks.0.attentions.1…attn1.to_q" is in "unet.down_blocks.attn1"."""
     component, *path = [part for part in key.split(".") if not part.isdigit()]
     attention = [part for part in path if re.fullmatch(r"attn\d*|.*_attn", part)]
     return ".".join([component, *path[:1], *attention[-1:]])
@@ -103,13 +110,6 @@ def _certify_layer(factors: Mapping[int, Factor], number: int, width: int | None
     )
 
 
-def _shared(factors: Mapping[int, Factor]) -> dict[tuple[int, int], int]:
-    """Count the columns or rows that each pair of adapters shares in one layer."""
-    owned = {position: set(factor.index.tolist()) for position, factor in factors.items()}
-    pairs = {(i, j): len(owned[i] & owned[j]) for i, j in combinations(sorted(owned), 2)}
-    return {pair: number for pair, number in pairs.items() if number}
-
-
 def _combine(layers: Iterable[LayerCertificate]) -> LayerCertificate:
     layers = list(layers)
     free = [layer.free for layer in layers if layer.free is not None]
@@ -118,12 +118,3 @@ def _combine(layers: Iterable[LayerCertificate]) -> LayerCertificate:
         free=min(free, default=None),
         norms=tuple(math.hypot(*norms) for norms in zip(*(layer.norms for layer in layers), strict=True)),
     )
-
-
-def _guarantees(what: str, num_layers: int) -> list[str]:
-    return [
-        f"disjoint: no {what} of {num_layers} layers is written by two adapters",
-        "guaranteed: each weight is written by at most one concept",
-        "guaranteed: the sum is the same in any order, bit for bit",
-        "guaranteed: each of them can be removed again, bit for bit",
-    ]

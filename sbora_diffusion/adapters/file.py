@@ -9,40 +9,50 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sbora_diffusion.adapters.basis import Side
-from sbora_diffusion.adapters.spec import Spec
+from sbora_diffusion.adapters.basis import Side, Spec
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_file
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
 
-PARTS = ("up", "down", "magnitude", "delta")
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """SBoRA's change of one layer: columns (FA) or rows (FB) of its weight, with the scale folded in."""
+
+    index: Tensor  # (r,) int64
+    weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A change of a whole weight; every scale is folded in. Float32.
+    """Another method's change of a whole weight; every scale is folded in. Float32."""
 
-    Attributes:
-        up: (out, r), or without `down` the change itself (out, in).
-        down: (r, in).
-        magnitude: (out, 1) of DoRA (Liu et al. 2024, eq. 5), the norms of the new weight's rows.
-    """
-
-    up: Tensor
-    down: Tensor | None = None
-    magnitude: Tensor | None = None
+    up: Tensor  # (out, r), or without `down` the change itself (out, in)
+    down: Tensor | None = None  # (r, in)
+    magnitude: Tensor | None = None  # (out, 1) of DoRA (Liu et al. 2024, eq. 5), the norms of the new weight's rows
 
     def parts(self) -> dict[str, Tensor]:
-        """What a file holds, by PARTS."""
+        """Return the tensors by their names in a file."""
         if self.down is None:
             return {"delta": self.up}
-        found = {"up": self.up, "down": self.down}
-        return found if self.magnitude is None else found | {"magnitude": self.magnitude}
+        return {"up": self.up, "down": self.down} | ({} if self.magnitude is None else {"magnitude": self.magnitude})
+
+    @classmethod
+    def from_parts(cls, layer: str, parts: Mapping[str, Tensor]) -> "Dense":
+        """Invert `parts`."""
+        if parts.keys() == {"delta"}:
+            return cls(parts["delta"])
+        if not {"up", "down"} <= parts.keys() <= {"up", "down", "magnitude"}:
+            raise SboraError(f"layer {layer} has the parts {', '.join(sorted(parts))}, expected delta, or up and down")
+        up, down, magnitude = parts["up"], parts["down"], parts.get("magnitude")
+        fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+        if not fits or (magnitude is not None and magnitude.shape != (len(up), 1)):
+            raise SboraError(f"layer {layer}: up, down and magnitude do not fit each other")
+        return cls(up, down, magnitude)
 
     def delta(self, weight: Tensor | None) -> Tensor:
-        """Return ΔW (out, in), float32 on the CPU; DoRA's alone needs the untouched base weight (out, in)."""
+        """Return ΔW (out, in), float32 on the CPU; DoRA's depends on the untouched base weight (out, in)."""
         change = self.up if self.down is None else self.up @ self.down
         if self.magnitude is None:
             return change
@@ -50,33 +60,6 @@ class Dense:
         original = weight.detach().to("cpu", torch.float32)
         turned = original + change
         return self.magnitude * turned / turned.norm(dim=1, keepdim=True) - original
-
-    def check_fits(self, layer: str, shape: tuple[int, int]) -> None:
-        """SboraError unless it changes a weight of shape (out, in)."""
-        inner = self.up.shape[1] if self.down is None else self.down.shape[1]
-        if (self.up.shape[0], inner) != shape:
-            raise SboraError(f"the adapter's change of layer {layer} does not fit its weight of shape {shape}")
-
-
-def dense_of(layer: str, parts: Mapping[str, Tensor]) -> Dense:
-    """The inverse of `Dense.parts`."""
-    if parts.keys() == {"delta"}:
-        return Dense(parts["delta"])
-    if not {"up", "down"} <= parts.keys() <= {"up", "down", "magnitude"}:
-        raise SboraError(f"layer {layer} has the parts {', '.join(sorted(parts))}, expected delta, or up and down")
-    up, down, magnitude = parts["up"], parts["down"], parts.get("magnitude")
-    fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
-    if not fits or (magnitude is not None and magnitude.shape != (len(up), 1)):
-        raise SboraError(f"layer {layer}: up, down and magnitude do not fit each other")
-    return Dense(up, down, magnitude)
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """An adapter's change of one layer: columns (FA) or rows (FB) of its weight, with the scale folded in."""
-
-    index: Tensor  # (r,) int64
-    weight: Tensor  # float32, (out, r) for fa, (r, in) for fb
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +92,9 @@ class Adapter:
         Raises:
             SboraError: the file exists and `force` is false, the adapter is invalid, or the disk is full.
         """
-        path = Path(path)
         _check(self)
         try:
-            write_file(path, self.to_bytes(), overwrite=force)
+            write_file(Path(path), self.to_bytes(), overwrite=force)
         except FileExistsError:
             raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.") from None
 
@@ -120,8 +102,7 @@ class Adapter:
         """Return the content of the concept file, the same bytes for the same adapter."""
         tensors = {f"tokens.{key}": embedding for key, embedding in self.tokens.items()}
         for key, factor in self.factors.items():
-            tensors[f"{key}.index"] = factor.index.to(torch.int32)
-            tensors[f"{key}.weight"] = factor.weight
+            tensors |= {f"{key}.index": factor.index.to(torch.int32), f"{key}.weight": factor.weight}
         for key, dense in self.dense.items():
             tensors |= {f"{key}.{part}": tensor for part, tensor in dense.parts().items()}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -133,9 +114,8 @@ class Adapter:
 
     def num_weights(self) -> int:
         """Count the parameters, without the token embeddings."""
-        held = [factor.weight for factor in self.factors.values()]
-        held += [tensor for dense in self.dense.values() for tensor in dense.parts().values()]
-        return sum(tensor.numel() for tensor in held)
+        parts = [tensor for dense in self.dense.values() for tensor in dense.parts().values()]
+        return sum(tensor.numel() for tensor in (*(factor.weight for factor in self.factors.values()), *parts))
 
     def describe(self) -> str:
         """Return a summary of a few lines."""
@@ -149,8 +129,7 @@ class Adapter:
         ]
         written = [key.split(".")[0] for key in (*self.factors, *self.dense)]
         lines += [f"{component}: {written.count(component)} layers" for component in sorted(set(written))]
-        if spec.parents:
-            lines.append(f"merged from: {', '.join(spec.parents)}")
+        lines += [f"merged from: {', '.join(spec.parents)}"] if spec.parents else []
         lines += [f"{name}: {value}" for name, value in spec.metrics.items()]
         return "\n".join(line if line.isprintable() else ascii(line) for line in lines)
 
@@ -171,16 +150,19 @@ def check_fits(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) ->
                 f"adapter {adapter.spec.name!r} has the layer {key}, which the model does not have",
                 hint=f"It was trained for {adapter.spec.base_id}.",
             )
-        if key in adapter.dense:
-            adapter.dense[key].check_fits(key, layer_shapes[key])
-        else:
-            check_factor(key, adapter.factors[key], adapter.spec.side, layer_shapes[key])
+    for key, factor in adapter.factors.items():
+        check_factor(key, factor, adapter.spec.side, layer_shapes[key])
+    for key, dense in adapter.dense.items():
+        inner = dense.up if dense.down is None else dense.down
+        if (dense.up.shape[0], inner.shape[1]) != layer_shapes[key]:
+            raise SboraError(
+                f"the adapter's change of layer {key} does not fit its weight of shape {layer_shapes[key]}"
+            )
 
 
 def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int]) -> None:
     """Raise SboraError unless a factor fits a weight of shape (out, in)."""
-    out_dim, in_dim = shape
-    rank = len(factor.index)
+    (out_dim, in_dim), rank = shape, len(factor.index)
     fits = tuple(factor.weight.shape) == ((out_dim, rank) if side == "fa" else (rank, in_dim))
     if not fits or int(factor.index.max()) >= (in_dim if side == "fa" else out_dim):
         raise SboraError(f"the adapter's factor of layer {layer} does not fit its weight of shape {out_dim}×{in_dim}")
@@ -206,13 +188,12 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
     spec = Spec.from_json(metadata)
     tokens, halves, parts = {}, {}, {}
     for key, tensor in tensors.items():
-        prefix, _, rest = key.partition(".")
         layer, _, kind = key.rpartition(".")
-        if prefix == "tokens":
-            tokens[rest] = tensor
+        if key.startswith("tokens."):
+            tokens[key.removeprefix("tokens.")] = tensor
         elif kind in ("index", "weight"):
             halves.setdefault(layer, {})[kind] = tensor
-        elif kind in PARTS and spec.method:
+        elif kind in ("up", "down", "magnitude", "delta") and spec.method:
             parts.setdefault(layer, {})[kind] = tensor
         else:
             raise SboraError(f"unknown key {key!r}")
@@ -223,7 +204,7 @@ def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
         if half["index"].dtype != torch.int32:
             raise SboraError(f"index of layer {layer} has dtype {half['index'].dtype}, expected int32")
         factors[layer] = Factor(half["index"].to(torch.int64), half["weight"])
-    adapter = Adapter(spec, factors, tokens, {layer: dense_of(layer, found) for layer, found in parts.items()})
+    adapter = Adapter(spec, factors, tokens, {layer: Dense.from_parts(layer, found) for layer, found in parts.items()})
     _check(adapter)
     return adapter
 
@@ -260,6 +241,5 @@ def _check_values(key: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.float32 or tensor.ndim != 2 or tensor.numel() == 0:
         raise SboraError(f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, expected a float32 matrix")
     if not tensor.isfinite().all():
-        raise SboraError(
-            f"{key}: some values are not finite", hint="The training has diverged: lower the learning rate."
-        )
+        hint = "The training has diverged: lower the learning rate."
+        raise SboraError(f"{key}: some values are not finite", hint)

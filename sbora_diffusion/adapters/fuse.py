@@ -17,6 +17,7 @@ paper; it is one factor per layer, from moments that the solve needs anyway.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,17 +61,21 @@ def fuse(
     assert prior_weight >= 0 < ridge
     adapters, weights = in_order(adapters, weights)
     side = adapters[0].spec.side
-    unions = {key: _union(key, adapters) for key in sorted({key for adapter in adapters for key in adapter.factors})}
-    columns = {key: union if side == "fa" else torch.arange(_width(key, adapters)) for key, union in unions.items()}
-    systems = {key: System() for key in unions}
+    keys = sorted({key for adapter in adapters for key in adapter.factors})
+    owned = {key: [adapter.factors[key] for adapter in adapters if key in adapter.factors] for key in keys}
+    unions = {key: torch.cat([factor.index for factor in factors]).unique() for key, factors in owned.items()}
+    widths = {key: factors[0].weight.shape[1] for key, factors in owned.items()}  # of FB
+    columns = {key: union if side == "fa" else torch.arange(widths[key]) for key, union in unions.items()}
+    systems = {key: System() for key in keys}
     for adapter, weight in zip(adapters, weights, strict=True):
         moments = inputs(adapter, columns)
         for key, system in systems.items():
-            system.add(_on_support(key, adapter, adapters, side, unions[key]) * weight, moments[key])
+            delta = _on_support(adapter.factors.get(key), owned[key][0].weight.shape, side, unions[key])
+            system.add(delta * weight, moments[key])
     if prior_weight:
         moments = inputs(None, columns)
         for key, system in systems.items():
-            system.add_prior(moments[key] * prior_weight)
+            system.prior = (moments[key] * prior_weight).double()
     recipe = {"how": "fuse", "prior_weight": prior_weight, "ridge": ridge, "match_response": match_response}
     solved = {key: system.solve(ridge) for key, system in systems.items()}
     if match_response:
@@ -83,10 +88,10 @@ def fuse(
 class System:
     """The normal equations of one layer, ΔW · (seen + prior) = responses, summed concept by concept in float64."""
 
-    seen: Tensor | None = None  # (n, n) Σ M_j
-    prior: Tensor | None = None  # (n, n) λ P
-    responses: Tensor | None = None  # (m, n) Σ ΔW_j M_j
-    total: Tensor | None = None  # (m, n) Σ ΔW_j
+    seen: Any = 0.0  # (n, n) Σ M_j
+    prior: Any = 0.0  # (n, n) λ P
+    responses: Any = 0.0  # (m, n) Σ ΔW_j M_j
+    total: Any = 0.0  # (m, n) Σ ΔW_j
     energy: float = 0.0  # Σ E‖ΔW_j x_j‖²
 
     def add(self, delta: Tensor, moments: Tensor) -> None:
@@ -94,20 +99,11 @@ class System:
         delta, moments = delta.double(), moments.double()
         responses = delta @ moments
         self.energy += (responses * delta).sum().item()
-        self.seen = _add(self.seen, moments)
-        self.responses = _add(self.responses, responses)
-        self.total = _add(self.total, delta)
-
-    def add_prior(self, moments: Tensor) -> None:
-        """Set λ P (n, n)."""
-        self.prior = moments.double()
+        self.seen, self.responses, self.total = self.seen + moments, self.responses + responses, self.total + delta
 
     def solve(self, ridge: float) -> Tensor:
         """Return ΔW (m, n) float64; the plain sum if no input was recorded."""
-        assert self.seen is not None
-        assert self.responses is not None
-        assert self.total is not None
-        gram = self.seen if self.prior is None else self.seen + self.prior
+        gram = self.seen + self.prior
         mean = gram.diagonal().mean().item()
         epsilon = ridge * mean if mean > 0 else 1.0
         factor = torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram)).to(gram))
@@ -115,7 +111,6 @@ class System:
 
     def match_response(self, delta: Tensor) -> Tensor:
         """Rescale ΔW (m, n) so that its response norm on the concepts' inputs is the concepts' own."""
-        assert self.seen is not None
         energy = response(delta, self.seen).item()
         return delta * math.sqrt(self.energy / energy) if energy > 0 else delta
 
@@ -133,7 +128,7 @@ def full_support(
     system = System()
     for delta, seen in zip(deltas, moments, strict=True):
         system.add(delta, seen)
-    system.add_prior(prior_weight * prior)
+    system.prior = (prior_weight * prior).double()
     return system.solve(ridge)
 
 
@@ -150,26 +145,10 @@ def response(delta: Tensor, moments: Tensor) -> Tensor:
     return ((delta @ moments) * delta).sum()
 
 
-def _add(total: Tensor | None, more: Tensor) -> Tensor:
-    """Add in place; copy `more` if there is no total yet."""
-    return more.clone() if total is None else total.add_(more)
-
-
-def _union(key: str, adapters: Sequence[Adapter]) -> Tensor:
-    return torch.cat([adapter.factors[key].index for adapter in adapters if key in adapter.factors]).unique()
-
-
-def _width(key: str, adapters: Sequence[Adapter]) -> int:
-    """Return the number of columns of a layer, from FB factors."""
-    return next(adapter.factors[key].weight.shape[1] for adapter in adapters if key in adapter.factors)
-
-
-def _on_support(key: str, adapter: Adapter, adapters: Sequence[Adapter], side: Side, union: Tensor) -> Tensor:
+def _on_support(factor: Factor | None, like: torch.Size, side: Side, union: Tensor) -> Tensor:
     """Return a concept's delta on the union of columns (out, |union|) or rows (|union|, in); 0 without this layer."""
-    like = next(each.factors[key].weight for each in adapters if key in each.factors)
-    shape = (len(like), len(union)) if side == "fa" else (len(union), like.shape[1])
+    shape = (like[0], len(union)) if side == "fa" else (len(union), like[1])
     delta = torch.zeros(shape, dtype=torch.float64)
-    if key in adapter.factors:
-        factor = adapter.factors[key]
+    if factor is not None:
         delta.index_copy_(int(side == "fa"), torch.searchsorted(union, factor.index), factor.weight.double())
     return delta

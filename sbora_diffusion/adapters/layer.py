@@ -58,15 +58,13 @@ def attach(model: nn.Module, adapter: str, side: Side, interval: Interval, seed:
         SboraError: no layer to attach to, a rank that is not the interval's, an interval that does not fit, a layer
             that is not linear, or DoRA or another LoRA variant on the same layer.
     """
-    found = {canonical(name): module for name, module in _lora_layers(model, adapter)}
+    found: dict[str, Any] = {canonical(name): module for name, module in _lora_layers(model, adapter)}
     if not found:
         raise SboraError(f"the model has no LoRA layer of an adapter named {adapter!r}")
     positions = {}
     for name, module in found.items():
         _check_attachable(name, module, adapter, interval.rank)
-        dim = module.in_features if side == "fa" else module.out_features
-        assert dim is not None
-        positions[name] = indices(name, dim, interval, seed)
+        positions[name] = indices(name, module.in_features if side == "fa" else module.out_features, interval, seed)
     keep_linear4bit_unpacked(model)
     layers = {name: _attach_layer(name, found[name], adapter, side, index) for name, index in positions.items()}
     _warn_of_missing_hooks(layers)
@@ -83,12 +81,9 @@ def detect(model: nn.Module, adapter: str) -> dict[str, SboraLayer]:
         The layers found, by canonical name.
     """
     keep_linear4bit_unpacked(model)
-    layers = {}
-    for name, module in _lora_layers(model, adapter):
-        if not isinstance(module, _NOT_LINEAR):
-            layer = _detect_layer(canonical(name), module, adapter)
-            if layer is not None:
-                layers[layer.name] = layer
+    linear = ((name, module) for name, module in _lora_layers(model, adapter) if not isinstance(module, _NOT_LINEAR))
+    found = [_detect_layer(canonical(name), module, adapter) for name, module in linear]
+    layers = {layer.name: layer for layer in found if layer is not None}
     _warn_of_missing_hooks(layers)
     return layers
 
@@ -174,10 +169,7 @@ def _one_hot_factor(module: LoraLayer, adapter: str, side: Side) -> tuple[nn.Par
 
 
 def _one_hot_index(factor: Tensor, dim: int) -> Tensor | None:
-    """Return where each row (dim 1) or column (dim 0) has its only nonzero entry; None if the factor is not one-hot.
-
-    One-hot means exactly one nonzero entry each, all in different places.
-    """
+    """Return where each row (dim 1) or column (dim 0) has its only nonzero entry, or None: all in different places."""
     if factor.is_meta:
         return None
     nonzero = factor != 0

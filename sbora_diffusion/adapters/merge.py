@@ -56,12 +56,21 @@ def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[lis
         SboraError: as in `merge`.
     """
     if len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
-        raise SboraError(
-            f"got {len(adapters)} adapters and the weights {list(weights)}, expected one finite weight for each"
-        )
-    pairs = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].spec.name, _digest(*pair)))
-    check_mergeable([adapter.spec for adapter, _ in pairs])
-    _warn_of_repeated_parents([adapter.spec for adapter, _ in pairs])
+        got = f"{len(adapters)} adapters and the weights {list(weights)}"
+        raise SboraError(f"got {got}, expected one finite weight for each")
+
+    def place(pair: tuple[Adapter, float]) -> tuple[str, bytes]:
+        adapter, weight = pair
+        return adapter.spec.name, blake2b(adapter.to_bytes() + float(weight).hex().encode()).digest()
+
+    pairs = sorted(zip(adapters, weights, strict=True), key=place)
+    specs = [adapter.spec for adapter, _ in pairs]
+    check_mergeable(specs)
+    for parent, number in Counter(parent for spec in specs for parent in spec.parents or (spec.name,)).items():
+        if number > 1:
+            logger.warning(
+                "%s is in %d of the merged adapters: it counts several times in columns that they share", parent, number
+            )
     return [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
 
 
@@ -99,21 +108,6 @@ def check_mergeable(specs: Sequence[Spec], same: Sequence[str] = tuple(_HINTS)) 
             raise SboraError(
                 f"the adapters differ in {what.replace('_', ' ')}: {first} and {', '.join(others)}", hint=_HINTS[what]
             )
-
-
-def _warn_of_repeated_parents(specs: Sequence[Spec]) -> None:
-    """Warn of a concept that is in two merges: its columns are added twice."""
-    parents = Counter(parent for spec in specs for parent in spec.parents or (spec.name,))
-    for parent, number in parents.items():
-        if number > 1:
-            logger.warning(
-                "%s is in %d of the merged adapters: it counts several times in columns that they share", parent, number
-            )
-
-
-def _digest(adapter: Adapter, weight: float) -> bytes:
-    """Return what sorts adapters of the same name."""
-    return blake2b(adapter.to_bytes() + float(weight).hex().encode()).digest()
 
 
 def _sum_layer(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Factor:
@@ -168,18 +162,14 @@ def _merged_spec(
 ) -> Spec:
     specs = [adapter.spec for adapter in adapters]
     pairs = list(zip(specs, renamings, strict=True))
-    return Spec(
-        side=specs[0].side,
+    return replace(
+        specs[0],
         rank=max((len(factor.index) for factor in factors.values()), default=1),
         intervals=tuple(sorted({interval for spec in specs for interval in spec.intervals})),
-        seed=specs[0].seed,
-        base_id=specs[0].base_id,
-        base_fingerprint=specs[0].base_fingerprint,
         tokens={names[token]: noun for spec, names in pairs for token, noun in spec.tokens.items()},
         name=merged_name(adapters),
         parents=tuple(parent for spec in specs for parent in spec.parents or (spec.name,)),
         recipe={**recipe, "weights": [[spec.name, w] for spec, w in zip(specs, weights, strict=True)]},
-        format=specs[0].format,
-        method=specs[0].method,
-        embedding_layers=specs[0].embedding_layers,
+        versions={},
+        metrics={},
     )

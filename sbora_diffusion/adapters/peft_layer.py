@@ -132,8 +132,7 @@ def has_known_frozen_weight(base: nn.Module) -> bool:
 
 @cache
 def _fast_class(plain: type) -> type:
-    """Make the subclass of a PEFT layer class with the fast forward: PEFT's bitsandbytes layers exist only at run
-    time."""
+    """Make the subclass of a PEFT layer class with the fast forward; some of these classes exist only at run time."""
     return type(f"Sbora{plain.__name__}", (FastForward, plain), {})
 
 
@@ -181,14 +180,7 @@ class SboraVariant:
     def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing: `attach` writes the factors."""
 
-    def forward(  # PEFT passes the keywords of all variants
-        self,
-        module: Any,
-        active_adapter: str,
-        x: Tensor,
-        result: Tensor,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """Compute the output on the general path: dropout, mixed batches, quantisers unknown to the kernel."""
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         index = self.index_on(x.device)

@@ -44,7 +44,13 @@ def get_sbora_model(
     Raises:
         SboraError: an unknown argument or side, an interval that does not fit, a target that is not a linear layer.
     """
-    _check_arguments(side, lora_config)
+    if side not in ("fa", "fb"):
+        raise SboraError(f"got side={side!r}, expected 'fa' (columns) or 'fb' (rows)")
+    unknown = sorted(lora_config.keys() - set(ALLOWED))
+    if unknown:
+        own = "rank, side, start, target_modules, seed, adapter_name"
+        hint = f"{guess(unknown[0], ALLOWED)}allowed are {own}, and of LoraConfig {', '.join(ALLOWED)}"
+        raise SboraError(f"got the argument {unknown[0]!r}, which get_sbora_model does not take", hint)
     interval = Interval(start, rank)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(**{"lora_alpha": rank, **lora_config, "r": rank, "target_modules": targets})
@@ -55,13 +61,3 @@ def get_sbora_model(
         adapted.unload()
         raise
     return adapted
-
-
-def _check_arguments(side: str, lora_config: dict[str, Any]) -> None:
-    if side not in ("fa", "fb"):
-        raise SboraError(f"got side={side!r}, expected 'fa' (columns) or 'fb' (rows)")
-    unknown = sorted(lora_config.keys() - set(ALLOWED))
-    if unknown:
-        own = "rank, side, start, target_modules, seed, adapter_name"
-        hint = f"{guess(unknown[0], ALLOWED)}allowed are {own}, and of LoraConfig {', '.join(ALLOWED)}"
-        raise SboraError(f"got the argument {unknown[0]!r}, which get_sbora_model does not take", hint)

@@ -108,7 +108,8 @@ class WeightPatcher:
         self._unfinished.update(layers)
         for layer in sorted(self._unfinished):
             weight = weights[layer]
-            _restore_entries(weight, self._originals.get(layer, ()))
+            for block in self._originals.get(layer, ()):
+                overwrite(weight, block.dim, block.index.to(weight.device), block.values.to(weight))
             self._originals.pop(layer, None)
             of_layer = [patch for patch in patches if layer in patch.factors]
             for patch in of_layer:
@@ -146,7 +147,7 @@ def _originals(weight: Tensor, patches: Sequence[_Patch], layer: str) -> list[_O
     for dim, side in ((1, "fa"), (0, "fb")):
         indices = [patch.factors[layer].index for patch in patches if patch.side == side]
         if indices:
-            index = _union(indices)
+            index = indices[0] if len(indices) == 1 else torch.cat(indices).unique()  # sorted
             blocks.append(_Originals(dim, index, weight.index_select(dim, index), len(indices) > 1))
     return blocks
 
@@ -166,16 +167,6 @@ def _sum_block(block: _Originals, patches: Sequence[_Patch], layer: str) -> Tens
     return total
 
 
-def _restore_entries(weight: Tensor, blocks: Sequence[_Originals]) -> None:
-    for block in blocks:
-        overwrite(weight, block.dim, block.index.to(weight.device), block.values.to(weight))
-
-
-def _union(indices: Sequence[Tensor]) -> Tensor:
-    """Return the index of one adapter in its own order, or the sorted union of several."""
-    return indices[0] if len(indices) == 1 else torch.cat(list(indices)).unique()
-
-
 class AdapterPatcher:
     """Writes adapters into the plain weights of a model, and adds them to the outputs of its quantised layers.
 
@@ -185,7 +176,11 @@ class AdapterPatcher:
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = WeightPatcher(model)
-        self._quantised = {name: _QuantisedLayer(module) for name, module in _quantised_layers(model).items()}
+        self._quantised = {
+            canonical(name): _QuantisedLayer(module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and is_quantised(module.weight)
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -193,14 +188,14 @@ class AdapterPatcher:
 
     def write(self, name: str, factors: Mapping[str, Factor], side: Side, strength: float = 1.0) -> None:
         """Write an adapter as `WeightPatcher.write` does; quantised layers are allowed."""
-        for layer, factor in factors.items():
-            if layer in self._quantised:
-                check_factor(layer, factor, side, self._quantised[layer].shape)
-        plain = {layer: factor for layer, factor in factors.items() if layer not in self._quantised}
+        for key in factors.keys() & self._quantised.keys():
+            module = self._quantised[key].module
+            check_factor(key, factors[key], side, (module.out_features, module.in_features))
+        plain = {key: factor for key, factor in factors.items() if key not in self._quantised}
         self._weights.write(name, plain, side, strength)
         for key, layer in self._quantised.items():
             factor = factors.get(key)
-            layer.set(name, factor and _Contribution(factor.index, factor.weight * strength, side))
+            layer.set(name, factor and Factor(factor.index, factor.weight * strength), side)
 
     def restore(self, name: str) -> None:
         """Remove an adapter."""
@@ -209,70 +204,45 @@ class AdapterPatcher:
             layer.set(name, None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Contribution:
-    """Columns (fa) or rows (fb) with their scaled factor."""
-
-    index: Tensor
-    weight: Tensor
-    side: Side
-
-
 class _QuantisedLayer:
     """Adds contributions to the output of one layer, by a forward hook that exists only while there are any."""
 
     def __init__(self, module: Any) -> None:
-        self._module, self._handle = module, None
-        self._contributions: dict[str, _Contribution] = {}
+        self.module, self._hook = module, None
+        self._contributions: dict[str, tuple[Factor, Side]] = {}  # by adapter, with the strength in the factor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self._module.out_features, self._module.in_features
-
-    def set(self, name: str, contribution: _Contribution | None) -> None:
+    def set(self, name: str, factor: Factor | None, side: Side = "fa") -> None:
         """Set or remove an adapter's contribution."""
         self._contributions.pop(name, None)
-        if contribution is not None:
-            device = self._module.weight.device
-            index, weight = contribution.index.to(device), contribution.weight.to(device)
-            moved = _Contribution(index, weight, contribution.side)
-            self._contributions = dict(sorted([*self._contributions.items(), (name, moved)]))
-        if self._contributions and self._handle is None:
-            self._handle = self._module.register_forward_hook(self._add)
-        elif not self._contributions and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if factor is not None:
+            new: tuple[str, tuple[Factor, Side]] = (name, (_on_device_of(self.module.weight, factor), side))
+            self._contributions = dict(sorted([*self._contributions.items(), new]))
+        if self._contributions and self._hook is None:
+            self._hook = self.module.register_forward_hook(self._add)
+        elif not self._contributions and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _add(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the output with all contributions. They are never trained, so no gradient is needed."""
         (x,), rows = inputs, output.flatten(0, -2).clone()  # (tokens, out)
         with without_autocast(rows.device.type):
-            for one in self._contributions.values():
-                weight = one.weight.to(rows.dtype)
-                if one.side == "fa":
-                    rows += gather_inputs(x, one.index, rows.dtype) @ weight.t()
+            for factor, side in self._contributions.values():
+                weight = factor.weight.to(rows.dtype)
+                if side == "fa":
+                    rows += gather_inputs(x, factor.index, rows.dtype) @ weight.t()
                 else:
-                    rows.index_add_(-1, one.index, x.flatten(0, -2).to(rows.dtype) @ weight.t())
+                    rows.index_add_(-1, factor.index, x.flatten(0, -2).to(rows.dtype) @ weight.t())
         return rows.view(output.shape)
 
 
-def _quantised_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the quantised layers by canonical name, those that PEFT has wrapped included."""
-    return {
-        canonical(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and is_quantised(module.weight)
-    }
-
-
 def written_side(adapter: Adapter) -> Side:
-    """What `written_factors` gives: columns, or an SBoRA-FB's rows."""
+    """Return what `written_factors` returns: columns, or an SBoRA-FB's rows."""
     return "fa" if adapter.dense else adapter.spec.side
 
 
 def written_factors(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str, Factor]:
-    """Its columns or rows; of a change of whole weights, all columns.
+    """Return an adapter's columns or rows; of a change of whole weights, all columns.
 
     Args:
         layers: "<component>.<canonical layer>" -> layer, with nothing written into it (DoRA reads its weight).
@@ -282,5 +252,5 @@ def written_factors(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[s
 
 
 def needs_original(adapter: Adapter) -> bool:
-    """Whether what it adds depends on the base weight."""
+    """Return whether what an adapter adds depends on the base weight."""
     return any(dense.magnitude is not None for dense in adapter.dense.values())

@@ -54,8 +54,8 @@ def import_(
 def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_name: str) -> "Adapter":
     from sbora_diffusion.adapters.file import Adapter
     from sbora_diffusion.inference.generate import check_base
+    from sbora_diffusion.interchange.files import read_metadata
     from sbora_diffusion.interchange.importing import read_foreign, to_adapter
-    from sbora_diffusion.interchange.safefile import read_metadata
     from sbora_diffusion.models.base import load_base
 
     if path.is_file() and "sbora" in read_metadata(path):
@@ -89,7 +89,7 @@ def _in_seed_of(library: "Library", adapter: "Adapter") -> "Adapter":
 
 
 def _check_collisions(adapter: "Adapter", library: "Library", collision: str) -> None:
-    from sbora_diffusion.library.collisions import collisions
+    from sbora_diffusion.library.library import collisions
 
     shared = collisions(adapter, library)
     if shared and collision == "refuse":

@@ -20,7 +20,7 @@ from sbora_diffusion.models.families.base import Noising
 from sbora_diffusion.models.loading import EMBEDDED, embedded_folder
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def sample_prior(base: Base, config: TrainConfig) -> Tensor:
 def save_prior(base: Base, config: TrainConfig, path: Path) -> None:
     """Generate these images and save them in fp16."""
     latents = {_KEY: sample_prior(base, config).half().cpu().contiguous()}
-    write_atomically(path, safetensors.torch.save(latents, {_SOURCE: _describe(base, config)}))
+    write_file(path, safetensors.torch.save(latents, {_SOURCE: _describe(base, config)}), overwrite=True)
 
 
 def _describe(base: Base, config: TrainConfig) -> str:

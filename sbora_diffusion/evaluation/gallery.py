@@ -1,17 +1,17 @@
 """The images of an evaluation on disk: one evaluation to a folder, every image complete or absent."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 from PIL import Image
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import folder_held, write_atomically
+from sbora_diffusion.utils.files import folder_held, write_file
 
 IMAGES, MANIFEST = "images", "evaluation.json"
 _OLDER_IMAGES = "pictures"  # until November 2026
@@ -57,9 +57,7 @@ def claimed(
 
 def write_image(image: Image.Image, path: Path) -> None:
     """Write a PNG; if the process is killed at any moment, the file is complete or absent."""
-    content = io.BytesIO()
-    image.save(content, format="png")
-    write_atomically(path, content.getvalue())
+    write_file(path, partial(image.save, format="png"), overwrite=True)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -89,7 +87,7 @@ def _take_over(folder: Path, identity: Mapping[str, Any], force: bool, older: Ma
         raise SboraError(f"{folder} {defect}", "choose another --out, or delete its images with --force")
     if defect:
         shutil.rmtree(images, ignore_errors=True)
-    write_atomically(manifest, json.dumps(identity, indent=2, sort_keys=True).encode())
+    write_file(manifest, json.dumps(identity, indent=2, sort_keys=True).encode(), overwrite=True)
 
 
 def _difference(images: Path, manifest: Path, identity: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_about
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.evaluate import EvalConfig, Harness
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import check_writable, write_atomically
+from sbora_diffusion.utils.files import check_writable, write_file
 
 
 def measure(
@@ -45,7 +45,7 @@ def write_results(path: Path, about: Mapping[str, Any], config: EvalConfig, meas
     """Write all scores, how they were made, and the versions."""
     versions = {"sbora-diffusion": __version__, "torch": torch.__version__}
     results = {**about, "versions": versions, "dtype": f"torch.{config.dtype}", "models": [*map(to_json, measured)]}
-    write_atomically(path, json.dumps(results, indent=1).encode())
+    write_file(path, json.dumps(results, indent=1).encode(), overwrite=True)
 
 
 def _check_different(adapters: Sequence[str]) -> None:

@@ -21,8 +21,8 @@ from sbora_diffusion.inference.generate import check_base, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
 from sbora_diffusion.training.checkpoint import image_digest, versions
-from sbora_diffusion.utils.aliases import with_older_names
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import with_older_names
 
 log = logging.getLogger(__name__)
 

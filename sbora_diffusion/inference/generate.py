@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
-from sbora_diffusion.adapters.weight_patcher import AdapterPatcher, needs_original, written_factors, written_side
 from sbora_diffusion.data.concept import ConceptImage
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import expanded
@@ -32,6 +31,8 @@ class ConceptPatcher:
     """
 
     def __init__(self, base: Base) -> None:
+        from sbora_diffusion.adapters.weight_patcher import AdapterPatcher
+
         self._base = base
         self._weights = {component: AdapterPatcher(base.component(component)) for component in base.adapted}
         self._concepts: dict[str, tuple[Adapter, float]] = {}
@@ -52,6 +53,8 @@ class ConceptPatcher:
         Raises:
             SboraError: an adapter for another base model, a name or token that is already in use.
         """
+        from sbora_diffusion.adapters.weight_patcher import needs_original, written_factors
+
         strengths = strengths or [1.0] * len(adapters)
         if len(strengths) != len(adapters):
             raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
@@ -105,6 +108,8 @@ class ConceptPatcher:
                 raise SboraError(f"{name!r} is not written into the base model, only {known} is")
 
     def _write_weights(self, name: str) -> None:
+        from sbora_diffusion.adapters.weight_patcher import written_side
+
         adapter, strength = self._concepts[name]
         for component, written in self._weights.items():
             own = {

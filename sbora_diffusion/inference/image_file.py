@@ -1,10 +1,10 @@
 """PNG files that contain the settings they were generated with."""
 
-import io
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sbora_diffusion import __version__
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_new
+from sbora_diffusion.utils.files import write_file
 
 KEY = "sbora"  # of the PNG's text chunk
 MAX_PIXELS = 4096 * 4096  # of a file whose settings are read
@@ -52,13 +52,11 @@ def save_numbered(image: Image.Image, folder: Path, settings: Settings) -> Path:
     slug = "-".join(re.findall(r"[^\W_]+", settings.prompt.lower()))[:60] or "image"
     info = PngInfo()
     info.add_itxt(KEY, settings.to_json())
-    content = io.BytesIO()
-    image.save(content, format="png", pnginfo=info)
     first = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*.png")), default=0)
     for number in count(first):
         path = folder / f"{number:04d}-{slug}.png"
         try:
-            write_new(path, content.getvalue())
+            write_file(path, partial(image.save, format="png", pnginfo=info))
             return path
         except FileExistsError:  # another process took the number
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sbora_diffusion.interchange.safefile import read_tensors
+from sbora_diffusion.interchange.files import read_tensors
 from sbora_diffusion.utils.errors import SboraError
 
 BUNDLED = "bundle_emb."  # prefix of embeddings that A1111 stores in LoRA files
@@ -34,11 +34,11 @@ def embedding_file(embedding: Embedding, *, kohya: bool) -> tuple[dict[str, Tens
     """
     vectors = embedding.vectors
     if "text_encoder_2" in vectors:
-        tensors = {part: vectors[place] for part, place in _PARTS.items() if part != "emb_params" and place in vectors}
+        tensors = {part: vectors[_PARTS[part]] for part in ("clip_l", "clip_g") if _PARTS[part] in vectors}
     else:
         tensors = {"emb_params" if kohya else embedding.token: vectors["text_encoder"]}
-    metadata = {"format": "pt", _TOKEN: embedding.token, _NOUN: embedding.noun or ""}
-    return tensors, {key: value for key, value in metadata.items() if value}
+    noun = {_NOUN: embedding.noun} if embedding.noun else {}
+    return tensors, {"format": "pt", _TOKEN: embedding.token, **noun}
 
 
 def read_embedding(path: Path) -> Embedding:
@@ -78,9 +78,8 @@ def _embedding(token: str, noun: str | None, tensors: Mapping[str, Tensor]) -> E
 def _matrix(token: str, tensor: Tensor) -> Tensor:
     matrix = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
     if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
-        raise SboraError(
-            f"token {token!r}: got {tensor.dtype} {tuple(tensor.shape)}, expected a floating-point matrix (n, hidden)"
-        )
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise SboraError(f"token {token!r}: got {got}, expected a floating-point matrix (n, hidden)")
     if not torch.isfinite(matrix).all():
         raise SboraError(f"token {token!r}: some values are not finite")
     return matrix.float()

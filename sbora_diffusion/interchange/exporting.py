@@ -1,24 +1,24 @@
 """Export an adapter as a folder of files that other programs load."""
 
+import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.basis import Spec
+from sbora_diffusion.adapters.file import COMPONENTS, Adapter
 from sbora_diffusion.interchange.embeddings import Embedding, embedding_file
-from sbora_diffusion.interchange.lora import Lora, common_rank, to_loras
-from sbora_diffusion.interchange.lora_file import diffusers_file, kohya_file
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, diffusers_file, kohya_file, peft_component, to_bytes
+from sbora_diffusion.interchange.lora import common_rank, to_loras
 from sbora_diffusion.interchange.names import is_sdxl
-from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_component
-from sbora_diffusion.interchange.provenance import provenance
-from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_file
 
 Format = Literal["diffusers", "kohya", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 EMBEDDINGS = "embeddings"  # the folder of learned tokens, beside the LoRA
+SPEC = "sbora.spec"  # the metadata with our own specification
 LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers' own default
 
 
@@ -57,7 +57,12 @@ def export(
     loras = to_loras(adapter, layer_shapes)
     about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
     if to == "peft":
-        files = dict(_peft(adapter.spec.base_id, loras, layer_shapes, about))
+        files = {}
+        for component in sorted({key.partition(".")[0] for key in loras}):
+            own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
+            config, tensors = peft_component(own, adapter.spec.base_id, layer_shapes)
+            files[f"{component}/{CONFIG}"] = config.encode()
+            files[f"{component}/{WEIGHTS}"] = to_bytes(tensors, {**about, "format": "pt"})
     elif to == "kohya":
         tensors = kohya_file(loras, sdxl=is_sdxl(layer_shapes))
         files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(tensors, about)}
@@ -72,21 +77,11 @@ def export(
     return [folder / name for name in files]
 
 
-def _peft(
-    base_id: str, loras: Mapping[str, Lora], layers: Collection[str], about: Mapping[str, str]
-) -> Iterator[tuple[str, bytes]]:
-    for component in sorted({key.partition(".")[0] for key in loras}):
-        own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
-        config, tensors = peft_component(own, base_id, layers)
-        yield f"{component}/{CONFIG}", config.encode()
-        yield f"{component}/{WEIGHTS}", to_bytes(tensors, {**about, "format": "pt"})
-
-
 def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
     files = {}
     for token, noun in adapter.spec.tokens.items():
-        split = {key: key.partition(".") for key in adapter.tokens}
-        vectors = {split[key][0]: value for key, value in adapter.tokens.items() if split[key][2] == token}
+        places = {component: f"{component}.{token}" for component in COMPONENTS}
+        vectors = {component: adapter.tokens[key] for component, key in places.items() if key in adapter.tokens}
         if vectors:
             name = f"{EMBEDDINGS}/{_slug(token)}.safetensors"
             if name in files:
@@ -98,3 +93,50 @@ def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
 def _slug(text: str) -> str:
     """Return a file name without brackets and spaces: in ComfyUI, prompts contain it."""
     return re.sub(r"[^\w+-]+", "-", text).strip("-") or "token"
+
+
+def provenance(
+    spec: Spec, layers: Mapping[str, tuple[int, int]], rank: int, resolution: int, date: str
+) -> dict[str, str]:
+    """Return an exported file's metadata for kohya (ss_), modelspec and ourselves; arguments as in `export`."""
+    version, architecture = base_model(layers, resolution)
+    tokens, recipe = list(spec.tokens), spec.recipe
+    metadata = {
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_sd_model_name": spec.base_id,
+        "ss_sd_model_hash": spec.base_fingerprint,
+        "ss_output_name": spec.name,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_steps": str(recipe.get("steps", "")),
+        "ss_unet_lr": str(recipe.get("learning_rate", "")),
+        "ss_text_encoder_lr": str(recipe.get("text_encoder_learning_rate", "")),
+        "ss_seed": str(recipe.get("seed", "")),
+        "ss_tag_frequency": json.dumps({spec.name: dict.fromkeys(tokens, 1)}),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": spec.name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.date": date,
+        "modelspec.trigger_phrase": ", ".join(tokens),
+        "modelspec.tags": ", ".join(dict.fromkeys(spec.tokens.values())),
+        "modelspec.merged_from": ", ".join(spec.parents),
+        SPEC: spec.to_json(),
+    }
+    return {key: value for key, value in metadata.items() if value}
+
+
+def base_model(layers: Mapping[str, tuple[int, int]], resolution: int) -> tuple[str, str]:
+    """Return the base model's names for kohya and modelspec, from its components and its text embeddings' width."""
+    components = {key.partition(".")[0] for key in layers}
+    has_two_encoders = "text_encoder_2" in components
+    if "transformer" in components:
+        return ("sd3", "stable-diffusion-3") if has_two_encoders else ("flux1", "flux-1-dev")
+    if has_two_encoders:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    width = max((shape[1] for key, shape in layers.items() if key.endswith("attn2.to_k")), default=768)
+    if width == 1024:
+        return "sd_v2", "stable-diffusion-v2-768-v" if resolution >= 768 else "stable-diffusion-v2-512"
+    return "sd_v1", "stable-diffusion-v1"

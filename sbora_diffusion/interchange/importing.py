@@ -1,21 +1,19 @@
 """Import adapters from the files of other programs, if one factor of each layer is one-hot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from sbora_diffusion.adapters.basis import Spec
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.interchange.embeddings import BUNDLED, Embedding, bundled_embeddings, read_embedding
-from sbora_diffusion.interchange.exporting import EMBEDDINGS, LORA_NAME
+from sbora_diffusion.interchange.exporting import EMBEDDINGS, LORA_NAME, SPEC
+from sbora_diffusion.interchange.files import is_peft_folder, read_loras, read_peft, read_tensors
 from sbora_diffusion.interchange.lora import Lora, from_loras, owned_intervals
-from sbora_diffusion.interchange.lora_file import read_loras
 from sbora_diffusion.interchange.names import resolve
-from sbora_diffusion.interchange.peft_folder import is_peft_folder, read_peft
-from sbora_diffusion.interchange.provenance import SPEC
-from sbora_diffusion.interchange.safefile import read_tensors
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -39,10 +37,8 @@ def read_foreign(path: Path, embeddings: Sequence[Path] = ()) -> Foreign:
         SboraError: any defect of a file, which it names.
     """
     metadata, loras, bundled = _read(path)
-    try:
+    with _naming(path):
         spec = Spec.from_json(metadata[SPEC]) if SPEC in metadata else None
-    except SboraError as defect:
-        raise SboraError(f"{path}: {defect}", defect.hint) from None
     named = [*bundled, *map(read_embedding, embeddings)]
     names = {embedding.token for embedding in named}
     tokens = set(spec.tokens) if spec else set()
@@ -67,7 +63,7 @@ def to_adapter(
     Raises:
         SboraError: a dense LoRA, layers or tokens that do not fit the base model, or a missing token.
     """
-    try:
+    with _naming(foreign.path):
         side, factors = from_loras(foreign.loras, foreign.spec.side if foreign.spec else "fa")
         keys = resolve(foreign.loras, layer_shapes)
         loras = {keys[layer]: lora for layer, lora in foreign.loras.items()}
@@ -86,8 +82,15 @@ def to_adapter(
             name=name,
         )
         return Adapter(spec, known, _tokens(foreign, layer_shapes))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of errors."""
+    try:
+        yield
     except SboraError as defect:
-        raise SboraError(f"{foreign.path}: {defect}", defect.hint) from None
+        raise SboraError(f"{path}: {defect}", defect.hint) from None
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Lora], list[Embedding]]:
@@ -97,10 +100,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Lora], list[Embedding]]
     file = _lora_in(path) if path.is_dir() else path
     metadata, tensors = read_tensors(file)
     plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
-    try:
+    with _naming(file):
         return metadata, read_loras(plain, metadata), bundled_embeddings(tensors)
-    except SboraError as defect:
-        raise SboraError(f"{file}: {defect}", defect.hint) from None
 
 
 def _lora_in(folder: Path) -> Path:
@@ -109,9 +110,7 @@ def _lora_in(folder: Path) -> Path:
     if folder / LORA_NAME in files:
         return folder / LORA_NAME
     if len(files) != 1:
-        raise SboraError(
-            f"{folder}: has {len(files)} safetensors files, expected one", hint="Give the path of the file."
-        )
+        raise SboraError(f"{folder}: has {len(files)} safetensors files, expected one", "Give the path of the file.")
     return files[0]
 
 
@@ -127,7 +126,7 @@ def _check_shapes(loras: Mapping[str, Lora], layer_shapes: Mapping[str, tuple[in
 
 
 def _nouns(foreign: Foreign, noun: str) -> dict[str, str]:
-    """token -> class noun."""
+    """Return token -> class noun."""
     claimed = foreign.spec.tokens if foreign.spec else {}
     tokens = [embedding.token for embedding in foreign.embeddings]
     twice = next((token for token in tokens if tokens.count(token) > 1), None)
@@ -135,13 +134,9 @@ def _nouns(foreign: Foreign, noun: str) -> dict[str, str]:
         raise SboraError(f"the token {twice!r} is in two files", hint="Give only one of them with --embedding.")
     missing = [token for token in claimed if token not in tokens]
     if missing:
-        raise SboraError(
-            f"the token {missing[0]!r} belongs to it, but is in none of the files",
-            hint="Give its file with --embedding FILE.",
-        )
-    return {
-        one.token: one.noun or claimed.get(one.token) or noun or one.token.strip("<>") for one in foreign.embeddings
-    }
+        hint = "Give its file with --embedding FILE."
+        raise SboraError(f"the token {missing[0]!r} belongs to it, but is in none of the files", hint)
+    return {e.token: e.noun or claimed.get(e.token) or noun or e.token.strip("<>") for e in foreign.embeddings}
 
 
 def _tokens(foreign: Foreign, layers: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval, Side, permutation
-from sbora_diffusion.adapters.file import Adapter, Dense, Factor, check_fits
+from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -25,11 +25,6 @@ class Lora:
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def padded(self, rank: int) -> "Lora":
-        """Return the same ΔW and scale in a higher rank, padded with zeros."""
-        more = rank - self.rank
-        return Lora(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.scale)
-
 
 def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Lora]:
     """Convert an adapter to LoRAs of scale one: one-hot rows in `down` for FA, one-hot columns in `up` for FB.
@@ -40,8 +35,7 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
     alphas, and vLLM supports only one rank and alpha.
 
     Args:
-        layer_shapes: "<component>.<layer>" -> (out, in), of the adapter's layers at least; the adapter does not hold
-            the number of columns (FA) or rows (FB).
+        layer_shapes: "<component>.<layer>" -> (out, in), of the adapter's layers at least.
 
     Raises:
         SboraError: the adapter does not fit these shapes, has no layer, or has changes that are no LoRA.
@@ -49,7 +43,14 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
     check_fits(adapter, layer_shapes)
     if not (adapter.factors or adapter.dense):
         raise SboraError(f"adapter {adapter.spec.name!r} has no layer", "It consists of a token only.")
-    loras = {key: _as_lora(adapter, key, dense) for key, dense in adapter.dense.items()}
+    loras = {}
+    for key, dense in adapter.dense.items():
+        if dense.down is None or dense.magnitude is not None:
+            raise SboraError(
+                f"{adapter.spec.name!r} is of the method {adapter.spec.method_name}, whose change of {key} is no LoRA",
+                "Write it into a pipeline for other programs: sbora-diffusion bake",
+            )
+        loras[key] = Lora(down=dense.down, up=dense.up)
     for key, factor in adapter.factors.items():
         out_dim, in_dim = layer_shapes[key]
         rows = torch.eye(len(factor.index), dtype=torch.float32)
@@ -58,16 +59,12 @@ def to_loras(adapter: Adapter, layer_shapes: Mapping[str, tuple[int, int]]) -> d
         else:
             loras[key] = Lora(down=factor.weight, up=torch.zeros(out_dim, len(rows)).index_copy_(0, factor.index, rows))
     rank = common_rank(loras)
-    return {key: lora.padded(rank) for key, lora in loras.items()}
+    return {key: _padded(lora, rank) for key, lora in loras.items()}
 
 
-def _as_lora(adapter: Adapter, key: str, dense: Dense) -> Lora:
-    if dense.down is None or dense.magnitude is not None:
-        raise SboraError(
-            f"{adapter.spec.name!r} is of the method {adapter.spec.method_name}, whose change of {key} is no LoRA",
-            "Write it into a pipeline for other programs: sbora-diffusion bake",
-        )
-    return Lora(down=dense.down, up=dense.up)
+def _padded(lora: Lora, rank: int) -> Lora:
+    more = rank - lora.rank
+    return Lora(F.pad(lora.down, (0, 0, 0, more)), F.pad(lora.up, (0, more)), lora.scale)
 
 
 def common_rank(loras: Mapping[str, Lora]) -> int:
@@ -89,12 +86,13 @@ def from_loras(loras: Mapping[str, Lora], prefer: Side = "fa") -> tuple[Side, di
     if not loras:
         raise SboraError("holds no LoRA layer")
     sides: tuple[Side, ...] = ("fa", "fb") if prefer == "fa" else ("fb", "fa")
-    for one in sides:
-        factors = {key: _factor(lora, one) for key, lora in loras.items()}
-        found = {key: factor for key, factor in factors.items() if factor is not None}
-        if len(found) == len(loras):
-            return one, found
-    dense = [key for key, lora in loras.items() if all(_factor(lora, one) is None for one in sides)]
+    found = {}
+    for side in sides:
+        factors = {key: _factor(lora, side) for key, lora in loras.items()}
+        found[side] = {key: factor for key, factor in factors.items() if factor is not None}
+        if len(found[side]) == len(loras):
+            return side, found[side]
+    dense = [key for key in loras if not any(key in factors for factors in found.values())]
     if dense:
         raise SboraError(
             f"is a dense LoRA, not an SBoRA adapter: neither factor of layer {dense[0]} is one-hot "
@@ -117,12 +115,12 @@ def owned_intervals(
     Returns:
         The intervals; none if the layers differ in their positions.
     """
-    owned = set()
+    owned: set[tuple[int, ...]] = set()
     for key, factor in factors.items():
         dim = loras[key].down.shape[1] if side == "fa" else loras[key].up.shape[0]
         position = permutation(key.partition(".")[2], dim, seed).argsort()
         owned.add(tuple(position[factor.index].sort().values.tolist()))
-    if {position for positions in owned for position in positions} <= _positions(claimed):
+    if set().union(*owned) <= {position for each in claimed for position in range(each.start, each.stop)}:
         return tuple(claimed)
     return tuple(_runs(owned.pop())) if len(owned) == 1 else ()
 
@@ -158,10 +156,6 @@ def _factor(lora: Lora, side: Side) -> Factor | None:
         index, place = index.unique(return_inverse=True)
         weight = weight.new_zeros(len(weight), len(index)).index_add_(1, place, weight)
     return Factor(index, (weight if side == "fa" else weight.t()).float().contiguous())
-
-
-def _positions(intervals: Sequence[Interval]) -> set[int]:
-    return {position for interval in intervals for position in range(interval.start, interval.stop)}
 
 
 def _runs(positions: Sequence[int]) -> list[Interval]:

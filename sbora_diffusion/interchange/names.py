@@ -75,28 +75,19 @@ def resolve(names: Iterable[str], layers: Mapping[str, object]) -> dict[str, str
     found: dict[str, str] = {}
     for name in names:
         component, _, layer = name.partition(".")
-        places = COMPONENTS if component not in COMPONENTS else (component,)
-        layer = layer if component in COMPONENTS else name
+        places, layer = ((component,), layer) if component in COMPONENTS else (COMPONENTS, name)
         candidates = [key for place in places if (key := f"{place}.{canonical(layer)}") in layers]
         candidates += [kohya[name]] if name in kohya else []
-        if len(candidates) != 1:
-            raise _not_one(name, candidates)
+        if not candidates:
+            problem = f"has the layer {name!r}, which the base model does not have, or which is never adapted"
+            raise SboraError(problem, "Give its base model with --base.")
+        if len(candidates) > 1:
+            problem = f"layer {name} may be {' or '.join(candidates)}"
+            raise SboraError(problem, "Name the folder after its component, such as text_encoder.")
         if candidates[0] in found.values():
             raise SboraError(f"holds the layer {candidates[0]} twice")
         found[name] = candidates[0]
     return found
-
-
-def _not_one(name: str, candidates: list[str]) -> SboraError:
-    if candidates:
-        return SboraError(
-            f"layer {name} may be {' or '.join(candidates)}",
-            hint="Name the folder after its component, such as text_encoder.",
-        )
-    return SboraError(
-        f"has the layer {name!r}, which the base model does not have, or which is never adapted",
-        hint="Give its base model with --base.",
-    )
 
 
 _COMPONENTS = ("unet", *TEXT_ENCODERS)

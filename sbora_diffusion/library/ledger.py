@@ -38,10 +38,9 @@ class Reservation:
         return (self.host, self.pid) == (socket.gethostname(), os.getpid())
 
     def is_live(self) -> bool:
-        if self.pid is None:
+        """Return whether its process runs; assumed on another host, where removing the name ends it."""
+        if self.pid is None or self.host != socket.gethostname():
             return True
-        if self.host != socket.gethostname():
-            return True  # unknown from here; removing the name ends it
         try:
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
@@ -56,20 +55,13 @@ class State:
     reservations: list[Reservation]
     widths: dict[str, dict[str, int]]  # "<base fingerprint>/<side>" -> layer -> columns or rows
 
-    def width(self, base_fingerprint: str, side: Side) -> int | None:
-        """Return the width of the narrowest adapted layer."""
-        return min(self.widths.get(f"{base_fingerprint}/{side}", {}).values(), default=None)
-
     @classmethod
     def read(cls, path: Path) -> "State":
         try:
             content = json.loads(path.read_bytes())
-            reservations = [
-                Reservation(**{**fields, "interval": Interval.parse(fields["interval"])})
-                for fields in content["reservations"]
-            ]
+            read = [Reservation(**{**r, "interval": Interval.parse(r["interval"])}) for r in content["reservations"]]
             widths = {key: {name: int(width) for name, width in w.items()} for key, w in content["widths"].items()}
-            return cls(reservations, widths)
+            return cls(read, widths)
         except FileNotFoundError:
             return cls([], {})
         except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
@@ -77,21 +69,18 @@ class State:
             return cls([], {})
 
     def write(self, path: Path) -> None:
-        reservations = [
-            {**vars(reservation), "interval": str(reservation.interval)} for reservation in self.reservations
-        ]
+        reservations = [{**vars(each), "interval": str(each.interval)} for each in self.reservations]
         content = json.dumps({"reservations": reservations, "widths": self.widths}, indent=1)
         write_file(path, content.encode(), overwrite=True)
 
-
-def check_not_in_training(state: State, name: str) -> None:
-    """Raise SboraError if another process is training this name."""
-    for other in state.reservations:
-        if other.name == name and other.pid is not None and not other.is_own():
-            raise SboraError(
-                f"{name} is being trained by process {other.pid} on {other.host}",
-                hint=f"Wait for it; if it no longer runs: sbora-diffusion remove {name}",
-            )
+    def check_not_in_training(self, name: str) -> None:
+        """Raise SboraError if another process is training this name."""
+        for other in self.reservations:
+            if other.name == name and other.pid is not None and not other.is_own():
+                raise SboraError(
+                    f"{name} is being trained by process {other.pid} on {other.host}",
+                    hint=f"Wait for it; if it no longer runs: sbora-diffusion remove {name}",
+                )
 
 
 @dataclass(frozen=True)
@@ -118,6 +107,27 @@ class Space:
     @property
     def key(self) -> str:
         return f"{self.base_fingerprint}/{self.side}"
+
+    def reserve(self, name: str, interval: Interval, lasting: bool) -> Reservation:
+        """Return a reservation for this process, or a lasting one for the name."""
+        return Reservation(
+            **{key: value for key, value in vars(self).items() if key != "widths"},
+            name=name,
+            interval=interval,
+            host=socket.gethostname(),
+            pid=None if lasting else os.getpid(),
+            started=psutil.Process().create_time(),
+        )
+
+    def check_seed(self, others: Sequence[Owner]) -> None:
+        """Raise SboraError if other owners' positions refer to another seed's permutations."""
+        for owner in others:
+            if owner.seed != self.seed:
+                raise SboraError(
+                    f"{owner.name} uses basis_seed {owner.seed}, got {self.seed}: "
+                    "intervals of different basis seeds may share columns",
+                    hint=f"Set basis_seed={owner.seed}, or use another folder.",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,40 +197,8 @@ def is_fulfilled(reservation: Reservation, specs: Mapping[str, Spec]) -> bool:
     return spec is not None and (spec.base_fingerprint, spec.side) == place
 
 
-def partition(owners: Sequence[Owner], name: str) -> tuple[list[Owner], list[Owner]]:
-    """What a name owns, and what others do."""
-    own = [owner for owner in owners if owner.name == name]
-    return own, [owner for owner in owners if owner.name != name]
-
-
-def reservation_of(space: Space, name: str, interval: Interval, lasting: bool) -> Reservation:
-    """Make a reservation for this process, or a lasting one for the name."""
-    return Reservation(
-        name=name,
-        base_id=space.base_id,
-        base_fingerprint=space.base_fingerprint,
-        side=space.side,
-        seed=space.seed,
-        interval=interval,
-        host=socket.gethostname(),
-        pid=None if lasting else os.getpid(),
-        started=psutil.Process().create_time(),
-    )
-
-
-def check_seed(space: Space, others: Sequence[Owner]) -> None:
-    """Raise SboraError if other owners' positions refer to another seed's permutations."""
-    for owner in others:
-        if owner.seed != space.seed:
-            raise SboraError(
-                f"{owner.name} uses basis_seed {owner.seed}, got {space.seed}: "
-                "intervals of different basis seeds may share columns",
-                hint=f"Set basis_seed={owner.seed}, or use another folder.",
-            )
-
-
 def check_pinned(pinned: Interval, others: Sequence[Owner], rank: int, width: int) -> Interval:
-    """Return the pinned interval; raise SboraError if its size is wrong, or it does not fit or is taken."""
+    """Return the pinned interval; raise SboraError if its size is wrong, it does not fit or is taken."""
     if pinned.rank != rank:
         raise SboraError(f"the interval {pinned} has {pinned.rank} positions, rank {rank} needs {rank}")
     if pinned.stop > width:

@@ -1,28 +1,16 @@
 """A library: a folder of concept files that assigns columns to new concepts."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from sbora_diffusion.adapters.basis import Interval, Side, first_free
-from sbora_diffusion.adapters.file import Adapter, Spec, read_spec
-from sbora_diffusion.adapters.spec import check_file_name
-from sbora_diffusion.library.ledger import (
-    Ledger,
-    Owner,
-    Space,
-    State,
-    check_not_in_training,
-    check_pinned,
-    check_seed,
-    is_fulfilled,
-    owners_of,
-    partition,
-    reservation_of,
-)
+from sbora_diffusion.adapters.basis import Interval, Side, Spec, check_file_name, first_free, indices
+from sbora_diffusion.adapters.file import Adapter, read_spec
+from sbora_diffusion.library.ledger import Ledger, Owner, Space, State, check_pinned, is_fulfilled, owners_of
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -32,10 +20,10 @@ LOCK_TIMEOUT = 60  # seconds; the lock is held for milliseconds
 
 
 class Library:
-    """A folder of concept files, "<name>.safetensors" each, from which the ledger is read. It also holds:
+    """A folder of concept files, "<name>.safetensors" each, from which the ledger is read.
 
-    `.ledger.json`: reservations of running trainings and by hand, and the layer widths of base models seen here;
-    `.ledger.lock`: locked while intervals are assigned.
+    `.ledger.json` holds reservations of running trainings and by hand, and the layer widths of base models seen here;
+    `.ledger.lock` is locked while intervals are assigned.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -82,11 +70,12 @@ class Library:
         with self._changing_state() as state:
             known = state.widths.get(space.key, {})  # others may adapt other layers of the same base
             state.widths[space.key] = known | dict(space.widths)
-            check_not_in_training(state, name)
+            state.check_not_in_training(name)
             state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
             owners = owners_of(state, self._specs(), space.base_fingerprint, space.side)
-            own, others = partition(owners, name)
-            check_seed(space, others)
+            own = [owner for owner in owners if owner.name == name]
+            others = [owner for owner in owners if owner.name != name]
+            space.check_seed(others)
             if lasting and own:
                 raise SboraError(f"{name} has the interval {own[0].interval} already ({own[0].state})")
             reserved = next((owner.interval for owner in own if owner.state == "reserved"), None)
@@ -95,7 +84,7 @@ class Library:
                 interval = first_free([owner.interval for owner in others], rank, width)
             else:
                 interval = check_pinned(pinned, others, rank, width)
-            state.reservations.append(reservation_of(space, name, interval, lasting))
+            state.reservations.append(space.reserve(name, interval, lasting))
         return interval
 
     def release(self, name: str) -> None:
@@ -107,7 +96,7 @@ class Library:
 
     def check_not_in_training(self, name: str) -> None:
         """Raise SboraError if another process is training this name."""
-        check_not_in_training(self._state(), name)
+        self._state().check_not_in_training(name)
 
     def what_is(self, name: str) -> str:
         """Describe what has this name, a concept file or a reservation; raise SboraError if there is neither."""
@@ -127,20 +116,15 @@ class Library:
             Names of others that own some of its columns, such as merges of it, but not its own parents.
         """
         self.what_is(name)
-        also = self._also_own(name)
+        specs, also = self._specs(), set[str]()
+        if spec := specs.get(name):
+            owners = owners_of(self._state(), specs, spec.base_fingerprint, spec.side)
+            also = {owner.name for owner in owners if any(map(owner.interval.overlaps, spec.intervals))}
+            also -= {name, *spec.parents}
         self.path(name).unlink(missing_ok=True)
         with self._changing_state() as state:
             state.reservations = [r for r in state.reservations if r.name != name]
-        return also
-
-    def _also_own(self, name: str) -> tuple[str, ...]:
-        """Return the names of others that own columns or rows of a file."""
-        specs = self._specs()
-        if name not in specs:
-            return ()
-        _, others = partition(self.owners(specs[name].base_fingerprint, specs[name].side), name)
-        shared = {o.name for o in others for own in specs[name].intervals if o.interval.overlaps(own)}
-        return tuple(sorted(shared - set(specs[name].parents)))
+        return tuple(sorted(also))
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
         """List the owners of one base model and side, by position."""
@@ -149,21 +133,21 @@ class Library:
     def ledgers(self) -> list[Ledger]:
         """List the ledgers of all base models and sides with an owner."""
         state, specs = self._state(), self._specs()
+        of_sbora = {name: spec for name, spec in specs.items() if spec.intervals or not spec.method}
         claims: set[tuple[str, str, Side]] = {
-            (s.base_id, s.base_fingerprint, s.side) for s in specs.values() if s.intervals or not s.method
+            (one.base_id, one.base_fingerprint, one.side) for one in (*of_sbora.values(), *state.reservations)
         }
-        claims |= {(r.base_id, r.base_fingerprint, r.side) for r in state.reservations}
         return [
             Ledger(
                 base_id=base_id,
                 base_fingerprint=fingerprint,
                 side=side,
-                width=state.width(fingerprint, side),
+                width=min(state.widths.get(f"{fingerprint}/{side}", {}).values(), default=None),
                 owners=owners_of(state, specs, fingerprint, side),
                 unplaced=tuple(
                     name
-                    for name, spec in specs.items()
-                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ()) and not spec.method
+                    for name, spec in of_sbora.items()
+                    if (spec.base_fingerprint, spec.side, spec.intervals) == (fingerprint, side, ())
                 ),
             )
             for base_id, fingerprint, side in sorted(claims)
@@ -213,7 +197,41 @@ class Library:
 def load_adapters(
     adapters: Adapter | str | Path | Sequence[Adapter | str | Path], library: Library | str | Path = "adapters"
 ) -> list[Adapter]:
-    """Return adapters that are given as objects, paths, or names in the library; one alone counts as a list of one."""
+    """Return adapters that are given as objects, paths, or names in the library, in a list or as a single one."""
     folder = library if isinstance(library, Library) else Library(library)
     listed = [adapters] if isinstance(adapters, Adapter | str | Path) else adapters
     return [one if isinstance(one, Adapter) else folder.load(str(one)) for one in listed]
+
+
+def collisions(adapter: Adapter, library: Library) -> list[str]:
+    """Describe each concept and reservation of the same base model and side that shares columns with an adapter.
+
+    Columns are compared, not intervals, because imported adapters may have none. Invalid files are skipped.
+    """
+    spec = adapter.spec
+    lines = []
+    for name in library.names():
+        if name == spec.name:
+            continue
+        with suppress(SboraError):
+            other = Adapter.load(library.path(name))
+            if (other.spec.base_fingerprint, other.spec.side) == (spec.base_fingerprint, spec.side):
+                lines += _shared(adapter, name, {key: factor.index for key, factor in other.factors.items()})
+    widths = library.widths(spec.base_fingerprint, spec.side) or {}
+    for owner in library.owners(spec.base_fingerprint, spec.side):
+        if owner.name != spec.name and owner.state != "trained":
+            taken = {  # layers that are too narrow are not adapted by this owner
+                key: indices(key.partition(".")[2], dim, owner.interval, owner.seed)
+                for key, dim in widths.items()
+                if owner.interval.stop <= dim
+            }
+            lines += _shared(adapter, f"{owner.name} ({owner.state}, {owner.interval})", taken)
+    return lines
+
+
+def _shared(adapter: Adapter, name: str, taken: Mapping[str, Tensor]) -> Iterator[str]:
+    what = "columns" if adapter.spec.side == "fa" else "rows"
+    both = [(factor.index, taken[key]) for key, factor in adapter.factors.items() if key in taken]
+    counts = [len(set(own.tolist()) & set(others.tolist())) for own, others in both]
+    if layers := sum(count > 0 for count in counts):
+        yield f"{name}: {sum(counts)} {what} in {layers} of {len(adapter.factors)} layers, at most {max(counts)} in one"

@@ -11,15 +11,13 @@ from torch import nn
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.layer import detect
+from sbora_diffusion.interchange.exporting import SPEC
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component, to_bytes
 from sbora_diffusion.interchange.lora import to_loras
-from sbora_diffusion.interchange.peft_folder import CONFIG, WEIGHTS, peft_component
-from sbora_diffusion.interchange.provenance import SPEC
-from sbora_diffusion.interchange.safefile import to_bytes
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.run_folder import RUN
+from sbora_diffusion.utils.files import RUN, write_file
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +110,8 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
     """
     config, tensors = peft_component(to_loras(adapter, shapes), adapter.spec.base_id, shapes)
     metadata = {"format": "pt", SPEC: adapter.spec.to_json()}
-    write_atomically(folder / CONFIG, config.encode())
-    write_atomically(folder / WEIGHTS, to_bytes(tensors, metadata))
+    write_file(folder / CONFIG, config.encode(), overwrite=True)
+    write_file(folder / WEIGHTS, to_bytes(tensors, metadata), overwrite=True)
     return folder
 
 

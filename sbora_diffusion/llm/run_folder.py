@@ -12,16 +12,14 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.basis import Interval, Spec
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.layer import collect
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig, side_of
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.run_folder import differences, read_description, versions
+from sbora_diffusion.utils.files import differences, read_description, versions, write_file
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +131,7 @@ def save_result(
     model.save_pretrained(str(out))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     about = run.describe(config) | {"parameters": trained, "metrics": metrics, "versions": versions(LIBRARIES)}
-    write_atomically(out / ABOUT, json.dumps(about, indent=2).encode())
+    write_file(out / ABOUT, json.dumps(about, indent=2).encode(), overwrite=True)
     side = side_of(run.method)
     if side is None or run.interval is None:
         return Trained(adapter=out, concept=None, in_library=None)

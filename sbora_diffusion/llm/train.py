@@ -34,8 +34,7 @@ from sbora_diffusion.llm.run_folder import (
 )
 from sbora_diffusion.llm.sampling import EpochSetter, ResumableTrainer
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
-from sbora_diffusion.utils.run_folder import claimed, full_disk_reported, versions, write_description
+from sbora_diffusion.utils.files import claimed, full_disk_reported, versions, write_description, write_file
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def train(
             if not trainer.is_world_process_zero():
                 return None
             losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-            write_atomically(folder / LOSSES, json.dumps(losses).encode())
+            write_file(folder / LOSSES, json.dumps(losses).encode(), overwrite=True)
             return save_result(adapted, run, config, folder, metrics, library)
 
 

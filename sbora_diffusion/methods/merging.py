@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sbora_diffusion.adapters.basis import Spec
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
 from sbora_diffusion.adapters.merge import check_mergeable
-from sbora_diffusion.adapters.spec import Spec
 from sbora_diffusion.library.library import Library, load_adapters
 from sbora_diffusion.methods.base import Merge, MergeRequest, Progress
 from sbora_diffusion.methods.registry import find_method

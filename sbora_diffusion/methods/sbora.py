@@ -5,11 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from sbora_diffusion.adapters.basis import Side
+from sbora_diffusion.adapters.basis import FORMAT, Side
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.adapters.spec import FORMAT
 from sbora_diffusion.methods.base import ADAPTER, Inject, Injected, Injection, LayerSize, Merge, MergeRequest, Method
 
 
@@ -51,10 +48,14 @@ def layer_size(side: Side) -> LayerSize:
 
 
 def _sum(request: MergeRequest) -> Adapter:
+    from sbora_diffusion.adapters.merge import merge
+
     return merge(request.adapters, request.weights, "sum")
 
 
 def _fuse(request: MergeRequest) -> Adapter:
+    from sbora_diffusion.adapters.fuse import fuse
+
     return fuse(request.adapters, request.weights, request.inputs, prior_weight=request.prior_weight)
 
 

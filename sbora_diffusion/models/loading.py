@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from sbora_diffusion.models.distributed import shard
 from sbora_diffusion.models.families.base import Family, Sampling
 from sbora_diffusion.models.families.registry import ALIASES, family_named
-from sbora_diffusion.utils.errors import SboraError, guess
-from sbora_diffusion.utils.hub import cache_if_offline, why
-from sbora_diffusion.utils.signals import interrupts_held
+from sbora_diffusion.utils.errors import SboraError, guess, interrupts_held
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +172,17 @@ def _path(name: str) -> str:
 @contextmanager
 def _told(name: str) -> Iterator[None]:
     """Say what is wrong with a base model in our own words."""
+    offline = nullcontext()
+    if name != EMBEDDED:
+        from sbora_diffusion.utils.hub import cache_if_offline
+
+        offline = cache_if_offline()
     try:
-        with cache_if_offline():
+        with offline:
             yield
     except (OSError, ValueError, KeyError, TypeError) as error:
+        from sbora_diffusion.utils.hub import why
+
         raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _what_to_do(name)) from error
 
 

@@ -17,8 +17,8 @@ from sbora_diffusion.recipes.schema import (
     parse_overrides,
     setting,
 )
-from sbora_diffusion.utils.aliases import CURRENT, with_current_names
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import CURRENT, with_current_names
 
 DECAY = Range(low=0, high=1, words="a decay from 0 to below 1, such as 0.99")
 SUM_SAFE = "sum-safe"  # for concepts that will only ever be summed

@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Jobs:
 
     def _write(self) -> None:
         content = json.dumps([asdict(job) for job in self._jobs], indent=1)
-        write_atomically(self._folder / "studio.json", content.encode())
+        write_file(self._folder / "studio.json", content.encode(), overwrite=True)
 
 
 def _read(path: Path) -> list[Job]:

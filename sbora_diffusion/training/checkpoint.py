@@ -1,12 +1,12 @@
 """A run folder: the checkpoint, log and description of one training, and a lock."""
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.folder import mask_file
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.utils import run_folder
-from sbora_diffusion.utils.aliases import with_current_names
+from sbora_diffusion.utils import files
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.text import with_current_names
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -46,9 +45,9 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return what must stay the same for a training to be resumed, as JSON values."""
     optional: dict[str, Any] = {"processes": num_processes} if num_processes > 1 else {}
-    files = [mask_file(image.path) for image in concept.images]
-    if any(files) and (config.loss.masked_loss or config.loss.attention_weight):
-        optional["masks"] = _digest(file.read_bytes() if file else b"" for file in files)
+    masks = [mask_file(image.path) for image in concept.images]
+    if any(masks) and (config.loss.masked_loss or config.loss.attention_weight):
+        optional["masks"] = _digest(file.read_bytes() if file else b"" for file in masks)
     return optional | {
         "concept": {"name": concept.name, "token": concept.token, "class_noun": concept.class_noun},
         "images": image_digest(concept),
@@ -73,7 +72,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, Python, the main libraries and, in a checkout, the commit."""
-    return run_folder.versions(LIBRARIES)
+    return files.versions(LIBRARIES)
 
 
 class RunFolder:
@@ -89,7 +88,7 @@ class RunFolder:
 
     def claimed(self) -> AbstractContextManager[None]:
         """Lock the folder; the operating system releases the lock when the process dies."""
-        return run_folder.claimed(self.path, self._writes)
+        return files.claimed(self.path, self._writes)
 
     def start(self, description: dict[str, Any], resume: bool, discard: bool = False) -> dict[str, Any] | None:
         """Return the checkpoint to resume from, or None for a new training; call it while the folder is claimed.
@@ -110,7 +109,7 @@ class RunFolder:
             )
         if found:
             return self._load(description)
-        run_folder.write_description(self.path, description, versions())
+        files.write_description(self.path, description, versions())
         return None
 
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class RunFolder:
             before["config"] = with_current_names(before["config"])
         except Exception as error:  # torch.load raises anything at all on a damaged file
             raise SboraError(f"cannot read {self._checkpoint}: {error}", "start over with --force") from error
-        changed = run_folder.differences(before, description)
+        changed = files.differences(before, description)
         if changed:
             raise SboraError(
                 f"the interrupted training in {self.path} differs in {', '.join(changed)}",
@@ -132,12 +131,8 @@ class RunFolder:
         """Replace the checkpoint; if the process is killed meanwhile, the previous one is left."""
         if not self._writes:
             return
-        content = io.BytesIO()
-        torch.save(state | {"run": json.dumps(description)}, content)
-        try:
-            write_atomically(self._checkpoint, content.getvalue())
-        except SboraError as error:
-            raise SboraError(str(error), "free disk space, then --resume") from error
+        content = partial(torch.save, state | {"run": json.dumps(description)})
+        files.write_file(self._checkpoint, content, overwrite=True, hint="free disk space, then --resume")
 
     def log(self, entry: StepLog, done: bool = False) -> None:
         """Add a step to the log file."""

@@ -20,8 +20,8 @@ from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
 from sbora_diffusion.training.intervals import space_of
-from sbora_diffusion.utils.aliases import with_current_names
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import with_current_names
 
 log = logging.getLogger(__name__)
 

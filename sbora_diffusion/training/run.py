@@ -8,9 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.basis import FORMAT, FORMAT_OF_METHODS, Interval, Spec
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.spec import FORMAT, FORMAT_OF_METHODS, Spec
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import check_captions, check_tokens

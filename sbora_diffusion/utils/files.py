@@ -1,20 +1,29 @@
-"""Write files and folders atomically: readers see the previous state or the complete new one."""
+"""Atomic writes (readers see the previous state or the complete new one), and the run folder of a training."""
 
 import errno
+import json
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from sbora_diffusion import __version__
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import with_current_names
 
+LOCK = ".lock"
+RUN = "run.json"  # everything that decided the training
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_FULL_DISK = ("No space left", "unexpected pos", "file write failed", "iostream error")  # of torch and safetensors
 
 
 def write_file(
@@ -73,16 +82,90 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically, in place of an existing one: `write_file(path, content, overwrite=True)`."""
-    write_file(path, content, overwrite=True)
+@contextmanager
+def folder_held(folder: Path, what: str, hint: str) -> Iterator[None]:
+    """Lock a folder, created if missing; the operating system releases the lock when the process dies.
+
+    Args:
+        what: the activity that needs the folder, such as "training", for the error.
+        hint: what to do if another process holds the lock.
+
+    Raises:
+        SboraError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SboraError(f"another {what} is running in {folder}", hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def write_new(path: Path, content: bytes) -> None:
-    """Write a file that does not exist yet; raise FileExistsError or another OSError otherwise."""
-    with _temporary_file(path, content) as temporary:
-        if not _link(temporary, path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+def claimed(folder: Path, writes: bool = True, hint: str = "wait for it to end") -> AbstractContextManager[None]:
+    """Lock a run folder, as `folder_held` does, unless this process leaves the writing to another one."""
+    return folder_held(folder, "training", hint) if writes else nullcontext()
+
+
+def write_description(folder: Path, description: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Write everything that decides a training, in JSON values, and the versions that it was made with."""
+    content = json.dumps({**description, "versions": dict(versions)}, indent=2).encode()
+    write_file(folder / RUN, content, overwrite=True)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the description in a run folder under current names, {} if there is none.
+
+    Raises:
+        SboraError: the file is damaged.
+    """
+    path = folder / RUN
+    try:
+        described = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SboraError(f"cannot read {path} ({error})", "start anew in another folder") from None
+    if not isinstance(described, dict):
+        raise SboraError(f"{path} does not describe a training", "start anew in another folder")
+    current = with_current_names(described)
+    return current | ({"config": with_current_names(current["config"])} if "config" in current else {})
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the keys in which two descriptions differ, with both values, such as "config.rank (4 there, 8 here)"."""
+    changed = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} ({old} there, {new} here)")
+    return changed
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the versions of this package, Python, some libraries and, in a checkout, the commit."""
+    found = {"sbora-diffusion": __version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in libraries}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        found["git"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+@contextmanager
+def full_disk_reported(folder: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise on a full disk into a one-line error; other errors pass."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL_DISK):
+            raise
+        raise SboraError(f"cannot write in {folder}: no space left", "free disk space, then --resume") from error
 
 
 @contextmanager
@@ -104,10 +187,7 @@ def _temporary_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
@@ -168,29 +248,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-LOCK = ".lock"
-
-
-@contextmanager
-def folder_held(folder: Path, what: str, hint: str) -> Iterator[None]:
-    """Lock a folder, created if missing; the operating system releases the lock when the process dies.
-
-    Args:
-        what: the activity that needs the folder, such as "training", for the error.
-        hint: what to do if another process holds the lock.
-
-    Raises:
-        SboraError: another process holds the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise SboraError(f"another {what} is running in {folder}", hint) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,6 +1,8 @@
-"""Words in prompts and messages: tokens, names, articles, class nouns for tokens, types in words."""
+"""Words: tokens, names, articles and class nouns in prompts, and the older names of keys in our files."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 from unicodedata import category, normalize
 
 TOKEN = re.compile(r"(?<!>_)<(?=[^\s<>])[^<>]*(?<=[^\s<>])>(?!_<)")  # a tagger's <o>_<o> is none
@@ -19,6 +21,29 @@ def slug(text: str) -> str:
     letters = normalize("NFC", text.lower())
     kept = (each if each.isalnum() or each == "_" or category(each)[0] == "M" else " " for each in letters)
     return "-".join("".join(kept).split())
+
+
+# Written until November 2026 -> now: in concept files, checkpoints, recipes, run logs and results.
+CURRENT = {
+    "quiet_weight": "output_penalty",
+    "final_rate": "final_learning_rate",
+    "class_pictures": "class_images",
+    "validation_pictures": "validation_images",
+    "pictures": "images",
+    "picture": "image",
+    "as_loud": "match_response",
+}
+
+
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with every older key under its current name."""
+    return {CURRENT.get(key, key): value for key, value in values.items()}
+
+
+def with_older_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with the older names of keys; the inverse of `with_current_names`."""
+    older = {current: name for name, current in CURRENT.items()}
+    return {older.get(key, key): value for key, value in values.items()}
 
 
 def with_article(noun: str) -> str:

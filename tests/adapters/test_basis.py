@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbora_diffusion.adapters.basis import Interval, canonical, capacity, first_free, indices, permutation
+from sbora_diffusion.adapters.basis import Interval, canonical, first_free, indices, permutation
 from sbora_diffusion.utils.errors import SboraError
 
 intervals = st.builds(Interval, st.integers(0, 10**6), st.integers(1, 10**4))
@@ -79,7 +79,7 @@ def test_permutation_is_ours_to_change() -> None:
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(0, 9))
 def test_slots_share_no_column(dim: int, rank: int, seed: int) -> None:
-    slots = [Interval(slot * rank, rank) for slot in range(capacity([dim], rank))]
+    slots = [Interval(slot * rank, rank) for slot in range(dim // rank)]
     owned = [column for slot in slots for column in indices("layer", dim, slot, seed).tolist()]
     assert len(set(owned)) == len(owned) == dim // rank * rank
     assert all(0 <= column < dim for column in owned)
@@ -100,10 +100,6 @@ def test_interval_must_fit_the_layer() -> None:
         SboraError, match=r"interval 316:324 does not fit layer mid\.to_q, which has the positions 0:320"
     ):
         indices("base_model.model.mid.to_q", 320, Interval(316, 8), 0)
-
-
-def test_narrowest_layer_binds() -> None:
-    assert capacity([1280, 320, 640], 8) == 40
 
 
 @given(st.lists(st.builds(Interval, st.integers(0, 60), st.integers(1, 12)), max_size=8), st.integers(1, 12))

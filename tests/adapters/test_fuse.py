@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sbora_diffusion.adapters.baseline_merges import gradient_fusion
-from sbora_diffusion.adapters.basis import Interval, Side, indices
+from sbora_diffusion.adapters.basis import Interval, Side, Spec, indices
 from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import full_support, fuse, objective
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.adapters.spec import Spec
 
 KEY, OUT, IN, RANK = "unet.a", 5, 12, 2
 TINY = 1e-9  # a ridge that does not matter

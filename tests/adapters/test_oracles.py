@@ -1,7 +1,9 @@
-"""The published numbers of trainable parameters, counted on models of full size without weights."""
+"""The published numbers of trainable parameters, counted on models of full size without weights.
 
-from functools import cache
-from typing import Any, Literal
+A language model or text encoder is one of its equal blocks here, whose parameters are multiplied by their number.
+"""
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
-from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.layer import attach
 
-Method = Literal["lora", "dora", "fa", "fb"]
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 
 
 def llama(**config: Any) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**config))
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **config))
 
 
 def unet(**config: Any) -> nn.Module:
@@ -26,12 +27,11 @@ def unet(**config: Any) -> nn.Module:
 
 
 MODELS = {
-    "LLaMA-7B": lambda: llama(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "LLaMA-13B": lambda: llama(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "LLaMA-7B": lambda: llama(hidden_size=4096, intermediate_size=11008, num_attention_heads=32),
+    "LLaMA-13B": lambda: llama(hidden_size=5120, intermediate_size=13824, num_attention_heads=40),
     "LLaMA3-8B": lambda: llama(
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
@@ -60,9 +60,10 @@ MODELS = {
         projection_class_embeddings_input_dim=2816,
     ),
     "CLIP-L": lambda: CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=1, num_attention_heads=12)
     ),
 }
+BLOCKS = {"LLaMA-7B": 32, "LLaMA-13B": 40, "LLaMA3-8B": 32, "CLIP-L": 12}
 FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 SEVEN = (*FIVE, "o_proj", "gate_proj")
 UNET = ("to_q", "to_k", "to_v", "to_out.0")
@@ -82,39 +83,31 @@ TABLE = [
     ("SDXL", UNET, 4, 560, 5_806_080, None, 2_662_400, 3_143_680),
     ("CLIP-L", CLIP, 4, 48, 294_912, None, 147_456, 147_456),
 ]
-COLUMNS: tuple[Method, ...] = ("lora", "dora", "fa", "fb")
-CASES = [
-    pytest.param(model, targets, rank, layers, method, count, id=f"{model}-{len(targets)}-r{rank}-{method}")
-    for model, targets, rank, layers, *counts in TABLE
-    for method, count in zip(COLUMNS, counts, strict=True)
-    if count is not None
-]
 
 
-@cache
-def base(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return MODELS[name]().requires_grad_(False)
-
-
-@pytest.mark.parametrize(("name", "targets", "rank", "layers", "method", "count"), CASES)
+@pytest.mark.parametrize(
+    ("name", "targets", "rank", "layers", "lora", "dora", "fa", "fb"),
+    [pytest.param(*row, id=f"{row[0]}-{len(row[1])}-r{row[2]}") for row in TABLE],
+)
 def test_trainable_parameters(
-    name: str, targets: tuple[str, ...], rank: int, layers: int, method: Method, count: int
+    name: str, targets: tuple[str, ...], rank: int, layers: int, lora: int, dora: int | None, fa: int, fb: int
 ) -> None:
-    model = base(name)
-    config = LoraConfig(r=rank, target_modules=list(targets), use_dora=method == "dora")
+    blocks = BLOCKS.get(name, 1)
+    model = inject(name, targets, rank)
+    assert num_trainable(model) * blocks == lora
+    sides: tuple[tuple[Side, int], ...] = (("fa", fa), ("fb", fb))
+    for side, count in sides:
+        assert len(attach(model, "default", side, Interval(0, rank), seed=0)) * blocks == layers
+        assert num_trainable(model) * blocks == count
+    if dora is not None:
+        assert num_trainable(inject(name, targets, rank, use_dora=True)) * blocks == dora
+
+
+def inject(name: str, targets: tuple[str, ...], rank: int, **options: Any) -> nn.Module:
     with torch.device("meta"):
-        tuner = inject_adapter_in_model(config, model, "default")
-    if method in ("fa", "fb"):
-        assert len(attach(model, "default", method, Interval(0, rank), seed=0)) == layers
-    trainable = sum(parameter.numel() for parameter in tuner.parameters() if parameter.requires_grad)
-    remove_peft(model)
-    assert trainable == count
+        model = MODELS[name]().requires_grad_(False)
+        return inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(targets), **options), model, "default")
 
 
-def remove_peft(model: Any) -> None:
-    """Put the bare layers back: building a model takes far longer than injecting an adapter."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "base_layer"):
-            model.set_submodule(name, module.base_layer.requires_grad_(False))
-    del model.peft_config
+def num_trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

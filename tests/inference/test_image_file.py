@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SboraError, match="No space"):
         save_numbered(IMAGE, tmp_path, MADE)
     assert not list(tmp_path.iterdir())
 
@@ -92,7 +92,7 @@ def test_a_full_disk_without_hard_links_leaves_nothing_behind(tmp_path: Path, mo
 
     monkeypatch.setattr("os.link", no_links)
     monkeypatch.setattr("pathlib.Path.open", open_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SboraError, match="No space"):
         save_numbered(IMAGE, tmp_path, MADE)
     assert not list(tmp_path.iterdir())
 

@@ -1,23 +1,15 @@
 """Who shares columns with an adapter: compared by the columns themselves, in files and in reservations."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import torch
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.library.collisions import collisions
 from sbora_diffusion.library.ledger import Space
-from sbora_diffusion.library.library import Library
+from sbora_diffusion.library.library import Library, collisions
 
 from ..interchange.samples import SHAPES, random_adapter
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "adapters")
 
 
 def put(library: Library, name: str, interval: Interval, **changes: str) -> Adapter:

@@ -1,73 +1,16 @@
-"""The ledger hands every interval out once, whoever asks, and forgets nobody but the dead."""
+"""The library: intervals are assigned once, in the gaps between the files and reservations."""
 
-import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from random import Random
 
 import pytest
-import torch
 
-from sbora_diffusion.adapters.basis import Interval, Side
-from sbora_diffusion.adapters.file import Adapter, Factor, Spec
-from sbora_diffusion.library.ledger import Ledger, Owner, Space
+from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.library.ledger import Ledger, Owner
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.utils.errors import SboraError
 
-FORK = multiprocessing.get_context("fork")
-
-
-def save_adapter(
-    library: Library, name: str, interval: str, side: Side = "fa", base: str = "f00d", parents: tuple[str, ...] = ()
-) -> None:
-    intervals = tuple(Interval.parse(part) for part in interval.split(",") if part)
-    rank = sum(interval.rank for interval in intervals) or 1
-    spec = Spec(
-        side=side, rank=rank, intervals=intervals, seed=0, base_id="toy", base_fingerprint=base,
-        tokens={f"<{name}>": "thing"}, name=name, parents=parents,
-    )  # fmt: skip
-    weight = torch.ones((5, rank) if side == "fa" else (rank, 5))
-    factors = {"unet.layer": Factor(torch.arange(rank), weight)}
-    Adapter(spec, factors, {f"text_encoder.<{name}>": torch.ones(1, 4)}).save(library.path(name))
-
-
-def space(width: int = 64, seed: int = 0) -> Space:
-    widths = {"unet.narrow": width, "unet.wide": 2 * width}
-    return Space(base_id="toy", base_fingerprint="f00d", side="fa", seed=seed, widths=widths)
-
-
-def reserve(
-    library: Library, name: str, rank: int = 8, width: int = 64, pinned: str | None = None, lasting: bool = False
-) -> str:
-    interval = Interval.parse(pinned) if pinned else None
-    return str(library.reserve(space(width), rank, name, interval, lasting=lasting))
-
-
-@pytest.fixture
-def library(tmp_path: Path) -> Library:
-    return Library(tmp_path / "adapters")
-
-
-@pytest.fixture
-def training_dog(library: Library) -> Iterator[BaseProcess]:
-    """Another process, which has reserved 0:8 for dog and goes on."""
-    intervals = FORK.SimpleQueue()
-
-    def work() -> None:
-        intervals.put(reserve(library, "dog"))
-        signal.pause()
-
-    process = FORK.Process(target=work)
-    process.start()
-    assert intervals.get() == "0:8"
-    yield process
-    process.kill()
-    process.join()
+from .reserving import reserve, save_adapter, space
 
 
 def test_first_fit_goes_round_the_files(library: Library) -> None:
@@ -146,84 +89,6 @@ def test_a_full_ledger(library: Library) -> None:
         reserve(library, "dog")
 
 
-def test_sixteen_processes_at_once_get_sixteen_intervals(library: Library) -> None:
-    together, intervals = FORK.Barrier(16), FORK.SimpleQueue()
-
-    def work(name: str) -> None:
-        together.wait()
-        intervals.put(reserve(library, name, width=128))
-        together.wait()  # a process that ends gives its interval back
-
-    processes = [FORK.Process(target=work, args=(f"concept-{number}",)) for number in range(16)]
-    for process in processes:
-        process.start()
-    got = {intervals.get() for _ in processes}
-    for process in processes:
-        process.join()
-    assert got == {f"{start}:{start + 8}" for start in range(0, 128, 8)}
-
-
-def test_sixteen_processes_reserve_for_good(library: Library) -> None:
-    names = [f"concept-{number}" for number in range(16)]
-    processes = [FORK.Process(target=reserve, args=(library, name, 8, 128, None, True)) for name in names]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    owners = library.owners("f00d", "fa")
-    assert [str(owner.interval) for owner in owners] == [f"{start}:{start + 8}" for start in range(0, 128, 8)]
-    assert {(owner.name, owner.state) for owner in owners} == {(name, "reserved") for name in names}
-
-
-def test_sixteen_processes_that_come_and_go_never_share(library: Library) -> None:
-    together, troubles = FORK.Barrier(16), FORK.SimpleQueue()
-
-    def work(number: int) -> None:
-        random, name = Random(number), f"concept-{number}"
-        together.wait()
-        try:
-            for _ in range(12):
-                mine = Interval.parse(reserve(library, name, rank=random.choice((2, 4, 8)), width=160))
-                others = [owner for owner in library.owners("f00d", "fa") if owner.name != name]
-                assert not any(owner.interval.overlaps(mine) for owner in others), (name, mine, others)
-                if random.random() < 0.5:
-                    save_adapter(library, name, str(mine))
-                    library.release(name)
-                    library.remove(name)
-                else:
-                    library.release(name)
-            troubles.put("")
-        except BaseException as trouble:  # to be told in the parent
-            troubles.put(repr(trouble))
-
-    processes = [FORK.Process(target=work, args=(number,)) for number in range(16)]
-    for process in processes:
-        process.start()
-    got = [troubles.get() for _ in processes]
-    for process in processes:
-        process.join()
-    assert got == [""] * 16
-    assert library.owners("f00d", "fa") == ()
-
-
-def test_a_reservation_by_hand_lasts_until_the_file_is_there(library: Library) -> None:
-    child = FORK.Process(target=reserve, args=(library, "dog"), kwargs={"pinned": "8:16", "lasting": True})
-    child.start()
-    child.join()
-    assert library.owners("f00d", "fa") == (Owner("dog", Interval(8, 8), "reserved"),)
-    assert reserve(library, "cat") == "0:8"
-    assert reserve(library, "fox") == "16:24"
-    assert reserve(library, "dog") == "8:16", "a training of the name gets what was reserved for it"
-    assert Owner("dog", Interval(8, 8), "in training") in library.owners("f00d", "fa")
-    library.release("dog")
-    assert Owner("dog", Interval(8, 8), "reserved") in library.owners("f00d", "fa"), "nothing was trained"
-    save_adapter(library, "dog", "8:16")
-    library.release("dog")
-    assert Owner("dog", Interval(8, 8)) in library.owners("f00d", "fa")
-    library.remove("dog")
-    assert reserve(library, "owl") == "8:16"
-
-
 def test_a_reservation_by_hand_is_given_back(library: Library) -> None:
     assert reserve(library, "dog", lasting=True) == "0:8"
     library.remove("dog")
@@ -252,49 +117,6 @@ def test_concepts_without_an_interval_are_named(library: Library) -> None:
     save_adapter(library, "foreign", "")
     (ledger,) = library.ledgers()
     assert (ledger.owners, ledger.unplaced, ledger.width) == ((), ("foreign",), None)
-
-
-def test_a_name_in_training_is_refused(library: Library, training_dog: BaseProcess) -> None:
-    with pytest.raises(SboraError, match=f"dog is being trained by process {training_dog.pid}") as caught:
-        reserve(library, "dog")
-    assert caught.value.hint is not None
-    with pytest.raises(SboraError, match="is being trained"):
-        library.check_not_in_training("dog")
-    library.check_not_in_training("cat")
-    library.release("dog")  # which is this process's own only
-    assert reserve(library, "cat") == "8:16"
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_dead_process_leaves_nothing_behind(library: Library, training_dog: BaseProcess, how: signal.Signals) -> None:
-    assert training_dog.pid is not None
-    os.kill(training_dog.pid, how)
-    training_dog.join()
-    assert library.owners("f00d", "fa") == ()
-    assert reserve(library, "dog") == "0:8"
-
-
-def test_a_zombie_is_dead(library: Library, training_dog: BaseProcess) -> None:
-    assert training_dog.pid is not None
-    training_dog.kill()
-    os.waitid(os.P_PID, training_dog.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
-    assert library.owners("f00d", "fa") == ()
-
-
-@pytest.mark.usefixtures("training_dog")
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("started", 1.0, "0:8"),  # the process number was given out again
-        ("host", "elsewhere", "8:16"),  # a shared folder: whether that process lives cannot be known here
-    ],
-)
-def test_reservation_belongs_to_a_process(library: Library, field: str, value: object, expected: str) -> None:
-    ledger = library.folder / ".ledger.json"
-    content = json.loads(ledger.read_text())
-    content["reservations"][0][field] = value
-    ledger.write_text(json.dumps(content))
-    assert reserve(library, "cat") == expected
 
 
 def test_a_damaged_file_is_a_warning(library: Library, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from sbora_diffusion.llm.run_folder import Run, Trained
 from sbora_diffusion.llm.train import train as train_or_none
 from sbora_diffusion.llm.train import training_arguments
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.run_folder import full_disk_reported
+from sbora_diffusion.utils.files import full_disk_reported
 
 from .tiny import save_data, save_gguf
 

@@ -66,7 +66,7 @@ def answer(base: Base, prompt: str = "a <rex>") -> Tensor:
 
 
 def as_adapter(base: Base, name: str, method: str, config: TrainConfig, learned: tuple) -> Adapter:
-    from sbora_diffusion.adapters.spec import Spec
+    from sbora_diffusion.adapters.basis import Spec
 
     factors, dense, rows = learned
     own = interval(method)

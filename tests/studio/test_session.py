@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sbora_diffusion.adapters.basis import FORMAT_OF_METHODS
 from sbora_diffusion.adapters.file import Adapter, Dense
-from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_file import Settings, read_settings
 from sbora_diffusion.inference.regions import Region, generate_regions, parse_region, whole_scene

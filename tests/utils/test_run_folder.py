@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.run_folder import RUN, claimed, differences, read_description, versions, write_description
+from sbora_diffusion.utils.files import RUN, claimed, differences, read_description, versions, write_description
 
 
 def test_description_is_read_as_written(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from sbora_diffusion.models import loading
 from sbora_diffusion.models.base import load_base
-from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.signals import interrupts_held
+from sbora_diffusion.utils.errors import SboraError, interrupts_held
 
 from ..tiny_pipeline import save_tiny_pipeline
 

@@ -33,7 +33,7 @@ from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
 from sbora_diffusion.training.run import run_training
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 BATCH = 20  # images generated at once
 
@@ -44,7 +44,7 @@ def run_cell(folder: Path, kind: str, key: str) -> None:
     variant, seed, names = key.rsplit("/", 2)
     compute = _train if kind == "trained" else _score
     found = compute(folder, comparison, variant, int(seed), names)
-    write_atomically(path_of(folder, kind, key), json.dumps(found).encode())
+    write_file(path_of(folder, kind, key), json.dumps(found).encode(), overwrite=True)
 
 
 def train_once(

@@ -14,7 +14,7 @@ from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import image_digest
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,11 @@ class Comparison:
                     raise SboraError(f"{folder} holds a comparison with {key} {before[key]}", "choose another --out")
             _check_same(folder, before["digests"], digests)
             digests = before["digests"]
-        write_atomically(folder / "comparison.json", json.dumps(asdict(self) | {"digests": digests}, indent=1).encode())
+        write_file(
+            folder / "comparison.json",
+            json.dumps(asdict(self) | {"digests": digests}, indent=1).encode(),
+            overwrite=True,
+        )
 
     def config(self, variant: str, seed: int) -> TrainConfig:
         """Return the recipe of a variant, with the common settings and its own over it."""

@@ -7,7 +7,7 @@ from sbora_diffusion.evaluation.comparison.paired import changes, compared_metri
 from sbora_diffusion.evaluation.comparison.plan import Comparison
 from sbora_diffusion.evaluation.comparison.plots import retention, scatter
 from sbora_diffusion.evaluation.comparison.table import summarise, table, table_metrics
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
 
 
 def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:
@@ -17,8 +17,8 @@ def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:
     tables = [table(rows, in_table), differences_table(paired, compared), differences_table(merged, compared)]
     text = "\n".join(part for part in tables if part)
     content = {"command": command, "rows": rows, "differences": paired, "merged minus single": merged}
-    write_atomically(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomically(folder / "table.md", text.encode())
+    write_file(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode(), overwrite=True)
+    write_file(folder / "table.md", text.encode(), overwrite=True)
     if rows and len(in_table) > 1:
         scatter(rows, in_table, folder / "scatter.png")
     if merged:

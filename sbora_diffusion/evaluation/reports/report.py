@@ -13,8 +13,8 @@ from sbora_diffusion.evaluation.metrics.bootstrap import Estimate
 from sbora_diffusion.evaluation.reports.results import Report, Result
 from sbora_diffusion.evaluation.reports.tables import main_metrics, to_markdown
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.utils.aliases import with_current_names
-from sbora_diffusion.utils.files import write_atomically
+from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.text import with_current_names
 
 _GRID_SEEDS = 4  # images of each model and prompt in a grid
 _DIGITS = 6
@@ -23,8 +23,8 @@ _DIGITS = 6
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write report.md, report.json and a grid of images for each set of concepts; return their paths."""
     written = [folder / "report.md", folder / "report.json"]
-    write_atomically(written[0], to_markdown(report).encode())
-    write_atomically(written[1], to_json(report, folder).encode())
+    write_file(written[0], to_markdown(report).encode(), overwrite=True)
+    write_file(written[1], to_json(report, folder).encode(), overwrite=True)
     for shown in dict.fromkeys(result.shown for result in report.results):
         path = folder / f"grid-{'+'.join(shown)}.png"
         results = [result for result in report.results if result.shown == shown]
