@@ -9,11 +9,10 @@ from PIL import Image
 
 from sbora_diffusion.adapters.certificate import certify
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.adapters.merge import merge, merged_name
+from sbora_diffusion.adapters.merge import merged_name
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.calibration import SampledInputs
+from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, hidden_image, on_model
 from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
 from sbora_diffusion.studio.messages import error_text, show_errors
@@ -84,18 +83,15 @@ def _merge(session: Session, selected: Sequence[str], how: str, name: str | None
         raise SboraError(f"the concept {name} already exists", "Choose another name.")
     yield gr.skip(), "Merging …"
     base = adapters[0].spec.base_id
-    _merged(session, base, adapters, how).save(path)
+    if how == "sum":
+        merged = merge(adapters, how=how)
+    else:
+        merged = session.with_model(base, {}, lambda model: merge(adapters, how=how, base=model))
+    merged.save(path)
     note = f"**{name}** is now available in Generate."
     yield gr.skip(), f"{note} Generating a comparison …"
     image = _comparison(session, base, list(selected), adapters, name)
     yield gr.update(value=image, visible=True), note if how == "sum" else f"{note} {FUSED}"
-
-
-def _merged(session: Session, base: str, adapters: Sequence[Adapter], how: str) -> Adapter:
-    weights = [1.0] * len(adapters)
-    if how == "sum":
-        return merge(adapters, weights, "sum")
-    return session.with_model(base, {}, lambda model: fuse(adapters, weights, SampledInputs(model, adapters)))
 
 
 def _comparison(

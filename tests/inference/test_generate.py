@@ -103,7 +103,7 @@ def test_a_refused_change_changes_nothing(base: Base, adapters: list[Adapter]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_thousand_random_cycles_restore_the_pipeline(base: Base, adapters: list[Adapter], dtype: torch.dtype) -> None:
+def test_random_cycles_restore_the_pipeline(base: Base, adapters: list[Adapter], dtype: torch.dtype) -> None:
     assert base.fingerprint == adapters[0].spec.base_fingerprint
     base.pipeline.to(dtype)
     original, random, concepts = weights(base), Random(0), ConceptPatcher(base)
@@ -113,7 +113,7 @@ def test_a_thousand_random_cycles_restore_the_pipeline(base: Base, adapters: lis
         for number in range(2)
         for adapter in adapters  # the same columns twice
     ] + adapters
-    for _ in range(1000):
+    for _ in range(300):
         written = [adapter for adapter in chosen if adapter.spec.name in concepts.strengths]
         absent = [adapter for adapter in chosen if adapter not in written]
         match random.choice(("write", "restore", "strength", "restore")):
