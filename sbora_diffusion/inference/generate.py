@@ -50,9 +50,7 @@ class ConceptPatcher:
         Raises:
             SboraError: an adapter for another base model, a name or token that is already in use.
         """
-        strengths = strengths or [1.0] * len(adapters)
-        if len(strengths) != len(adapters):
-            raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+        strengths = matching_strengths(adapters, strengths)
         for adapter in adapters:
             check_base(adapter, self._base)
         check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
@@ -153,6 +151,14 @@ def applied(
         concepts.restore_all()
 
 
+def matching_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> Sequence[float]:
+    """Return one strength per adapter: the given ones, or 1 for each."""
+    strengths = strengths or [1.0] * len(adapters)
+    if len(strengths) != len(adapters):
+        raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+    return strengths
+
+
 def check_base(adapter: Adapter, base: Base) -> None:
     """Raise SboraError unless the adapter was trained for this base model and its embeddings fit the text encoders."""
     check_fits(adapter, base.layer_shapes)
@@ -219,7 +225,8 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
             raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
         named = set(TOKEN.findall(prompt))
         if missing := sorted(named - known):
-            have = sorted(set(filter(TOKEN.fullmatch, known)) - _special_tokens(base))
+            special = {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}
+            have = sorted(set(filter(TOKEN.fullmatch, known)) - special)
             raise SboraError(
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
@@ -237,8 +244,3 @@ def _check_read(base: Base, prompt: str, tokens: Iterable[str]) -> None:
         raise SboraError(
             f"{short!r} is too long: {lost[0]} is beyond its {len(ids)} tokens", "name the concept earlier"
         )
-
-
-def _special_tokens(base: Base) -> set[str]:
-    """Return the tokenizers' own special tokens, such as <|endoftext|>."""
-    return {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}
