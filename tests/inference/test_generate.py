@@ -20,20 +20,21 @@ from sbora_diffusion.utils.errors import SboraError
 
 from ..helpers import short_config, train
 
+TRAINED: list[Adapter] = []
+
 
 @pytest.fixture
 def adapters(base: Base, concept: Concept, tmp_path: Path) -> list[Adapter]:
-    """Two trained concepts in neighbouring intervals."""
-    found = []
-    for number, name in enumerate(("rex", "tom")):
+    """Two concepts in neighbouring intervals, trained once for all tests."""
+    for number, name in enumerate(("rex", "tom")[len(TRAINED) :], len(TRAINED)):
         renamed = replace(concept, name=name, token=f"<{name}>", images=tuple(
             replace(image, caption=image.caption.replace("rex", name)) for image in concept.images
         ))  # fmt: skip
         config = short_config(seed=str(number), learning_rate="5e-2")
         last = train(renamed, base, Interval(4 * number, 4), config, tmp_path / name)
         assert last.adapter
-        found.append(last.adapter)
-    return found
+        TRAINED.append(last.adapter)
+    return list(TRAINED)
 
 
 def draw(base: Base, prompt: str, seed: int = 0) -> np.ndarray:
