@@ -1,6 +1,5 @@
 """The Python API: quick to import, complete, exact, and docs/python.md runs as it stands."""
 
-import inspect
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
-from peft import PeftModel
 from torch import Tensor, nn
 
 import sbora_diffusion as sbora
@@ -218,67 +216,7 @@ def test_apply_refuses_what_does_not_fit(here: Base, tiny_sd2_folder: Path) -> N
     assert same(state_of(pipe), before)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 6))
-
-
-def train_steps(model: nn.Module, x: Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(steps):
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("side", ["fa", "fb"])
-def test_a_sbora_model_trains_its_columns_or_rows_and_saves_as_plain_peft(tmp_path: Path, side: Any) -> None:
-    x, plain = torch.randn(5, 12), network()
-    model = sbora.peft.get_sbora_model(network(), rank=2, side=side, start=4, target_modules=["0", "2"], lora_alpha=4)
-    assert torch.equal(model(x), plain(x))
-    layers = sbora.peft.detect(model, "default")
-    assert sorted(layers) == ["0", "2"]
-    assert {layer.side for layer in layers.values()} == {side}
-    train_steps(model, x)
-    merged = model.get_base_model()
-    changed = {name: layer.delta() for name, layer in layers.items()}
-    assert all(delta.abs().sum() > 0 for delta in changed.values())
-    model.save_pretrained(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(network(), str(tmp_path / "saved"))
-    torch.testing.assert_close(loaded.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(loaded(x), plain(x))
-    assert merged is model.get_base_model()
-
-
-def test_disjoint_adapters_write_different_columns() -> None:
-    indices = []
-    for start in (0, 4):
-        model = sbora.peft.get_sbora_model(network(), rank=4, start=start, target_modules=["0"], adapter_name="own")
-        indices.append({*sbora.peft.detect(model, "own")["0"].index.tolist()})
-    assert not indices[0] & indices[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message", "hint"),
-    [
-        ({"lora_alhpa": 3}, "'lora_alhpa'", "did you mean lora_alpha"),
-        ({"use_dora": True}, "'use_dora'", "allowed are rank, side, start"),
-        ({"r": 3}, "'r'", "allowed are rank, side, start"),
-        ({"side": "columns"}, "got side='columns', expected 'fa'", None),
-        ({"rank": 13}, "interval 0:13 does not fit layer 0", None),
-        ({"start": -1}, "is empty or negative", None),
-    ],
-)
-def test_get_sbora_model_refuses(arguments: dict[str, Any], message: str, hint: str | None) -> None:
-    model = network()
-    with pytest.raises(sbora.SboraError, match=message) as raised:
-        sbora.peft.get_sbora_model(model, **{"target_modules": ["0"], "rank": 2, **arguments})
-    assert hint is None or hint in str(raised.value.hint)
-    assert type(next(model.children())) is nn.Linear  # nothing is left behind
-
-
 QUICK = {"steps": 2, "rank": 4, "crops": 1, "sampling_steps": 1, "preview_every": 0, "warmup_steps": 1}
-HAS_TRAIN = "on_step" in inspect.signature(sbora.train).parameters  # the function of docs/python.md
 
 
 def test_the_documentation_runs(
@@ -291,11 +229,8 @@ def test_the_documentation_runs(
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     dog, cat = concepts(here)
     names: dict[str, Any] = {"sbora": sbora, "dog": dog, "cat": cat, "QUICK": QUICK}
-    if HAS_TRAIN:
-        for name in ("dog", "cat"):
-            Path(f"adapters/{name}.safetensors").unlink()
-    else:
-        del blocks[0]
+    for name in ("dog", "cat"):
+        Path(f"adapters/{name}.safetensors").unlink()
     for block in blocks:
         code = re.sub(r"(train\(.*)\)", r"\1, **QUICK)", block).replace('"emoji64"', repr(here.id))
         code = code.replace("PATH/TO/PIPELINE", here.id).replace("steps=10", "steps=2")

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, PIPELINES, AdapterBase, Floats, parse_floats
+from sbora_diffusion.cli.console import ADAPTERS, PIPELINES, AdapterBase, Floats, hide_loading_bars, parse_floats
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.options import Base, Settings, parse_settings
+from sbora_diffusion.cli.console import Base, Settings, parse_settings
 
 
 def compare(

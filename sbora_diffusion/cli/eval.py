@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, AdapterBase, Settings, convert, parse_settings
+from sbora_diffusion.cli.console import (
+    ADAPTERS,
+    AdapterBase,
+    ProgressBar,
+    Settings,
+    convert,
+    hide_loading_bars,
+    parse_settings,
+)
 
 KINDS = {"seeds": int, "steps": int, "guidance": float, "negative_prompt": str, "batch_size": int, "vision": str}
 SAMPLING = ("steps", "guidance", "negative_prompt")
@@ -39,7 +46,6 @@ def evaluate(
     """
     options = convert(parse_settings(settings), KINDS)
     import sbora_diffusion as sbora
-    from sbora_diffusion.cli.progress import EvaluationProgress
     from sbora_diffusion.evaluation.reports.tables import summary
 
     hide_loading_bars()
@@ -48,7 +54,7 @@ def evaluate(
         options["seeds"] = range(options["seeds"])
     if vision := options.pop("vision", ""):
         options["other_judges"] = [f"vision:{vision}"]
-    with EvaluationProgress() as progress:
+    with ProgressBar("loading") as progress:
         report = sbora.evaluate(
             names,
             merged or None,
@@ -61,7 +67,7 @@ def evaluate(
             folder=out,
             force=force,
             command=shlex.join(["sbora-diffusion", *sys.argv[1:]]),
-            on_image=progress.show,
+            on_image=progress.show_images,
             **options,
         )
     typer.echo(f"{summary(report)}\n")

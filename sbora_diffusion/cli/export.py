@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, EXPORTS, AdapterBase, Force
+from sbora_diffusion.cli.console import ADAPTERS, EXPORTS, AdapterBase, Force, hide_loading_bars
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import (
+from sbora_diffusion.cli.console import (
     ADAPTERS,
     AdapterBase,
     Floats,
     Settings,
     boolean,
     convert,
+    hide_loading_bars,
     parse_floats,
     parse_settings,
 )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, Force
+from sbora_diffusion.cli.console import ADAPTERS, Force, hide_loading_bars
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, Floats, Force, parse_floats
+from sbora_diffusion.cli.console import ADAPTERS, Floats, Force, ProgressBar, hide_loading_bars, parse_floats
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def merge(
     """Merge concepts into one concept file."""
     import sbora_diffusion as sbora
     from sbora_diffusion.adapters.merge import merged_name
-    from sbora_diffusion.cli.progress import MergeProgress
     from sbora_diffusion.library.library import Library, load_adapters
 
     if len(names) < 2:
@@ -55,8 +54,9 @@ def merge(
         raise SboraError(f"{path} exists", hint="Choose another --out, or overwrite it with --force.")
     if how != "sum" or adapters[0].spec.method:
         hide_loading_bars()
-    with MergeProgress() as progress:
-        merged = sbora.merge(adapters, parse_floats(weights), how, base or None, prior_weight, progress.show)
+    with ProgressBar() as progress:
+        show = partial(progress.update, description="sampling what to preserve")
+        merged = sbora.merge(adapters, parse_floats(weights), how, base or None, prior_weight, show)
     merged.save(path, force)
     _log_guarantees(merged, adapters, library)
     log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)

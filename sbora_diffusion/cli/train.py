@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import hide_loading_bars
-from sbora_diffusion.cli.options import ADAPTERS, RUNS, Base, Force, Settings, convert, parse_settings
+from sbora_diffusion.cli.console import (
+    ADAPTERS,
+    RUNS,
+    Base,
+    Force,
+    ProgressBar,
+    Settings,
+    convert,
+    hide_loading_bars,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from sbora_diffusion.training.run import TrainingResult
@@ -70,12 +79,11 @@ def train(
 
 
 def _train(request: "Request") -> "TrainingResult":
-    from sbora_diffusion.cli.progress import TrainingProgress
     from sbora_diffusion.training.train import TrainingInterrupted, train_concept
 
     try:
-        with TrainingProgress() as progress:
-            result = train_concept(request, on_step=progress.show)
+        with ProgressBar("preparing") as progress:
+            result = train_concept(request, on_step=progress.show_step)
     except TrainingInterrupted as stopped:
         raise KeyboardInterrupt(_how_to_resume(stopped)) from None
     if result.path:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import nn
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.inference.generate import ConceptPatcher
@@ -34,7 +33,8 @@ class AppliedAdapters:
         self._patcher, self._stack = ConceptPatcher(base), ExitStack()
         self._stack.callback(self._patcher.restore_all)
         self._stack.enter_context(_real_eos_tokens(base))
-        self._stack.enter_context(_registered(base.denoiser, self))
+        vars(base.denoiser)[HANDLE] = self
+        self._stack.callback(vars(base.denoiser).pop, HANDLE)
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -118,15 +118,6 @@ def base_of(pipe: DiffusionPipeline) -> Base:
         raise SboraError("the pipeline's weights are not in memory", "apply before enable_sequential_cpu_offload()")
     denoiser: Any = base.denoiser
     return replace(base, precision=PRECISIONS.get(denoiser.dtype, "fp32"))
-
-
-@contextmanager
-def _registered(denoiser: nn.Module, handle: AppliedAdapters) -> Iterator[None]:
-    vars(denoiser)[HANDLE] = handle
-    try:
-        yield
-    finally:
-        del vars(denoiser)[HANDLE]
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from sbora_diffusion.models.tokens import TokenEmbedding
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import whole_folder
 
+_ORIGIN = {"_name_or_path", "is_local", "local_files_only"}  # in configs: where and how a model was loaded
+
 
 def bake(
     base: Base, adapters: Sequence[Adapter], strengths: Sequence[float], folder: Path, force: bool = False
@@ -67,24 +69,15 @@ def _plain_vocabularies(base: Base) -> Iterator[None]:
     """Put learned tokens into the text encoders' own embeddings, so that they are saved as plain models."""
     with ExitStack() as stack:
         for reader in base.learners:
-            stack.enter_context(_plain_vocabulary(base.component(reader.component)))
+            encoder: Any = base.component(reader.component)
+            extended = encoder.get_input_embeddings()
+            if isinstance(extended, TokenEmbedding):
+                stack.callback(encoder.set_input_embeddings, extended)
+                stack.callback(setattr, encoder.config, "vocab_size", encoder.config.vocab_size)
+                rows = torch.cat([extended.base.weight.detach(), extended.learned.detach()])
+                encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+                encoder.config.vocab_size = len(rows)
         yield
-
-
-@contextmanager
-def _plain_vocabulary(encoder: Any) -> Iterator[None]:
-    extended, size = encoder.get_input_embeddings(), encoder.config.vocab_size
-    if not isinstance(extended, TokenEmbedding):
-        yield
-        return
-    rows = torch.cat([extended.base.weight.detach(), extended.learned.detach()])
-    encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows))
-    encoder.config.vocab_size = len(rows)
-    try:
-        yield
-    finally:
-        encoder.set_input_embeddings(extended)
-        encoder.config.vocab_size = size
 
 
 def _forget_origin(folder: Path) -> None:
@@ -94,9 +87,6 @@ def _forget_origin(folder: Path) -> None:
         if settings.keys() & _ORIGIN:
             kept = {key: value for key, value in settings.items() if key not in _ORIGIN}
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-
-
-_ORIGIN = {"_name_or_path", "is_local", "local_files_only"}
 
 
 def _record(

@@ -7,8 +7,7 @@ in the image. Where no mask applies, the output is the base model's, bit for bit
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.inference.generate import check_base, check_distinct, check_tokens
+from sbora_diffusion.inference.generate import check_base, check_distinct, check_tokens, matching_strengths
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.quantization import DTYPE
@@ -27,23 +26,17 @@ Masks = Mapping[str, Tensor]  # concept -> from 0 (off) to 1 (as strong as train
 MaskSource = Callable[[str, torch.Size], Masks]  # layer "<component>.<layer>", (rows, positions) -> masks of that shape
 
 
-@dataclass(frozen=True, eq=False)
-class _Delta:
-    factor: Factor
-    side: Side
-
-
 class LiveConcepts:
     """Concepts hooked to a base model's layers; they act only within `acting`, where its masks are not zero."""
 
     def __init__(self, base: Base, adapters: Sequence[Adapter], strengths: Sequence[float]) -> None:
         self._base = base
         self._adapters = {adapter.spec.name: adapter for adapter in adapters}
-        self._deltas: dict[str, dict[str, _Delta]] = {}  # layer -> concept -> delta, concepts by name
+        self._deltas: dict[str, dict[str, tuple[Factor, Side]]] = {}  # layer -> concept -> delta, concepts by name
         for name, strength in sorted(zip(self._adapters, strengths, strict=True)):
             for key, factor in self._adapters[name].factors.items():
-                delta = _Delta(_ready(factor, strength, base.layers[key].weight), self._adapters[name].spec.side)
-                self._deltas.setdefault(key, {})[name] = delta
+                ready = _ready(factor, strength, base.layers[key].weight)
+                self._deltas.setdefault(key, {})[name] = ready, self._adapters[name].spec.side
         self._source: MaskSource | None = None
 
     def text_masks(self, prompt: str, chosen: Collection[str] = ()) -> dict[str, Tensor]:
@@ -68,7 +61,7 @@ class LiveConcepts:
             name: 0 for name in chosen if name not in places
         }
         positions = torch.arange(size, device=self._base.device)
-        return {name: (positions >= start).to(self._dtype) for name, start in starts.items()}
+        return {name: (positions >= start).to(self._base.pipeline.unet.dtype) for name, start in starts.items()}
 
     def token_positions(self, prompt: str) -> dict[str, list[int]]:
         """Return the positions of each concept's tokens in a prompt; a token of several vectors has several."""
@@ -76,7 +69,7 @@ class LiveConcepts:
         ids = _token_ids(pipeline, prompt)
         vocabulary, found = pipeline.tokenizer.get_added_vocab(), {}
         for name, adapter in self._adapters.items():
-            own = {vocabulary[word] for token, number in _vectors(adapter).items() for word in _words(token, number)}
+            own = {vocabulary[word] for word in _words(adapter)}
             positions = [position for position, number in enumerate(ids) if number in own]
             if positions:
                 found[name] = positions
@@ -127,15 +120,11 @@ class LiveConcepts:
     def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             masks = self._source(key, inputs[0].shape[:-1]) if self._source else {}
-            for name, delta in self._deltas[key].items():
+            for name, (factor, side) in self._deltas[key].items():
                 if name in masks:
-                    add_delta(output, inputs[0], masks[name], delta.factor, delta.side)
+                    add_delta(output, inputs[0], masks[name], factor, side)
 
         return add
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self._base.pipeline.unet.dtype
 
 
 def add_delta(output: Tensor, inputs: Tensor, mask: Tensor, factor: Factor, side: Side) -> None:
@@ -175,9 +164,7 @@ def live_concepts(
             f"regions and gating support Stable Diffusion 1.x, 2.x and XL, {base.id} is a {base.family.pipeline}",
             "leave out --region and gated",
         )
-    strengths = strengths or [1.0] * len(adapters)
-    if len(strengths) != len(adapters):
-        raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+    strengths = matching_strengths(adapters, strengths)
     if not all(map(math.isfinite, strengths)):
         raise SboraError(f"got strengths {', '.join(map(str, strengths))}, expected finite numbers")
     for adapter in adapters:
@@ -191,12 +178,8 @@ def live_concepts(
     live = LiveConcepts(base, adapters, strengths)
     ordered = sorted(adapters, key=lambda adapter: adapter.spec.name)
     embeddings = {key: value for adapter in ordered for key, value in adapter.tokens.items()}
-    with live.hooked():
-        if not embeddings:
-            yield live
-            return
-        with added_tokens(base, embeddings):
-            yield live
+    with live.hooked(), added_tokens(base, embeddings) if embeddings else nullcontext():
+        yield live
 
 
 def _ready(factor: Factor, strength: float, weight: Tensor) -> Factor:
@@ -212,11 +195,7 @@ def _token_ids(pipeline: Any, prompt: str) -> list[int]:
     return tokenizer(text, padding="max_length", max_length=size, truncation=True).input_ids
 
 
-def _vectors(adapter: Adapter) -> dict[str, int]:
-    """Return the number of vectors of each token."""
-    return {key.split(".", 1)[1]: len(vectors) for key, vectors in adapter.tokens.items()}
-
-
-def _words(token: str, number: int) -> list[str]:
-    """Return a token's entries in the vocabulary, as tokens.added_tokens names them."""
-    return [token, *(f"{token}_{vector}" for vector in range(1, number))]
+def _words(adapter: Adapter) -> list[str]:
+    """Return the vocabulary's entries of an adapter's tokens, as tokens.added_tokens names them."""
+    sizes = {key.split(".", 1)[1]: len(vectors) for key, vectors in adapter.tokens.items()}
+    return [word for token, size in sizes.items() for word in (token, *(f"{token}_{n}" for n in range(1, size)))]

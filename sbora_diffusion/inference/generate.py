@@ -55,9 +55,7 @@ class ConceptPatcher:
         """
         from sbora_diffusion.adapters.weight_patcher import needs_original, written_factors
 
-        strengths = strengths or [1.0] * len(adapters)
-        if len(strengths) != len(adapters):
-            raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+        strengths = matching_strengths(adapters, strengths)
         for adapter in adapters:
             check_base(adapter, self._base)
         check_distinct([*(adapter for adapter, _ in self._concepts.values()), *adapters])
@@ -160,6 +158,14 @@ def applied(
         concepts.restore_all()
 
 
+def matching_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> Sequence[float]:
+    """Return one strength per adapter: the given ones, or 1 for each."""
+    strengths = strengths or [1.0] * len(adapters)
+    if len(strengths) != len(adapters):
+        raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+    return strengths
+
+
 def check_base(adapter: Adapter, base: Base) -> None:
     """Raise SboraError unless the adapter was trained for this base model and its embeddings fit the text encoders."""
     check_fits(adapter, base.layer_shapes)
@@ -225,7 +231,8 @@ def check_tokens(base: Base, prompts: Sequence[str]) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # command-line bytes that are not UTF-8
             raise SboraError(f"got the prompt {prompt!r}, expected text in UTF-8")
         if missing := sorted({*tokens_in(prompt)} - known):
-            have = sorted(set(filter(TOKEN.fullmatch, known)) - _special_tokens(base))
+            special = {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}
+            have = sorted(set(filter(TOKEN.fullmatch, known)) - special)
             raise SboraError(
                 f"no loaded concept brings the token {missing[0]}, known: {', '.join(have) or 'none'}",
                 f"{guess(missing[0], have)}or add --adapter FILE" if have else "add --adapter FILE",
@@ -257,8 +264,3 @@ def _check_read(base: Base, prompt: str, described: str) -> bool:
             f"{described} is too long: {named[0]} is beyond its {read.total()} tokens", "name the concept earlier"
         )
     return bool(lost)
-
-
-def _special_tokens(base: Base) -> set[str]:
-    """Return the tokenizers' own special tokens, such as <|endoftext|>."""
-    return {mark for reader in base.learners for mark in base.tokenizer(reader).all_special_tokens}

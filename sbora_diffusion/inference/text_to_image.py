@@ -1,9 +1,10 @@
 """Images of a prompt with any adapters: the function behind `sbora.generate` and the generate command."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -93,20 +94,14 @@ def _generate(
     prompt, regions = settings.prompt, [parse_region(region) for region in settings.regions]
     if regions and settings.whole_scene:
         prompt, regions = whole_scene(prompt, regions, class_nouns(adapters))
-    batches = [seeds[start : start + BATCH] for start in range(0, len(seeds), BATCH)]
-    if regions or settings.gated:
-        sample = partial(generate_regions, base, prompt, regions, adapters, strengths=strengths, **settings.sampling)
-        for batch in batches:
-            yield from _with_seeds(sample(seeds=batch), batch, settings)
-        return
-    with applied(base, adapters, strengths):
-        for batch in batches:
-            images = generate_batch(base, [prompt] * len(batch), seeds=batch, **settings.sampling)
-            yield from _with_seeds(images, batch, settings)
-
-
-def _with_seeds(
-    images: Sequence[Image.Image], seeds: Sequence[int], settings: Settings
-) -> Iterator[tuple[Image.Image, Settings]]:
-    for image, seed in zip(images, seeds, strict=True):
-        yield image, replace(settings, seed=seed)
+    is_live = bool(regions) or settings.gated
+    with nullcontext() if is_live else applied(base, adapters, strengths):
+        for start in range(0, len(seeds), BATCH):
+            batch = seeds[start : start + BATCH]
+            options: dict[str, Any] = {"seeds": batch, **settings.sampling}
+            if is_live:
+                images = generate_regions(base, prompt, regions, adapters, strengths=strengths, **options)
+            else:
+                images = generate_batch(base, [prompt] * len(batch), **options)
+            for seed, image in zip(batch, images, strict=True):
+                yield image, replace(settings, seed=seed)

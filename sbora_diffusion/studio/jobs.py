@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -106,7 +108,8 @@ class Jobs:
                 raise SboraError(f"{name} is not running")
             if job.pid is not None and _is_alive(job):
                 self._change(job, replace(job, is_to_stop=True))
-                os.kill(job.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(job.pid, signal.SIGINT)
             elif job.pid is None:
                 self._change(job, replace(job, state="stopped"))
 
@@ -125,7 +128,7 @@ class Jobs:
         while not self._closed.wait(PERIOD):
             try:
                 self._advance()
-            except (OSError, SboraError):
+            except Exception:  # whatever it is, later jobs must still run
                 log.exception("the queue could not be updated")
 
     def _advance(self) -> None:
@@ -135,28 +138,23 @@ class Jobs:
             if running and not self._has_ended(running):
                 return
             if running:
-                self._change(running, self._finished(running))
+                self._change(running, _or_failed(self._finished, running))
             waiting = next((job for job in self._jobs if job.state == "waiting"), None)
             if waiting:
-                self._change(waiting, self._started(waiting))
+                self._change(waiting, _or_failed(self._started, waiting))
 
     def _started(self, job: Job) -> Job:
-        """Return the job as running, or as failed if it cannot be started: those behind it must not be blocked."""
-        try:
-            with self.log_path(job.name).open("wb") as stderr:
-                process = subprocess.Popen(
-                    [*self._worker, *job.arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,
-                )
-            threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
-            self._process = process
-            return replace(job, state="running", pid=process.pid, started=psutil.Process(process.pid).create_time())
-        except OSError as error:
-            log.warning("%s cannot be started: %s", job.name, error)
-            return replace(job, state="failed", message=f"it cannot be started: {error.strerror or error}")
+        with self.log_path(job.name).open("wb") as stderr:
+            process = self._process = subprocess.Popen(
+                [*self._worker, *job.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        started = _start_time(process.pid)
+        threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
+        return replace(job, state="running", pid=process.pid, started=started)
 
     def _has_ended(self, job: Job) -> bool:
         if self._process and self._process.pid == job.pid:
@@ -194,11 +192,28 @@ def _read(path: Path) -> list[Job]:
         return []
 
 
+def _or_failed(advance: Callable[[Job], Job], job: Job) -> Job:
+    """Return the job's next state, or as failed if that cannot be determined: those behind it must not be blocked."""
+    try:
+        return advance(job)
+    except Exception as error:
+        log.warning("%s cannot be run: %s", job.name, error)
+        return replace(job, state="failed", message=f"it cannot be run: {getattr(error, 'strerror', None) or error}")
+
+
+def _start_time(pid: int | None) -> float:
+    """Return when a process was started, now if it has ended already."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return time.time()
+
+
 def _is_alive(job: Job) -> bool:
     try:
         process = psutil.Process(job.pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - job.started) < 5
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

@@ -1,5 +1,6 @@
 """The Merge tab: select concepts, see what their merge guarantees, merge, and compare with each single concept."""
 
+import html
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -7,15 +8,14 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from sbora_diffusion.adapters.certificate import certify
+from sbora_diffusion.adapters.certificate import Certificate, certify
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.fuse import fuse
-from sbora_diffusion.adapters.merge import merge, merged_name
+from sbora_diffusion.adapters.merge import merged_name
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.methods.calibration import SampledInputs
+from sbora_diffusion.library.ledger import Ledger
+from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, hidden_image, on_model
-from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
 from sbora_diffusion.studio.messages import error_text, show_errors
 from sbora_diffusion.studio.session import Session
 from sbora_diffusion.studio.uploads import check_name
@@ -28,6 +28,9 @@ HOW = (
 )
 SELECT = "<p class='note'>Select two or more concepts.</p>"
 FUSED = "Only the concepts' own columns are changed. The merge can be removed as a whole, bit for bit."
+
+COLOURS = ("#4f46e5", "#0e7490", "#b45309", "#be185d", "#15803d", "#7c3aed", "#b91c1c", "#475569")
+MARKS = {"guaranteed": "✓", "disjoint": "✓", "not disjoint": "✗", "not guaranteed": "–"}
 
 
 def merge_tab(session: Session) -> Refresh:
@@ -84,18 +87,15 @@ def _merge(session: Session, selected: Sequence[str], how: str, name: str | None
         raise SboraError(f"the concept {name} already exists", "Choose another name.")
     yield gr.skip(), "Merging …"
     base = adapters[0].spec.base_id
-    _merged(session, base, adapters, how).save(path)
+    if how == "sum":
+        merged = merge(adapters, how=how)
+    else:
+        merged = session.with_model(base, {}, lambda model: merge(adapters, how=how, base=model))
+    merged.save(path)
     note = f"**{name}** is now available in Generate."
     yield gr.skip(), f"{note} Generating a comparison …"
     image = _comparison(session, base, list(selected), adapters, name)
     yield gr.update(value=image, visible=True), note if how == "sum" else f"{note} {FUSED}"
-
-
-def _merged(session: Session, base: str, adapters: Sequence[Adapter], how: str) -> Adapter:
-    weights = [1.0] * len(adapters)
-    if how == "sum":
-        return merge(adapters, weights, "sum")
-    return session.with_model(base, {}, lambda model: fuse(adapters, weights, SampledInputs(model, adapters)))
 
 
 def _comparison(
@@ -111,3 +111,59 @@ def _comparison(
             images = session.with_model(base, {source: 1.0}, sample)
             rows.append((title, list(zip(prompts, images, strict=True))))
     return sheet(rows, cell=192)
+
+
+def ledger_bar(ledger: Ledger, selected: Sequence[str]) -> str:
+    """Return the interval of every concept as a segment of a bar; concepts that are not selected are faded."""
+    names = list(dict.fromkeys(owner.name for owner in ledger.first_owners))
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+    what = "columns" if ledger.side == "fa" else "rows"
+    label = f"{what} by concept"
+    if ledger.width is not None:
+        label += f": {sum(gap.rank for gap in ledger.gaps)} of {ledger.width} {what} are free"
+    return (
+        f"<p class='note'>{label.capitalize()}</p>"
+        f"<div class='ledger' role='img' aria-label='{label}'>{_segments(ledger, selected, colours)}</div>"
+        f"<div class='legend'>{_legend(ledger, colours)}</div>"
+    )
+
+
+def _segments(ledger: Ledger, selected: Sequence[str], colours: dict[str, str]) -> str:
+    stop = ledger.width or max((owner.interval.stop for owner in ledger.owners), default=1)
+    parts, at = [], 0
+    for owner in ledger.first_owners:
+        start, end = max(at, owner.interval.start), owner.interval.stop
+        if end <= start:  # shared with an owner that has a segment
+            continue
+        parts += [_free(start - at, stop)] if start > at else []
+        faded = "" if not selected or owner.name in selected else " class='faded'"
+        name = html.escape(owner.name)
+        parts.append(
+            f"<span{faded} title='{name}: {owner.interval}' "
+            f"style='width:{100 * (end - start) / stop:.3f}%;background:{colours[owner.name]}'>{name}</span>"
+        )
+        at = end
+    return "".join(parts + ([_free(stop - at, stop)] if stop > at else []))
+
+
+def _legend(ledger: Ledger, colours: dict[str, str]) -> str:
+    entries = []
+    for name, colour in colours.items():
+        intervals = ", ".join(str(owner.interval) for owner in ledger.owners if owner.name == name)
+        entries.append(f"<span><i style='background:{colour}'></i>{html.escape(name)} {intervals}</span>")
+    entries += [f"<span>{html.escape(name)}, merged</span>" for name in ledger.only_merged]
+    return "".join(entries)
+
+
+def _free(width: int, stop: int) -> str:
+    return f"<span class='free' style='width:{100 * width / stop:.3f}%'>free</span>"
+
+
+def certificate_list(certificate: Certificate) -> str:
+    """Return what is guaranteed and what is not as a list."""
+    items = []
+    for line in certificate.describe().splitlines():
+        kind, colon, rest = line.strip().partition(": ")
+        mark = MARKS.get(kind, "·")
+        items.append(f"<li>{mark} {html.escape(rest if mark == '✓' and colon else line.strip())}</li>")
+    return f"<ul class='facts'>{''.join(items)}</ul>"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sbora_diffusion.cli.console import GC_THRESHOLD, SPIN_COUNT, share_cores
-from sbora_diffusion.cli.options import boolean, convert, parse_floats
+from sbora_diffusion.cli.console import GC_THRESHOLD, SPIN_COUNT, boolean, convert, parse_floats, share_cores
 
 
 @pytest.mark.parametrize(

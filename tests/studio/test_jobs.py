@@ -4,10 +4,13 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import pytest
 
 from sbora_diffusion.studio.jobs import Job, Jobs
@@ -50,7 +53,7 @@ def close(jobs: Jobs) -> None:
                 os.kill(job.pid, signal.SIGKILL)
 
 
-def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 300) -> Job:
+def wait(jobs: Jobs, name: str, until: Callable[[Job], bool], seconds: float = 100) -> Job:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         job = jobs.find(name)
@@ -85,9 +88,43 @@ def test_a_job_that_cannot_be_started_does_not_block_the_queue(jobs: Jobs) -> No
     name = "long" * 100  # its log's name is longer than a file system allows
     jobs.add(name, ["quick"])
     jobs.add("next", ["quick"])
-    assert wait(jobs, name, has_ended).message == "it cannot be started: File name too long"
+    assert wait(jobs, name, has_ended).message == "it cannot be run: File name too long"
     assert wait(jobs, name, has_ended).state == "failed"
+    jobs.add("nul", ["a\0b"])
+    jobs.add("surrogate", ["a\udcffb"])
+    jobs.add("last", ["quick"])
+    assert wait(jobs, "nul", has_ended).message == "it cannot be run: embedded null byte"
+    assert wait(jobs, "surrogate", has_ended).state == "done"
+    assert wait(jobs, "next", has_ended).state == wait(jobs, "last", has_ended).state == "done"
+
+
+def test_a_process_that_ends_before_its_start_time_is_read(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(pid: int) -> NoReturn:
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(psutil, "Process", no_process)
+    jobs.add("first", ["quick"])
+    jobs.add("next", ["error: x"])
+    assert wait(jobs, "first", has_ended).state == "done"
+    assert wait(jobs, "next", has_ended).message == "x"
+
+
+@pytest.mark.parametrize("method", ["_started", "_finished", "_has_ended", "_write"])
+def test_no_exception_stops_the_queue(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    original, has_failed = getattr(jobs, method), threading.Event()
+
+    def fail_once(*arguments: object) -> object:
+        if threading.current_thread() is threading.main_thread() or has_failed.is_set():
+            return original(*arguments)
+        has_failed.set()
+        raise ZeroDivisionError("no reason")
+
+    monkeypatch.setattr(jobs, method, fail_once)
+    jobs.add("first", ["quick"])
+    jobs.add("next", ["quick"])
+    wait(jobs, "first", has_ended)
     assert wait(jobs, "next", has_ended).state == "done"
+    assert has_failed.is_set()
 
 
 def test_a_missing_log_does_not_block_the_queue(jobs: Jobs) -> None:

@@ -14,7 +14,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.cli.app import app
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.studio.ledger_view import certificate_list, ledger_bar
+from sbora_diffusion.studio.merge_tab import certificate_list, ledger_bar
 
 pytest.importorskip("gradio")
 

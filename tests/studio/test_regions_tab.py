@@ -7,7 +7,7 @@ import pytest
 
 from sbora_diffusion.inference.regions import parse_region
 from sbora_diffusion.studio.box_canvas import box, fractions
-from sbora_diffusion.studio.regions_fields import (
+from sbora_diffusion.studio.regions_tab import (
     generate_images,
     load_settings,
     refresh_choices,
