@@ -9,10 +9,10 @@ from typing import Any
 
 from sbora_diffusion.data.concept import EXTENSIONS
 from sbora_diffusion.data.images import is_mask, load_image
-from sbora_diffusion.evaluation.gallery import ImageFiles
+from sbora_diffusion.evaluation.images import ImageFiles
 from sbora_diffusion.evaluation.judges.base import Judge, Scorer, prepare
-from sbora_diffusion.evaluation.reports.results import Report, Result
-from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.evaluation.report import Report, Result
+from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.errors import SboraError
 

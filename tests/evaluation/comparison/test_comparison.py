@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from sbora_diffusion.data.concept import default_roots
-from sbora_diffusion.evaluation.comparison.paired import changes, compared_metrics, differences, differences_table
 from sbora_diffusion.evaluation.comparison.plan import Comparison, load_plan, path_of
-from sbora_diffusion.evaluation.comparison.report import write_comparison
-from sbora_diffusion.evaluation.comparison.run import compare
-from sbora_diffusion.evaluation.comparison.table import summarise
+from sbora_diffusion.evaluation.comparison.run import compare, write_comparison
+from sbora_diffusion.evaluation.comparison.tables import (
+    changes,
+    compared_metrics,
+    differences,
+    differences_table,
+    summarise,
+)
 from sbora_diffusion.utils.errors import SboraError
 
 
