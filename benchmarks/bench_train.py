@@ -48,7 +48,6 @@ PARTS: dict[str, Callable[..., Any]] = {
     "save checkpoints": RunFolder.save,
     "save the concept": Adapter.save,
 }
-TINY = ("steps=2", "sampling_steps=1", "crops=1", "prior_prompts=a cat", "preview_prompts=a {token}")
 RUN = "from sbora_diffusion.cli.app import main; main()"
 PROFILED = """
 import cProfile, sys
@@ -74,7 +73,7 @@ def main(
     """Measure the command, and save the results."""
     device = prepare("cpu")
     torch.set_num_threads(threads)
-    words = ["train", "--concept", "dog", *(word for setting in TINY if tiny for word in ("--set", setting))]
+    words = ["train", "--concept", "dog", *(["--set", "steps=2", "--set", "sampling_steps=1"] if tiny else [])]
     python = str(Path(python).absolute())  # a link is not resolved: its target is outside of the environment
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     seconds = [run([python, "-c", RUN, *words], environment) for _ in range(rounds)]

@@ -23,9 +23,9 @@ def call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: obje
 
 def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, name, value in (
-        (vae, "POOL", 64),
+        (vae, "POOL", 128),
         (vae, "UNSEEN", 2),
-        (vae, "MEASURED", 8),
+        (vae, "MEASURED", 16),
         (pretrain, "POOL", 128),
         (pretrain, "PROBES", 8),
         (pretrain, "SAMPLING_STEPS", 1),
@@ -36,23 +36,23 @@ def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatc
     (names / "data.json").write_text(json.dumps([{"label": "red apple", "tags": ["fruit"]}]))
     call(monkeypatch, tokenizer.main, "--data", art_folder)
 
-    short = ("--data", art_folder, "--batch", 2, "--report-every", 1)
+    short = ("--data", art_folder, "--batch", 6, "--report-every", 2)
     concepts = art_folder / "concepts"
     (concepts / "dog" / "images").mkdir(parents=True)
     Image.new("RGB", (256, 256), "red").save(concepts / "dog" / "images" / "1.png")
     save_art(load_art(art_folder), art_folder, WIDE_ART)
-    call(monkeypatch, vae.main, *short, "--steps", 1, "--concepts", concepts)
+    call(monkeypatch, vae.main, *short, "--steps", 2, "--concepts", concepts)
     state = loop.load_state(art_folder / "vae.pt")
     assert state is not None
-    assert state["step"] == 1
+    assert state["step"] == 2
 
-    call(monkeypatch, pretrain.main, *short, "--steps", 1)
     call(monkeypatch, pretrain.main, *short, "--steps", 2)
+    call(monkeypatch, pretrain.main, *short, "--steps", 4)
     state = loop.load_state(art_folder / "base.pt")
     assert state is not None
-    assert state["step"] == 2
+    assert state["step"] == 4
     assert sorted(path.name for path in (art_folder / "samples").iterdir()) == [
-        "base-000001.png", "base-000002.png", "vae-000001.png",
+        "base-000002.png", "base-000004.png", "vae-000002.png",
     ]  # fmt: skip
 
     call(monkeypatch, model.main, "--data", art_folder, "--out", tmp_path / "pipeline")
