@@ -45,7 +45,7 @@ EMOJI64: dict[str, tuple[str, dict[str, str]]] = {  # way -> method, and what di
     "peft, up_blocks": ("lora", {"blocks": "up_blocks"}),
 }
 BATCHES = {"batch_size": "8", "prior_batch": "2"}  # the same for all
-TINY = {"batch_size": "1", "prior_batch": "1", "crops": "1", "sampling_steps": "1"}
+TINY = {"batch_size": "1", "prior_batch": "1", "crops": "1", "sampling_steps": "1", "prior_prompts": "a cat"}
 
 app = new_app()
 

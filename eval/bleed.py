@@ -26,11 +26,10 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import default_roots, load_concept
-from sbora_diffusion.evaluation.comparison.table import markdown
+from sbora_diffusion.evaluation.comparison.tables import markdown
+from sbora_diffusion.evaluation.images import reference_images
 from sbora_diffusion.evaluation.judges import clip
-from sbora_diffusion.evaluation.metrics.alignment import class_rank
-from sbora_diffusion.evaluation.metrics.bootstrap import Estimate, format_estimate
-from sbora_diffusion.evaluation.references import reference_images
+from sbora_diffusion.evaluation.metrics import Estimate, class_rank, format_estimate
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import GAP, LABEL, sheet
 from sbora_diffusion.inference.regions import Region, generate_regions

@@ -41,9 +41,8 @@ def main(
     """
     set_up_logging()
     from sbora_diffusion.evaluation.folder import score_folder
-    from sbora_diffusion.evaluation.judges.registry import load_judge
-    from sbora_diffusion.evaluation.reports.report import to_json
-    from sbora_diffusion.evaluation.reports.tables import to_markdown
+    from sbora_diffusion.evaluation.judges import load_judge
+    from sbora_diffusion.evaluation.report import to_json, to_markdown
     from sbora_diffusion.utils.files import write_file
 
     hide_loading_bars()

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from llm_questions import chosen, scores
 
-from sbora_diffusion.evaluation.metrics.bootstrap import bootstrap_interval
+from sbora_diffusion.evaluation.metrics import bootstrap_interval
 from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig

@@ -185,7 +185,7 @@ def _end_with_parent() -> None:
 
 def write_tables(plan: dict[str, Any], out: Path) -> None:
     """Write the tables of every comparison, from the existing cells."""
-    from sbora_diffusion.evaluation.comparison.report import write_comparison
+    from sbora_diffusion.evaluation.comparison.run import write_comparison
 
     for name, settings in plan.items():
         if name != "retention" and (out / name / "scores").exists():

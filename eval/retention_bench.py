@@ -15,10 +15,10 @@ from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import RIDGE, full_support, fuse, objective
 from sbora_diffusion.adapters.merge import merge, put_together
 from sbora_diffusion.evaluation.comparison.cells import generate_all
+from sbora_diffusion.evaluation.images import all_concepts, reference_images
+from sbora_diffusion.evaluation.judges import load_judge
 from sbora_diffusion.evaluation.judges.base import prepare
-from sbora_diffusion.evaluation.judges.registry import load_judge
-from sbora_diffusion.evaluation.references import all_concepts, reference_images
-from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.inference.image_grid import sheet
 from sbora_diffusion.models.base import Base, load_base

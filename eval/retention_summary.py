@@ -10,8 +10,8 @@ from typing import Any
 from retention_bench import METRICS
 from retention_study import Study, planned
 
-from sbora_diffusion.evaluation.comparison.table import grid, markdown
-from sbora_diffusion.evaluation.metrics.bootstrap import Estimate, format_estimate
+from sbora_diffusion.evaluation.comparison.tables import grid, markdown
+from sbora_diffusion.evaluation.metrics import Estimate, format_estimate
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.files import write_file
 

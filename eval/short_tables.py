@@ -4,6 +4,7 @@ python eval/short_tables.py eval/results/methods.json
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,21 +13,21 @@ import typer
 SIZES = {1: "single", 12: "12 merged"}
 METRICS = {"text_mos": "text", "image": "image", "success": "recognised"}
 LAYERWISE = "layerwise_tokens=1,token_vectors=2"
-LOUD = "learning_rate=1.2e-2,text_encoder_learning_rate=3e-3"
 QUICK = "steps=160,batch_size=4,learning_rate=9e-3,text_encoder_learning_rate=2.25e-3"
-SLOW = "token_learning_rate=3e-2"
-NAMES = {  # variant, as in the committed results with older names of settings -> its name in the document
+SUM_SAFE = "recipe=sum-safe"
+SLOW = f"{SUM_SAFE},token_learning_rate=3e-2"
+NAMES = {  # variant -> its name in the document
+    f"sbora-fa:{SUM_SAFE}": "SBoRA-FA, sum-safe",
     "sbora-fa": "SBoRA-FA",
-    f"sbora-fa:quiet_weight=2,{LOUD}": "SBoRA-FA, loud",
-    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE}": "SBoRA-FA, loud, layer-wise tokens",
-    f"sbora-fa:quiet_weight=2,{LOUD},{LAYERWISE},prior_batch=1": "the same, one prior sample",
-    f"sbora-fa:quiet_weight=0,{LOUD}": "SBoRA-FA, loudest",
-    f"sbora-fa:{SLOW}": "SBoRA-FA, token at 0.03",
+    f"sbora-fa:{LAYERWISE}": "SBoRA-FA, layer-wise tokens",
+    f"sbora-fa:{LAYERWISE},prior_batch=1": "the same, one prior sample",
+    "sbora-fa:output_penalty=0": "SBoRA-FA, no output penalty",
+    f"sbora-fa:{SLOW}": "SBoRA-FA, sum-safe, token at 0.03",
     f"sbora-fa:{SLOW},batch_size=4": "the same, batches of 4",
     f"sbora-fa:{SLOW},{QUICK}": "the same, 160 steps of 4",
-    f"sbora-fa:{SLOW},blocks=,quiet_weight=100": "the same, all blocks",
-    f"sbora-fb:{SLOW}": "SBoRA-FB, token at 0.03",
-    f"sbora-fb:quiet_weight=2,{LOUD}": "SBoRA-FB, loud",
+    f"sbora-fa:{SLOW},blocks=,output_penalty=100": "the same, all blocks",
+    f"sbora-fb:{SLOW}": "SBoRA-FB, sum-safe, token at 0.03",
+    "sbora-fb": "SBoRA-FB",
     "mix-of-show": "Mix-of-Show",
     "orthogonal": "Orthogonal Adaptation",
     "lora": "LoRA",
@@ -39,11 +40,10 @@ NAMES = {  # variant, as in the committed results with older names of settings -
 
 def name_of(row: dict[str, Any]) -> str:
     """Return the name, with the way to merge if there is a choice, and n if it is not that of most rows."""
-    full: str = row["variant"]
-    variant, fused = full.removesuffix("merge=fuse").rstrip(":,"), full.endswith("merge=fuse")
+    variant, _, how = re.sub(r"[:,]merge=", " ", row["variant"]).partition(" ")
     name = NAMES.get(variant) or variant
-    if variant.startswith("sbora"):
-        name += ", `fuse`" if fused else ", sum"
+    if how:
+        name += ", `fuse`" if how == "fuse" else f", {how}"
     return name if row["n"] == 36 else f"{name} (n = {row['n']})"
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from short_tables import LOUD, SLOW
+from short_tables import SLOW, SUM_SAFE
 
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.data.images import load_image
@@ -19,10 +19,10 @@ ROWS = {
     "Orthogonal Adaptation": "orthogonal",
     "Custom Diffusion": "custom-diffusion",
     "Mix-of-Show, gradient fusion": "mix-of-show",
-    "SBoRA-FA, sum": "sbora-fa",
+    "SBoRA-FA, sum-safe, sum": f"sbora-fa:{SUM_SAFE},merge=sum",
+    "SBoRA-FA, sum-safe, fuse": f"sbora-fa:{SUM_SAFE},merge=fuse",
     "SBoRA-FA, fuse": "sbora-fa:merge=fuse",
-    "SBoRA-FA, loud, fuse": f"sbora-fa:quiet_weight=2,{LOUD},merge=fuse",
-    "SBoRA-FB, token at 0.03, fuse": f"sbora-fb:{SLOW},merge=fuse",
+    "SBoRA-FB, sum-safe, token at 0.03, fuse": f"sbora-fb:{SLOW},merge=fuse",
 }
 PATH = Path(__file__).parents[1] / "docs" / "images" / "twelve.png"
 CELL = 160  # pixels of an image in those grids

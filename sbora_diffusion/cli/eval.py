@@ -46,7 +46,7 @@ def evaluate(
     """
     options = convert(parse_settings(settings), KINDS)
     import sbora_diffusion as sbora
-    from sbora_diffusion.evaluation.reports.tables import summary
+    from sbora_diffusion.evaluation.report import summary
 
     hide_loading_bars()
     sampling = {key: options.pop(key) for key in SAMPLING if key in options}

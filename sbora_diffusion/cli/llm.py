@@ -188,8 +188,7 @@ def evaluate(
 
     --set takes batch_size (8) and dtype (float32, bfloat16, float16).
     """
-    from sbora_diffusion.evaluation.llm_accuracy import check_new, measure, write_results
-    from sbora_diffusion.evaluation.reports.llm_table import accuracy_table
+    from sbora_diffusion.evaluation.llm_accuracy import accuracy_table, check_new, measure, write_results
     from sbora_diffusion.llm.evaluate import EvalConfig, Harness
 
     hide_loading_bars(diffusers=False)

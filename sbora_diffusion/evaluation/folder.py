@@ -11,10 +11,10 @@ from unicodedata import normalize
 
 from sbora_diffusion.data.folder import EXTENSIONS, without_masks
 from sbora_diffusion.data.images import load_image
-from sbora_diffusion.evaluation.gallery import ImageFiles
+from sbora_diffusion.evaluation.images import ImageFiles
 from sbora_diffusion.evaluation.judges.base import Judge, Scorer, prepare
-from sbora_diffusion.evaluation.reports.results import Report, Result
-from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.evaluation.report import Report, Result
+from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.errors import SboraError
 

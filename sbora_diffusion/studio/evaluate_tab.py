@@ -11,7 +11,7 @@ import gradio as gr
 import pandas as pd
 
 from sbora_diffusion.evaluation.judges import clip, vision
-from sbora_diffusion.evaluation.reports.tables import main_metrics
+from sbora_diffusion.evaluation.report import main_metrics
 from sbora_diffusion.studio.fields import INSTANT, Refresh, concept_chips, concept_choices, image_gallery, number_chips
 from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import error_text, sentence, show_errors

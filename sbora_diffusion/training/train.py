@@ -33,7 +33,7 @@ from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
 
-SCORER = "sbora_diffusion.evaluation.progress:make_scorer"  # by name, because evaluation builds on training
+SCORER = "sbora_diffusion.evaluation.quick:make_scorer"  # by name, because evaluation builds on training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.evaluation import series as series_module
+from sbora_diffusion.evaluation import images as series_module
 from sbora_diffusion.evaluation.evaluate import default_suite_and_judge
 from sbora_diffusion.models.base import Base, load_base
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from sbora_diffusion.evaluation.judges import load_judge
 from sbora_diffusion.evaluation.judges.clip import Encoder, preprocess
-from sbora_diffusion.evaluation.judges.registry import load_judge
 from sbora_diffusion.utils.errors import SboraError
 
 SIZE, PATCH, WIDTH, HEADS, LAYERS, JOINT = 32, 8, 32, 2, 2, 16

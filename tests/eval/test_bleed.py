@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.data.concept import default_roots, load_concept
+from sbora_diffusion.evaluation.images import reference_images
 from sbora_diffusion.evaluation.judges import clip
-from sbora_diffusion.evaluation.references import reference_images
 from sbora_diffusion.models.base import load_base
 
 from ..inference.test_bake import concept

@@ -1,18 +1,16 @@
 """The script that scores any folder of images."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import clip_alignment
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from ..tiny_clip import save_tiny_clip
 
-SCRIPT = Path(__file__).parents[2] / "eval/clip_alignment.py"
 WORDS = "--prompts prompts.txt --references dog --references cat --class-noun dog --out scores.json"
 
 
@@ -31,14 +29,16 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(here: Path, clip: Path, images: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, images, "--encoder", clip, *WORDS.split()]
-    return subprocess.run(command, cwd=here, capture_output=True, text=True)
+def run(here: Path, clip: Path, images: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+    words = [images, "--encoder", str(clip), *WORDS.split()]
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", ["eval/clip_alignment.py", *words])
+    return CliRunner().invoke(clip_alignment.app, words)
 
 
-def test_a_folder_of_images(here: Path, clip: Path) -> None:
-    done = run(here, clip, "images")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_folder_of_images(here: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(here, clip, "images", monkeypatch)
+    assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.startswith(f"# images against dog, judged by {clip}\n")
     assert done.stdout.endswith("\nscores.json\n")
     content = json.loads((here / "scores.json").read_text())
@@ -47,6 +47,5 @@ def test_a_folder_of_images(here: Path, clip: Path) -> None:
 
 
 def test_no_such_folder(here: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(here)
-    done = CliRunner().invoke(clip_alignment.app, ["nosuch", "--encoder", str(clip), *WORDS.split()])
+    done = run(here, clip, "nosuch", monkeypatch)
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "error: no folder nosuch\n")

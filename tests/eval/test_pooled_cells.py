@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,11 +41,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return load_base(str(save_tiny_pipeline(tmp_path_factory.mktemp("tiny"))))
 
 
-def test_what_a_plan_says_is_made_once(tmp_path: Path) -> None:
+def test_what_a_plan_says_is_made_once(base: Base, tmp_path: Path) -> None:
     from pooled_cells import run_all, write_tables
 
-    settings = {"steps": "1", "crops": "1", "sampling_steps": "1"}
-    plan = {"one": {"variants": ["lora"], "concepts": ["dog"], "seeds": [0], "sizes": [], "settings": settings}}
+    one = {"variants": ["lora"], "concepts": ["dog"], "seeds": [0], "sizes": [], "settings": QUICK, "base": base.id}
+    plan: dict[str, Any] = {"one": one}
     run_all(plan, tmp_path, 1, float("inf"))
     path = tmp_path / "one" / "trained" / "lora" / "0" / "dog.json"
     told, made = json.loads(path.read_bytes()), path.stat().st_mtime_ns

@@ -13,7 +13,7 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.evaluation.judges.clip import Encoder
-from sbora_diffusion.evaluation.suites.suite import Prompt, Suite
+from sbora_diffusion.evaluation.suites import Prompt, Suite
 from sbora_diffusion.models.base import Base, load_base
 
 from ..adapters.random_adapters import adapter

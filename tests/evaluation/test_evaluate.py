@@ -17,16 +17,14 @@ from PIL import Image
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.evaluation import series as series_module
-from sbora_diffusion.evaluation.evaluate import evaluate
+from sbora_diffusion.evaluation import images as series_module
+from sbora_diffusion.evaluation.evaluate import Evaluation, OnImage, evaluate, run_evaluation
+from sbora_diffusion.evaluation.images import merged_token, plan, reference_images
 from sbora_diffusion.evaluation.judges.base import prepare
 from sbora_diffusion.evaluation.judges.clip import METRICS, Encoder
-from sbora_diffusion.evaluation.references import reference_images
-from sbora_diffusion.evaluation.reports.report import read_report, write_report
-from sbora_diffusion.evaluation.reports.results import Report
-from sbora_diffusion.evaluation.run import quick_score, run_evaluation
-from sbora_diffusion.evaluation.series import merged_token, plan
-from sbora_diffusion.evaluation.suites.suite import Suite
+from sbora_diffusion.evaluation.quick import quick_score
+from sbora_diffusion.evaluation.report import Report, read_report, write_report
+from sbora_diffusion.evaluation.suites import Suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
@@ -45,19 +43,10 @@ def run(
 ) -> Evaluate:
     """Evaluate rex, or what is said instead."""
 
-    def evaluated(**changes: Any) -> Report:
-        arguments = {
-            "base": base,
-            "adapters": adapters[:1],
-            "suite": suite,
-            "concepts": concepts,
-            "judges": [judge],
-            "seeds": SEEDS,
-            "folder": tmp_path / "out",
-            "sampling": QUICK,
-            "batch_size": 4,
-        }
-        return run_evaluation(**arguments | changes)
+    def evaluated(force: bool = False, on_image: OnImage = None, **changes: Any) -> Report:
+        job = Evaluation(base, adapters[:1], None, suite, concepts, [judge], QUICK, SEEDS, batch_size=4)
+        folder = changes.pop("folder", tmp_path / "out")
+        return run_evaluation(replace(job, **changes), folder, force, on_image)
 
     return evaluated
 
@@ -269,17 +258,17 @@ def test_an_evaluation_of_an_earlier_version_is_resumed(
     vars(same)["fingerprint"] = rex.spec.base_fingerprint
     one_prompt = replace(suite, prompts=suite.prompts[:1])
     monkeypatch.setattr(series_module, "generate", None)
-    arguments = (same, [rex], one_prompt, concepts, [judge], range(1), tmp_path / "out")
-    report = run_evaluation(*arguments, sampling=QUICK)
+    job = Evaluation(same, [rex], None, one_prompt, concepts, [judge], QUICK, range(1))
+    report = run_evaluation(job, tmp_path / "out")
     before, titles = read_report(golden / "evaluation/report.json")
     now, _ = read_report(write_report(report, tmp_path / "out")[1])
     assert titles["text_mos"] == "text (mos)"
     assert before[0]["prompts"][0]["images"][0]["file"] == "pictures/single/rex/000-0.png"
     assert now[0]["prompts"][0]["images"][0]["file"] == "images/single/rex/000-0.png"
     assert now[0]["estimates"]["image"] == pytest.approx(before[0]["estimates"]["image"], abs=1e-5)
-    assert run_evaluation(*arguments, sampling=QUICK).results[0].images == report.results[0].images
+    assert run_evaluation(job, tmp_path / "out").results[0].images == report.results[0].images
     with pytest.raises(SboraError, match=r"differs in steps"):
-        run_evaluation(*arguments, sampling=Sampling(steps=3, guidance=3.0))
+        run_evaluation(replace(job, sampling=Sampling(steps=3, guidance=3.0)), tmp_path / "out")
 
 
 def test_evaluate_by_names_and_objects(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sbora_diffusion.evaluation.folder import score_folder
 from sbora_diffusion.evaluation.judges.clip import Encoder
-from sbora_diffusion.evaluation.reports.results import Result
+from sbora_diffusion.evaluation.report import Result
 from sbora_diffusion.utils.errors import SboraError
 
 from .conftest import COLOURS

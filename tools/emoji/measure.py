@@ -20,7 +20,7 @@ from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.data.images import load_image
 from sbora_diffusion.evaluation.judges.clip import Encoder
 from sbora_diffusion.evaluation.judges.clip import load as load_encoder
-from sbora_diffusion.evaluation.metrics.alignment import image_alignment, roc_auc
+from sbora_diffusion.evaluation.metrics import image_alignment, roc_auc
 from sbora_diffusion.inference.generate import generate
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.training.checkpoint import versions

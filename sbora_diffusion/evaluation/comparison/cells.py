@@ -20,11 +20,10 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.concept import Concept, default_roots, load_concept
 from sbora_diffusion.evaluation.comparison.plan import Comparison, parts_of, path_of, trained_as
+from sbora_diffusion.evaluation.images import all_concepts, merged_token, reference_images
+from sbora_diffusion.evaluation.judges import load_judge
 from sbora_diffusion.evaluation.judges.base import Scorer, prepare
-from sbora_diffusion.evaluation.judges.registry import load_judge
-from sbora_diffusion.evaluation.references import all_concepts, reference_images
-from sbora_diffusion.evaluation.series import merged_token
-from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import sheet
 from sbora_diffusion.methods.merging import merge

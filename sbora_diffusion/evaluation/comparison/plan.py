@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
-from sbora_diffusion.evaluation.suites.suite import load_suite
+from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
@@ -19,25 +19,17 @@ from sbora_diffusion.utils.files import write_file
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Variants of methods with the same base model, images and prompts, and settings over those of their recipes.
+    """Variants of methods with the same base model, images and prompts, and settings over those of their recipes."""
 
-    Attributes:
-        variants: such as "lora", "lora:rank=4,learning_rate=1e-3", or "sbora-fa:merge=fuse" for another way to merge.
-        seeds: of trainings and images.
-        sizes: numbers K of concepts merged at once; 1 is each concept by itself.
-        settings: of all recipes.
-        digests: of the suite and all known concepts, when the first cells were computed.
-    """
-
-    variants: tuple[str, ...]
+    variants: tuple[str, ...]  # "lora", "lora:rank=4,learning_rate=1e-3", or "sbora-fa:merge=sum" for a way to merge
     concepts: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sizes: tuple[int, ...] = (1,)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of trainings and images
+    sizes: tuple[int, ...] = (1,)  # numbers K of concepts merged at once; 1 is each concept by itself
     base: str = "emoji64"
     suite: str = "emoji64"
     judge: str = "emoji-clip"
-    settings: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)  # of all recipes
+    digests: dict[str, str] = field(default_factory=dict)  # of suite and concepts when the first cells were computed
 
     def __post_init__(self) -> None:
         for key in ("variants", "concepts", "seeds", "sizes"):

@@ -1,5 +1,6 @@
 """Run a comparison: compute the missing cells, each in a process of its own, then write tables and plots."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,8 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sbora_diffusion.evaluation.comparison.plan import Comparison, path_of
-from sbora_diffusion.evaluation.comparison.report import write_comparison
+from sbora_diffusion.evaluation.comparison.plots import retention, scatter
+from sbora_diffusion.evaluation.comparison.tables import (
+    changes,
+    compared_metrics,
+    differences,
+    differences_table,
+    summarise,
+    table,
+)
+from sbora_diffusion.evaluation.judges import metrics_of
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -67,3 +78,20 @@ def _in_process(folder: Path, kind: str, key: str) -> bool:
     command = [sys.executable, "-m", _CELLS, str(folder), kind, key]
     with path.open("wb") as output:
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode == 0
+
+
+def write_comparison(folder: Path, comparison: Comparison, command: str) -> str:
+    """Write table.md, table.json, scatter.png and, for merges, retention.png of the existing cells; return table.md."""
+    rows, paired, merged = (read(folder, comparison) for read in (summarise, differences, changes))
+    compared = compared_metrics(comparison)
+    in_table = {key: compared[key] for key, metric in metrics_of(comparison.judge).items() if metric.in_table}
+    tables = [table(rows, in_table), differences_table(paired, compared), differences_table(merged, compared)]
+    text = "\n".join(part for part in tables if part)
+    content = {"command": command, "rows": rows, "differences": paired, "merged minus single": merged}
+    write_file(folder / "table.json", (json.dumps(content, indent=1) + "\n").encode(), overwrite=True)
+    write_file(folder / "table.md", text.encode(), overwrite=True)
+    if rows and len(in_table) > 1:
+        scatter(rows, in_table, folder / "scatter.png")
+    if merged:
+        retention(merged, compared, folder / "retention.png")
+    return text

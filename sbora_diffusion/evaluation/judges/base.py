@@ -25,19 +25,12 @@ Scores = dict[str, Tensor]  # metric -> (n,) float32, one score for each image
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One score that a judge gives an image.
+    """One score that a judge gives an image."""
 
-    Attributes:
-        title: heading of the metric's column in an evaluation's tables.
-        is_main: whether the summary shows it.
-        compared_as: its heading in comparisons of methods; "" leaves it out there.
-        in_table: whether a comparison's main table shows it, besides the paired differences.
-    """
-
-    title: str
-    is_main: bool = False
-    compared_as: str = ""
-    in_table: bool = False
+    title: str  # heading of its column in an evaluation's tables
+    is_main: bool = False  # whether the summary shows it
+    compared_as: str = ""  # its heading in comparisons of methods; "" leaves it out there
+    in_table: bool = False  # whether a comparison's main table shows it, besides the paired differences
 
 
 class Scorer(Protocol):
@@ -46,35 +39,24 @@ class Scorer(Protocol):
     def __call__(
         self, images: Images, prompts: Sequence[str], tokens: Mapping[str, str], shown: Sequence[str], /
     ) -> dict[str, Scores]:
-        """Return the scores of n images for each concept that they are to show.
+        """Return the scores of n > 0 images of n prompts for each concept in `shown`, names of the references.
 
-        Args:
-            images: n > 0 images.
-            prompts: the n texts that they were generated from.
-            tokens: token -> class noun, for the tokens in the prompts.
-            shown: the concepts that every image is to show, names of the references.
+        All of `shown` are to be in every image. `tokens`: token -> class noun, for the tokens in the prompts.
         """
         ...
 
 
 class Judge(Protocol):
-    """A model that scores images. A module of this package has a function `load(name) -> Judge`, and METRICS.
-
-    Attributes:
-        kind: what reports call this kind of judge; an evaluation has one judge of a kind.
-        id: the name that it was loaded by.
-        weights: 16 hexadecimal digits of a digest of its weights.
-        metrics: what it scores, in the order of tables.
-    """
+    """A model that scores images. A module of this package has a function `load(name) -> Judge`, and METRICS."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str: ...  # what reports call this kind of judge; an evaluation has one judge of a kind
     @property
-    def id(self) -> str: ...
+    def id(self) -> str: ...  # the name that it was loaded by
     @property
-    def weights(self) -> str: ...
+    def weights(self) -> str: ...  # 16 hexadecimal digits of a digest of its weights
     @property
-    def metrics(self) -> Mapping[str, Metric]: ...
+    def metrics(self) -> Mapping[str, Metric]: ...  # what it scores, in the order of tables
 
     def prepare(self, references: References, /) -> Scorer:
         """Look at every concept's reference images, of which there is at least one for each, and return a scorer."""
@@ -126,7 +108,6 @@ def load_pretrained(kind: Any, path: str) -> tuple[Any, set[str]]:
 
 
 def check_complete(name: str, missing: set[str]) -> None:
-    """Raise SboraError if a model's files lack weights."""
     if missing:
         raise SboraError(
             f"{name!r} is incomplete: {len(missing)} weights are missing, such as {min(missing)}",
@@ -135,7 +116,6 @@ def check_complete(name: str, missing: set[str]) -> None:
 
 
 def default_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

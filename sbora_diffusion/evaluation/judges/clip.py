@@ -12,18 +12,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from sbora_diffusion.evaluation.judges.base import (
-    Images,
-    Metric,
-    References,
-    Scores,
-    check_complete,
-    digest,
-    load_errors,
-    load_pretrained,
-    unit_rows,
-)
-from sbora_diffusion.evaluation.metrics import alignment
+from sbora_diffusion.evaluation import metrics
+from sbora_diffusion.evaluation.judges import base
+from sbora_diffusion.evaluation.judges.base import Images, Metric, References, Scores
 from sbora_diffusion.utils.errors import SboraError
 
 METRICS = {
@@ -41,13 +32,7 @@ _LEGACY_EOS = 2  # in older CLIP configurations: not the end's id; transformers 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Encoder:
-    """A CLIP-like model as a judge.
-
-    Attributes:
-        id: the name it was loaded by.
-        weights: 16 hexadecimal digits of the SHA-256 of its weights, by name, in float32.
-        embed_images, embed_texts: embed one batch as (n, d); `images` and `texts` call them.
-    """
+    """A CLIP-like model as a judge; `embed_images` and `embed_texts` embed one batch as (n, d)."""
 
     id: str
     weights: str
@@ -58,11 +43,11 @@ class Encoder:
 
     def images(self, images: Images) -> Tensor:
         """Return (n, d) float32 unit rows on the CPU, n > 0."""
-        return unit_rows(self.embed_images, images)
+        return base.unit_rows(self.embed_images, images)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return (n, d) float32 unit rows on the CPU, n > 0; texts that are too long are truncated."""
-        return unit_rows(self.embed_texts, texts)
+        return base.unit_rows(self.embed_texts, texts)
 
     def prepare(self, references: References) -> "AlignmentScorer":
         """Embed every concept's reference images."""
@@ -70,7 +55,7 @@ class Encoder:
 
 
 class AlignmentScorer:
-    """Scores images by the published protocols (metrics/alignment.py).
+    """Scores images by the published protocols (metrics.py).
 
     `success` is 1 where the image resembles the concept more than any other concept, except those that are to be in the
     same image; it is left out if there is no other. A merge that drops a concept, or generates a copy of another one,
@@ -86,26 +71,24 @@ class AlignmentScorer:
     ) -> dict[str, Scores]:
         """See `Scorer`; text metrics are the same for all of `shown`."""
         embedded = self.encoder.images(images)
-        mos, cd = (
-            self._texts([plain(p, tokens) for p in prompts]) for plain in (alignment.mos_text, alignment.cd_text)
-        )
+        mos, cd = (self._texts([text(p, tokens) for p in prompts]) for text in (metrics.mos_text, metrics.cd_text))
         text: Scores = {
-            "text_mos": alignment.text_alignment(embedded, mos),
-            "text_cd": alignment.text_alignment(embedded, cd),
-            "text_cosine": alignment.cosine(embedded, cd),
+            "text_mos": metrics.text_alignment(embedded, mos),
+            "text_cd": metrics.text_alignment(embedded, cd),
+            "text_cosine": metrics.cosine(embedded, cd),
         }
         return {concept: text | self._resemblance(embedded, concept, shown) for concept in shown}
 
     def _resemblance(self, images: Tensor, concept: str, shown: Sequence[str]) -> Scores:
         own = self.references[concept]
         scores = {
-            "image": alignment.image_alignment(images, own),
-            "image_mos": alignment.mos_image_alignment(images, own),
-            "image_mos_first_reference": alignment.mos_first_reference(images, own),
+            "image": metrics.image_alignment(images, own),
+            "image_mos": metrics.mos_image_alignment(images, own),
+            "image_mos_first_reference": metrics.mos_first_reference(images, own),
         }
         others = [references for name, references in self.references.items() if name not in shown]
         if others:
-            scores["success"] = alignment.succeeds(alignment.class_rank(images, [own, *others]), 0).float()
+            scores["success"] = metrics.succeeds(metrics.class_rank(images, [own, *others]), 0).float()
         return scores
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
@@ -119,15 +102,12 @@ def load(name: str) -> Encoder:
     folder = files("sbora_diffusion") / "emoji" / "clip" if name == EMOJI_CLIP else Path(name)
     if name == EMOJI_CLIP and not folder.is_dir():
         raise SboraError("the emoji-clip weights are missing from this installation", "reinstall the package")
-    with load_errors(name, "give emoji-clip, a folder or hub id of a CLIPModel, or open_clip:NAME/PRETRAINED"):
-        return _load(name, str(folder) if folder.is_dir() else name)
-
-
-def _load(name: str, path: str) -> Encoder:
-    model, missing = load_pretrained(CLIPModel, path)
-    check_complete(name, missing)
-    tokenizer = CLIPTokenizer.from_pretrained(path)
-    processor: Any = CLIPImageProcessorPil.from_pretrained(path)
+    path = str(folder) if folder.is_dir() else name
+    with base.load_errors(name, "give emoji-clip, a folder or hub id of a CLIPModel, or open_clip:NAME/PRETRAINED"):
+        model, missing = base.load_pretrained(CLIPModel, path)
+        base.check_complete(name, missing)
+        tokenizer = CLIPTokenizer.from_pretrained(path)
+        processor: Any = CLIPImageProcessorPil.from_pretrained(path)
     size, text = model.config.vision_config.image_size, model.config.text_config
     if text.eos_token_id not in (_LEGACY_EOS, tokenizer.eos_token_id):
         raise SboraError(
@@ -144,19 +124,14 @@ def _load(name: str, path: str) -> Encoder:
         ids = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").input_ids
         return model.get_text_features(ids.to(model.device)).pooler_output
 
-    return Encoder(id=name, weights=digest(model.state_dict()), embed_images=embed_images, embed_texts=embed_texts)
+    return Encoder(id=name, weights=base.digest(model.state_dict()), embed_images=embed_images, embed_texts=embed_texts)
 
 
 def preprocess(images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Apply CLIP's own preprocessing: the short side to `size`, bicubic, the central square, normalised by channel.
 
     Offsets are rounded as torchvision does, which CLIP was trained with; transformers' processors round down.
-
-    Args:
-        mean, std: of the channels' values in [0, 1].
-
-    Returns:
-        (n, 3, size, size) float32.
+    `mean` and `std` are of the channels' values in [0, 1]. Returns (n, 3, size, size) float32.
     """
     pixels = np.stack([np.asarray(_central_square(image.convert("RGB"), size)) for image in images])
     channels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255

@@ -8,19 +8,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
-from sbora_diffusion.evaluation.judges.base import (
-    Images,
-    Metric,
-    References,
-    Scorer,
-    Scores,
-    check_complete,
-    digest,
-    load_errors,
-    load_pretrained,
-    unit_rows,
-)
-from sbora_diffusion.evaluation.metrics.alignment import image_alignment
+from sbora_diffusion.evaluation.judges import base
+from sbora_diffusion.evaluation.judges.base import Images, Metric, References, Scorer, Scores
+from sbora_diffusion.evaluation.metrics import image_alignment
 from sbora_diffusion.utils.errors import SboraError
 
 METRICS = {"vision": Metric(title="vision", is_main=True, compared_as="Vision", in_table=True)}
@@ -38,7 +28,7 @@ class ImageEncoder:
 
     def images(self, images: Images) -> Tensor:
         """Return (n, d) float32 unit rows on the CPU, n > 0."""
-        return unit_rows(self.embed_images, images)
+        return base.unit_rows(self.embed_images, images)
 
     def prepare(self, references: References) -> Scorer:
         """Embed every concept's reference images."""
@@ -54,21 +44,18 @@ class ImageEncoder:
 
 
 def load(name: str) -> ImageEncoder:
-    """Load a vision model of transformers in float32: DINO, DINOv2 or any other that AutoModel knows.
+    """Load a vision model of transformers, by its folder or hub id: DINO, DINOv2 or any other that AutoModel knows.
 
     The embedding is the class token of the last hidden state where the model has one, else its pooler's output.
-
-    Args:
-        name: a folder or hub id.
     """
-    with load_errors(name, "give a folder or hub id of a transformers vision model, such as facebook/dino-vits16"):
+    with base.load_errors(name, "give a folder or hub id of a transformers vision model, such as facebook/dino-vits16"):
         processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
-        model, missing = load_pretrained(AutoModel, name)
+        model, missing = base.load_pretrained(AutoModel, name)
     if hasattr(model.config, "text_config"):
         raise SboraError(f"{name!r} has a text encoder too, expected a vision model", "give it as the encoder")
     has_class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
     pooler = {key for key in missing if has_class_token and key.startswith("pooler.")}  # checkpoints leave it out
-    check_complete(name, missing - pooler)
+    base.check_complete(name, missing - pooler)
 
     def embed_images(images: Sequence[Image.Image]) -> Tensor:
         pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
@@ -76,4 +63,4 @@ def load(name: str) -> ImageEncoder:
         return output.last_hidden_state[:, 0] if has_class_token else output.pooler_output.flatten(1)
 
     weights = {key: weight for key, weight in model.state_dict().items() if key not in pooler}
-    return ImageEncoder(id=name, weights=digest(weights), embed_images=embed_images)
+    return ImageEncoder(id=name, weights=base.digest(weights), embed_images=embed_images)

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from sbora_diffusion.data.concept import default_roots
-from sbora_diffusion.evaluation.comparison.paired import changes, compared_metrics, differences, differences_table
 from sbora_diffusion.evaluation.comparison.plan import Comparison, load_plan, path_of
-from sbora_diffusion.evaluation.comparison.report import write_comparison
-from sbora_diffusion.evaluation.comparison.run import compare
-from sbora_diffusion.evaluation.comparison.table import summarise
+from sbora_diffusion.evaluation.comparison.run import compare, write_comparison
+from sbora_diffusion.evaluation.comparison.tables import (
+    changes,
+    compared_metrics,
+    differences,
+    differences_table,
+    summarise,
+)
 from sbora_diffusion.utils.errors import SboraError
 
 
@@ -184,7 +188,8 @@ def test_plans_of_the_studies(tmp_path: Path) -> None:
     plan = Path(__file__).parents[3] / "eval/plans/methods.toml"
     told = load_plan(f"{plan}#over_k")
     assert (told.seeds, told.sizes, len(told.concepts), told.variants[1]) == ((0,), (1, 3, 6, 12), 12, "mix-of-show")
-    assert told.config(told.variants[0], 0).loss.output_penalty == 2, "by its older name in the plan"
+    assert told.config(told.variants[0], 0).loss.output_penalty == 2
+    assert told.config("sbora-fa:quiet_weight=3", 0).loss.output_penalty == 3, "by its older name"
     (tmp_path / "one.toml").write_text('variants = ["lora"]\nconcepts = ["dog"]\n')
     assert load_plan(str(tmp_path / "one.toml")) == Comparison(variants=("lora",), concepts=("dog",))
     for name, words in (

@@ -26,11 +26,10 @@ from transformers import (
     ViTModel,
 )
 
-from sbora_diffusion.evaluation.judges import clip
+from sbora_diffusion.evaluation.judges import clip, load_judge
 from sbora_diffusion.evaluation.judges.base import BATCH
 from sbora_diffusion.evaluation.judges.clip import load as load_encoder
 from sbora_diffusion.evaluation.judges.clip import preprocess
-from sbora_diffusion.evaluation.judges.registry import load_judge
 from sbora_diffusion.evaluation.judges.vision import load as load_vision
 from sbora_diffusion.utils.errors import SboraError
 

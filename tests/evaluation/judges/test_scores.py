@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.evaluation.gallery import ImageFiles
+from sbora_diffusion.evaluation.images import ImageFiles, reference_images
 from sbora_diffusion.evaluation.judges.base import Metric, References, Scorer, prepare
 from sbora_diffusion.evaluation.judges.clip import METRICS, Encoder
 from sbora_diffusion.evaluation.judges.vision import ImageEncoder
-from sbora_diffusion.evaluation.references import reference_images
 from sbora_diffusion.utils.errors import SboraError
 
 from ..conftest import COLOURS

@@ -9,10 +9,8 @@ import torch
 from PIL import Image
 
 from sbora_diffusion.evaluation.judges.clip import METRICS
-from sbora_diffusion.evaluation.metrics.bootstrap import bootstrap_interval
-from sbora_diffusion.evaluation.reports.report import grid, to_json, write_report
-from sbora_diffusion.evaluation.reports.results import Report, Result
-from sbora_diffusion.evaluation.reports.tables import summary, to_markdown
+from sbora_diffusion.evaluation.metrics import bootstrap_interval
+from sbora_diffusion.evaluation.report import Report, Result, grid, summary, to_json, to_markdown, write_report
 
 PROMPTS = ("a <dog>", "a <dog> | a <cat>")
 RED = Image.new("RGB", (40, 40), "red")

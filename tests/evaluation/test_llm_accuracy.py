@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from sbora_diffusion.evaluation.reports.llm_table import Measured, accuracy_table, to_json
+from sbora_diffusion.evaluation.llm_accuracy import Measured, accuracy_table, to_json
 from sbora_diffusion.llm.evaluate import TaskScores
 
 

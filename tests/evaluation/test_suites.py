@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.evaluation.suites.suite import Prompt, Suite, default_suites, known_suites, load_suite
+from sbora_diffusion.evaluation.suites import Prompt, Suite, default_suites, known_suites, load_suite
 from sbora_diffusion.utils.errors import SboraError
 
 DREAMBOOTH = """Classes
@@ -50,7 +50,7 @@ def test_our_suites_have_twenty_different_prompts(name: str) -> None:
 
 
 def test_the_emoji64_suites_use_words_of_its_world() -> None:
-    folder = Path(__file__).parents[3] / "tools/emoji"
+    folder = Path(__file__).parents[2] / "tools/emoji"
     world = tomllib.loads((folder / "world.toml").read_text())
     nouns = [
         entry if isinstance(entry, str) else entry["name"] for tier in world["subjects"]["tiers"][:2] for entry in tier

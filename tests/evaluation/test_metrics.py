@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sbora_diffusion.evaluation.metrics.alignment import (
+from sbora_diffusion.evaluation.metrics import (
+    bootstrap_interval,
     cd_text,
     class_rank,
     cosine,
@@ -22,7 +23,6 @@ from sbora_diffusion.evaluation.metrics.alignment import (
     succeeds,
     text_alignment,
 )
-from sbora_diffusion.evaluation.metrics.bootstrap import bootstrap_interval
 
 
 def at(*degrees: float) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from sbora_diffusion.evaluation.gallery import claimed, read_image, write_image
+from sbora_diffusion.evaluation.images import claimed, read_image, write_image
 from sbora_diffusion.utils.errors import SboraError
 
 IDENTITY = {"suite": "emoji64 f00d", "adapter dog": "abc"}
@@ -87,7 +87,7 @@ def test_killed_while_writing(tmp_path: Path, moment: str) -> None:
     script = f"""
 import os, pathlib, signal
 from PIL import Image
-from sbora_diffusion.evaluation.gallery import write_image
+from sbora_diffusion.evaluation.images import write_image
 {module}.{function} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 write_image(Image.new("RGB", (5, 7)), pathlib.Path({str(tmp_path / "000-0.png")!r}))
 """

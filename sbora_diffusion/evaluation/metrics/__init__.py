@@ -1,1 +1,0 @@
-"""The published scores and their intervals: pure functions on tensors and texts."""

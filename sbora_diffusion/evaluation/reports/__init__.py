@@ -1,1 +1,0 @@
-"""What an evaluation returns and writes: scores, tables, JSON and image grids."""

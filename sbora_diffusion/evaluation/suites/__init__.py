@@ -1,1 +1,0 @@
-"""Suites of prompts, in our own layout and in those of other projects."""
