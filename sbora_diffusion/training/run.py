@@ -88,27 +88,23 @@ def run_training(
                 trainer.load(state)
             for step in range(trainer.step, config.optim.steps):
                 loss = trainer.train_step(step)
-                evaluated = _evaluate(trainer, config, score)
+                evaluated = _evaluate(trainer, preview, config, score)
                 if _is_due(trainer, config.output.save_every):
                     folder.save(description, trainer.state())
-                if _is_due(trainer, config.output.preview_every):
-                    with trainer.eval_parameters():
-                        evaluated["preview"] = preview.generate(trainer.step)
                 entry = _step_log(trainer, base, loss, **evaluated)
                 folder.log(entry)
                 if on_step and processes.is_first:
                     on_step(entry)
             with trainer.result_parameters():
                 before_after, drift = preview.generate_after()
-                metrics = trainer.metrics() | {"class_drift": drift}
-                adapter = _adapter(concept, base, interval, config, live, metrics)
+                adapter = _adapter(concept, base, interval, config, live, trainer.metrics() | {"class_drift": drift})
         path = _save(adapter, save_to, overwrite, run_folder) if save_to and processes.is_first else None
         folder.finish(_step_log(trainer, base, trainer.mean_loss, preview=before_after))
     return TrainingResult(adapter=adapter, path=path, before_after=before_after)
 
 
-def _evaluate(trainer: Trainer, config: TrainConfig, score: Score | None) -> dict[str, Any]:
-    """Return the images' scores and the validation loss if they are due; the trainer stores its best step."""
+def _evaluate(trainer: Trainer, preview: "Preview", config: TrainConfig, score: Score | None) -> dict[str, Any]:
+    """Return scores, validation loss and preview if they are due; the trainer stores its best step."""
     evaluated: dict[str, Any] = {}
     if score and _is_due(trainer, config.output.eval_every, at_end=True):
         with trainer.eval_parameters():
@@ -118,6 +114,9 @@ def _evaluate(trainer: Trainer, config: TrainConfig, score: Score | None) -> dic
         evaluated["validation"] = loss = trainer.validate()
         if not config.output.eval_every:
             trainer.update_best({"overall": -loss, "validation_loss": loss})
+    if _is_due(trainer, config.output.preview_every):
+        with trainer.eval_parameters():
+            evaluated["preview"] = preview.generate(trainer.step)
     return evaluated
 
 

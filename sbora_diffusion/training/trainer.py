@@ -24,6 +24,7 @@ from sbora_diffusion.training.optim import (
     make_optimizer,
     make_schedule,
     parameter_groups,
+    set_parameters,
 )
 
 
@@ -116,7 +117,7 @@ class Trainer:
     def result_parameters(self) -> Iterator[None]:
         """Put the parameters to save in place inside the context: the best step's with keep=best."""
         if self._config.output.keep == "best" and self.best:
-            self._set_parameters(self.best["parameters"])
+            set_parameters(self._live.parameters(), self.best["parameters"])
             yield
         else:
             with self.eval_parameters():
@@ -150,17 +151,12 @@ class Trainer:
         """Restore a `state`."""
         self.step, self.mean_loss = state["step"], state["mean_loss"]
         self.best = state["best"] or {}  # None in checkpoints of earlier versions
-        self._set_parameters(state["parameters"])
+        set_parameters(self._live.parameters(), state["parameters"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._precision.load(state["precision"])
         if self._ema:
-            self._ema.load(state["averages"])
-
-    @torch.no_grad()
-    def _set_parameters(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._live.parameters(), values, strict=True):
-            parameter.copy_(value)
+            set_parameters(self._ema.values, state["averages"])
 
 
 def _sum(losses: Mapping[str, Tensor]) -> Tensor:
