@@ -255,11 +255,11 @@ def test_resume_of_a_finished_training_trains_no_further(base: str, data: Path, 
     run, config = Run(base=base, data=data, method="lora", quantize="none"), small(steps="6", scheduler="constant")
     steps: list[int] = []
     adapter = train(run, config, tmp_path).adapter
-    losses = (tmp_path / "losses.json").read_text()
+    losses = json.loads((tmp_path / "losses.json").read_text())
     adapter.rename(tmp_path / "whole")  # as after a crash just before the adapter is written
     train_or_none(run, config, tmp_path, resume=True, on_step=lambda step, *_: steps.append(step))
     assert_same(adapter, tmp_path / "whole")
-    assert (tmp_path / "losses.json").read_text() == losses
+    assert json.loads((tmp_path / "losses.json").read_text()) == losses
     assert steps == []
 
 
