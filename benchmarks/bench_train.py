@@ -31,7 +31,7 @@ from sbora_diffusion.data.latents import prior_latents
 from sbora_diffusion.models.loading import load_pipeline
 from sbora_diffusion.training.checkpoint import RunFolder
 from sbora_diffusion.training.optim import Precision
-from sbora_diffusion.training.preview import Preview
+from sbora_diffusion.training.run import Preview
 from sbora_diffusion.training.trainer import Trainer
 
 PARTS: dict[str, Callable[..., Any]] = {

@@ -49,7 +49,7 @@ def ledger(
 
     library = Library(ADAPTERS)
     if reserve:
-        from sbora_diffusion.training.intervals import reserve_interval
+        from sbora_diffusion.training.train import reserve_interval
 
         hide_loading_bars()
         typer.echo(reserve_interval(reserve, base, method, rank, interval, library=library))

@@ -131,7 +131,7 @@ def export(
     ] = False,
 ) -> None:
     """Write an adapter as a plain LoRA, or the whole model with the adapter merged in."""
-    from sbora_diffusion.llm.export import export as export_adapter
+    from sbora_diffusion.llm.adapters import export as export_adapter
 
     hide_loading_bars(diffusers=False)
     typer.echo(export_adapter(adapter, to, out, base, dequantize))

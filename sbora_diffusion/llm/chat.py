@@ -11,8 +11,7 @@ from transformers import TextStreamer
 
 from sbora_diffusion.llm.adapters import load_adapter, read_about
 from sbora_diffusion.llm.base import load_base
-from sbora_diffusion.llm.data import common_prefix
-from sbora_diffusion.llm.template import training_prompt
+from sbora_diffusion.llm.data import common_prefix, training_prompt
 from sbora_diffusion.utils.errors import SboraError
 
 NONE = "none"  # the base model without an adapter

@@ -1,4 +1,4 @@
-"""Read records from JSON, JSONL or Parquet, and turn them into token ids and labels."""
+"""Records from JSON, JSONL or Parquet, the prompts of published protocols, and token ids with labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,15 @@ from typing import Any
 from jinja2 import TemplateError  # torch depends on it
 
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.llm.template import check_record, training_prompt
 from sbora_diffusion.utils.errors import SboraError
 
 IGNORED = -100  # label of tokens that do not count in the loss
+_INDENT = " " * 16
+_TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_TASK_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
 
 Example = dict[str, list[int]]  # "input_ids" and "labels", equally long
 
@@ -44,6 +49,33 @@ def _parse(path: Path) -> Any:
         if path.suffix == ".jsonl"
         else json.loads(text)
     )
+
+
+def training_prompt(template: str, instruction: str, context: str = "") -> str:
+    """Return everything before the answer in a training sequence.
+
+    Args:
+        template: "adapters" is LLM-Adapters' finetune.py, with its two blanks after "request." (one if there is an
+            input) and its 16 blanks on empty lines; "alpaca" is QLoRA's qlora.py; "plain" is only the record's text.
+        context: the record's "input".
+    """
+    if template == "adapters":
+        head, parts = (f"{_TASK_WITH_INPUT} ", [context]) if context else (f"{_TASK}  ", [])
+        sections = zip(("Instruction", "Input"), [instruction, *parts], strict=False)
+        body = "".join(f"{_INDENT}### {title}:\n{_INDENT}{text}\n{_INDENT}\n" for title, text in sections)
+        return f"{head}\n\n{body}{_INDENT}### Response:\n{_INDENT}"
+    if template == "alpaca":
+        head, middle = (_TASK_WITH_INPUT, f"### Input:\n{context}\n\n") if context else (_TASK, "")
+        return f"{head}\n\n### Instruction:\n{instruction}\n\n{middle}### Response: "
+    if template == "plain":
+        return f"{instruction}\n{context}" if context else instruction
+    raise SboraError(f"got template {template!r}, expected adapters, alpaca or plain")
+
+
+def evaluation_prompt(instruction: str) -> str:
+    """Return the prompt of LLM-Adapters' evaluate.py: one blank after "request.", an empty line before the response."""
+    body = f"{_INDENT}### Instruction:\n{_INDENT}{instruction}\n\n{_INDENT}### Response:\n{_INDENT}"
+    return f"{_TASK} \n\n{body}"
 
 
 def tokenise(records: Sequence[Mapping[str, Any]], tokenizer: Any, config: LlmConfig) -> list[Example]:
@@ -81,7 +113,7 @@ def common_prefix(prompt: Sequence[int], whole: Sequence[int]) -> int:
 def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: LlmConfig) -> Example:
     if config.data.template == "chat" or "messages" in record:
         return _chat(record, number, tokenizer, config)
-    check_record(record, number)
+    _check_record(record, number)
     prompt = training_prompt(config.data.template, record["instruction"], record.get("input") or "")
     if config.data.target_cutoff:
         return _tokenise_separately(prompt, record["output"], tokenizer, config)
@@ -90,6 +122,18 @@ def _tokenise(record: Mapping[str, Any], number: int, tokenizer: Any, config: Ll
         ids = [*ids, tokenizer.eos_token_id]
     masked = 0 if config.data.train_on_inputs else common_prefix(tokenizer(prompt)["input_ids"], ids)
     return _masked(ids, masked)
+
+
+def _check_record(record: Mapping[str, object], number: int) -> None:
+    """Raise SboraError unless "instruction" and "output" are texts, and "input" is a text or missing."""
+    for key in ("instruction", "output"):
+        if not isinstance(record.get(key), str):
+            raise SboraError(
+                f"record {number} has no text {key!r}, only {', '.join(record) or 'nothing'}",
+                hint="Each record needs instruction and output (and may have input), or messages.",
+            )
+    if not isinstance(record.get("input") or "", str):
+        raise SboraError(f"record {number} has an input that is not text")
 
 
 def _tokenise_separately(prompt: str, answer: str, tokenizer: Any, config: LlmConfig) -> Example:

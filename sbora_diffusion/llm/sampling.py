@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -55,13 +55,3 @@ class ResumableTrainer(Trainer):
         lengths = [len(example["input_ids"]) for example in examples]
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGrouped(lengths, size, self.args.seed)
-
-
-class EpochSetter(TrainerCallback):
-    """Set the sampler's epoch also where a resume skips the epoch's first batches in one of several processes.
-
-    There the Trainer's own call does not reach the sampler.
-    """
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,11 @@ from sbora_diffusion.llm.run_folder import (
     is_first_process,
     save_result,
 )
-from sbora_diffusion.llm.sampling import EpochSetter, ResumableTrainer
+from sbora_diffusion.llm.sampling import ResumableTrainer
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import claimed, full_disk_reported, versions, write_description, write_file
 
 log = logging.getLogger(__name__)
-
-MULTIPLE = 8  # sequences are padded to a multiple of so many tokens
 
 OnStep = Callable[[int, int, float], None]  # step, steps, loss
 
@@ -78,7 +77,9 @@ def train(
     with claimed(folder, is_first_process(), "wait for it to end, or choose another --out"):
         run, checkpoint = find_checkpoint(run, config, folder, resume)
         model, tokenizer = load_base(run.base, _weights_dtype(config), run.quantize)
-        examples = _examples(records, model, tokenizer, config)
+        examples = tokenise(records, tokenizer, config)
+        check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
+        log.info("%d of %d records have tokens that count in the loss", len(examples), len(records))
         run = replace(run, fingerprint=fingerprint(model))
         if checkpoint:
             check_same(run, config, folder)
@@ -96,13 +97,6 @@ def train(
             losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
             write_file(folder / LOSSES, json.dumps(losses).encode(), overwrite=True)
             return save_result(adapted, run, config, folder, metrics, library)
-
-
-def _examples(records: Sequence[dict[str, Any]], model: Any, tokenizer: Any, config: LlmConfig) -> list[Example]:
-    examples = tokenise(records, tokenizer, config)
-    check_lengths(examples, getattr(model.config, "max_position_embeddings", None))
-    log.info("%d of %d records have tokens that count in the loss", len(examples), len(records))
-    return examples
 
 
 def _check_name(library: Library, folder: Path) -> None:
@@ -156,8 +150,8 @@ def _trainer(
         args=arguments,
         train_dataset=training,  # type: ignore[arg-type]  # a list is a map-style data set
         eval_dataset=validation or None,  # type: ignore[arg-type]
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=MULTIPLE, padding=True),
-        callbacks=[EpochSetter(), _StepReporter(on_step)],
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, padding=True),
+        callbacks=[_Steps(on_step)],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
     return trainer
@@ -202,17 +196,21 @@ def training_arguments(config: LlmConfig, folder: Path) -> TrainingArguments:
     )
 
 
-class _StepReporter(TrainerCallback):
-    """Report each step's loss, and stop a training that has diverged."""
+class _Steps(TrainerCallback):
+    """Set each epoch's order of examples, report each step's loss, and stop a training that has diverged."""
 
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Set the epoch where the Trainer does not: in one of several processes that resume within an epoch."""
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         loss = kwargs["logs"].get("loss")
         if loss is None:
             return
-        if not abs(loss) < float("inf"):
+        if not math.isfinite(loss):
             raise SboraError(
                 f"the loss is {loss} at step {state.global_step}", "lower the learning rate: --set learning_rate=1e-4"
             )
@@ -220,12 +218,11 @@ class _StepReporter(TrainerCallback):
             self._on_step(state.global_step, state.max_steps, loss)
 
 
-def _in_base_weights(model: Any, run: Run, config: LlmConfig) -> Any:
+def _in_base_weights(model: Any, run: Run, config: LlmConfig) -> AbstractContextManager[Any]:
     """Train SBoRA without dropout inside the base weights if these are as precise as the adapter."""
     precise = run.quantize == "none" and config.model.dtype == "float32"
-    return (
-        inplace_training(model, "default") if run.interval and precise and not config.method.dropout else nullcontext()
-    )
+    is_inplace = run.interval and precise and not config.method.dropout
+    return inplace_training(model, "default") if is_inplace else nullcontext()
 
 
 def _weights_dtype(config: LlmConfig) -> torch.dtype:

@@ -1,6 +1,5 @@
-"""Training several concepts at once: an interval reserved for each, then a process for each."""
+"""Train several concepts at once: reserve an interval for each, then start a process for each."""
 
-import json
 import logging
 import shlex
 import signal
@@ -9,19 +8,18 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.methods.registry import configure, find_method, method_side
+from sbora_diffusion.methods.registry import configure, find_method
 from sbora_diffusion.models.base import load_unplaced
 from sbora_diffusion.models.distributed import num_launched
 from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.intervals import space_of
+from sbora_diffusion.training.train import space_of
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import with_current_names
+from sbora_diffusion.utils.files import read_description
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +38,13 @@ def fan_out(
     jobs: int,
     cluster: int,
 ) -> list[Path]:
-    """Train the concepts that have no file yet, `jobs` at a time or on a Ray cluster; what there is then.
+    """Train the concepts that have no file yet, `jobs` at a time or on a Ray cluster; return all concepts' files.
 
-    Every concept has its columns before the first training starts. Whatever ends in between, the same command goes on:
-    concepts that are done are left as they are, interrupted ones are resumed, and all keep their columns.
+    All columns are reserved before the first training starts. After an interruption the same command continues:
+    finished concepts stay as they are, interrupted ones are resumed, and all keep their columns.
 
     Raises:
-        SboraError: two concepts of one name, a bad setting or folder (nothing is started then), trainings that failed.
+        SboraError: two concepts of one name, a bad setting or folder (no training is started), failed trainings.
     """
     if num_launched() > 1:
         raise SboraError(
@@ -74,17 +72,16 @@ def fan_out(
     if failed:
         raise SboraError(
             f"{len(failed)} of {len(names)} trainings failed: {', '.join(failed)}",
-            f"see {tasks[failed[0]][1]}; the same command goes on with what is missing",
+            f"see {tasks[failed[0]][1]}; the same command trains what is missing",
         )
     return [library.path(name) for name in names]
 
 
 def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library: Library) -> None:
-    """An interval for all who have none, or for nobody; it stays reserved until the concept's file is there."""
+    """Reserve an interval for each concept that has none, or for none of them, until the concept's file exists."""
     if not names or not find_method(config.method.name).owns_interval:
         return
-    base = load_unplaced(base_name)
-    space = space_of(base, method_side(config.method.name), config.method.basis_seed)
+    space = space_of(load_unplaced(base_name), config)
     owned = {owner.name for owner in library.owners(space.base_fingerprint, space.side)}
     reserved: list[str] = []
     try:
@@ -99,30 +96,29 @@ def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library:
 
 
 def _again(run: Path, config: TrainConfig, force: bool) -> list[str]:
-    """How a training that may have been interrupted goes on; with `force` one of other settings makes way."""
+    """Return the options that resume an interrupted training; with `force` one of other settings is overwritten."""
     forced = ["--force"] if force else []
-    if (run / CHECKPOINT).exists() and not (force and _settings_in(run) != config.to_dict()):
-        return ["--resume", *forced]
-    return forced
+    if not (run / CHECKPOINT).exists() or (force and _settings_in(run) != config.to_dict()):
+        return forced
+    return ["--resume", *forced]
 
 
-def _settings_in(run: Path) -> dict[str, Any] | None:
-    """Of the training that a run folder holds; None if it does not tell."""
+def _settings_in(run: Path) -> object:
     try:
-        return with_current_names(json.loads((run / "run.json").read_bytes())["config"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_description(run).get("config")
+    except SboraError:
         return None
 
 
 def _locally(tasks: dict[str, tuple[list[str], Path]], jobs: int) -> list[str]:
-    """Names of the trainings that failed."""
+    """Return the names of the trainings that failed."""
     with ThreadPoolExecutor(jobs) as pool:
-        done = list(pool.map(lambda name: _told(name, in_a_process(*tasks[name])), tasks))
+        done = list(pool.map(lambda name: _logged(name, in_a_process(*tasks[name])), tasks))
     return [name for name, status in zip(tasks, done, strict=True) if status]
 
 
 def _on_cluster(tasks: dict[str, tuple[list[str], Path]]) -> list[str]:
-    """The same on the Ray cluster that RAY_ADDRESS names, or on one of this machine; the folder must be shared."""
+    """Train on the Ray cluster that RAY_ADDRESS names, or on this machine's; its nodes must share the folder."""
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -133,18 +129,18 @@ def _on_cluster(tasks: dict[str, tuple[list[str], Path]]) -> list[str]:
     here = Path.cwd()
     waiting = {remote.remote(command, path, here): name for name, (command, path) in tasks.items()}
     try:
-        return [name for task, name in waiting.items() if _told(name, ray.get(task))]
+        return [name for task, name in waiting.items() if _logged(name, ray.get(task))]
     finally:
         ray.shutdown()
 
 
-def _told(name: str, status: int) -> int:
+def _logged(name: str, status: int) -> int:
     log.info("%s: %s", name, f"failed with status {status}" if status else "done")
     return status
 
 
 def in_a_process(command: Sequence[str], path: Path, folder: Path | None = None) -> int:
-    """Run a command in a folder with its output in a file there; its exit status."""
+    """Run a command in a folder with its output in a file there, and return its exit status."""
     folder = folder or Path.cwd()
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     with (folder / path).open("ab") as output:

@@ -1,8 +1,8 @@
-"""How much memory a training will need, from shapes alone, and what to set where that is too much."""
+"""The memory that a training needs, computed from shapes alone, and the settings that reduce it."""
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from sbora_diffusion.models.quantization import BYTES, packable
 from sbora_diffusion.models.target_modules import blocks_before, only_passed
 from sbora_diffusion.recipes.config import TrainConfig
 
-# what gradient checkpointing computes again: it keeps their inputs only
+# gradient checkpointing keeps only the inputs of these, and computes the rest again
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock",
           "FluxSingleTransformerBlock")  # fmt: skip
 LEAN = {"batch_size": 1, "prior_batch": 0, "class_images": 0, "gradient_checkpointing": True}
-LEANER = {"fp32": "bf16", "bf16": "nf4", "fp16": "nf4"}  # what takes less memory
+LEANER = {"fp32": "bf16", "bf16": "nf4", "fp16": "nf4"}
 GIGABYTE = 2**30
 
 
@@ -39,7 +39,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes that a training needs at least: what the libraries need for themselves and between layers comes on top."""
+    """Bytes that a training needs, without the libraries' own memory and buffers between layers."""
 
     weights: int
     trained: int  # parameters, gradients, and the optimiser's two moments
@@ -50,20 +50,16 @@ class Estimate:
         return self.weights + self.trained + self.activations
 
     def __str__(self) -> str:
-        total, weights, kept, trained = map(_told, (self.total, self.weights, self.activations, self.trained))
+        total, weights, kept, trained = map(_rounded, (self.total, self.weights, self.activations, self.trained))
         return f"about {total} ({weights} of weights, {kept} of activations, {trained} of what is trained)"
 
 
-def _told(number: int) -> str:
+def _rounded(number: int) -> str:
     return f"{number / GIGABYTE:.1f} GB" if number >= GIGABYTE else f"{number / 2**20:.0f} MB"
 
 
 def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
-    """What a training needs.
-
-    Args:
-        kept: what `activations` says of the base model.
-    """
+    """Estimate a training's memory; `kept` are the base model's `activations`."""
     samples = config.data.batch_size * (2 if config.data.class_images else 1) + config.loss.prior_batch
     each = kept.text + (kept.checkpointed if config.model.gradient_checkpointing else kept.everything)
     half = config.model.precision != "fp32"  # nf4 computes in bf16
@@ -75,7 +71,7 @@ def estimate(base: Base, config: TrainConfig, kept: Activations) -> Estimate:
 
 
 def _weights(base: Base, precision: str) -> int:
-    """Bytes of this process's weights; the autoencoder's stay in fp32."""
+    """Return the bytes of this process's weights; the VAE's stay in fp32."""
     total, each = 0.0, 4 if precision == "fp32" else 2
     for module in base.family.modules(base.pipeline):
         held = sum(map(num_held, module.parameters()))
@@ -101,113 +97,100 @@ def advice(base: Base, config: TrainConfig, kept: Activations) -> str:
 
 
 def available(device: torch.device) -> int:
-    """Bytes of the GPU, or what is free of the machine's memory besides what this process has."""
+    """Return the bytes of the GPU, or of the machine's memory that is free or this process's own."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
+    """Return whether an allocation failed, on a GPU or on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def activations(base: Base, config: TrainConfig) -> Activations:
-    """What a forward pass keeps, counted on a copy of the denoiser without numbers, and on one reading of no words."""
-    text, of_text = _read(base)
-    pipeline, model = copy.copy(base.pipeline), _without_numbers(base.denoiser)
-    setattr(pipeline, base.family.denoiser, model)
-    size = base.family.latent_size(pipeline)
-    channels = base.pipeline.vae.config.latent_channels
-    noisy = torch.empty(1, channels, size, size, device="meta", requires_grad=True)
-    count, passed = _Count(model), blocks_before(base, config.method.blocks)
-    t = torch.full((1,), 500.0, device="meta")
-    with count.counting(), _FusedAttention(), only_passed(model, passed):
-        for last in passed[-1:]:
-            model.get_submodule(last).register_forward_hook(_learn_from_here)
-        base.family.predict(pipeline, noisy, t, text)
-    checkpointed = count.outside + count.inputs + max(count.by_block.values())
-    of_text *= 1 if base.precision == "fp32" else 2  # counted in half precision
-    return Activations(everything=count.total, checkpointed=checkpointed, text=of_text)
-
-
-def _read(base: Base) -> tuple[TextConditioning, int]:
-    """A text without numbers, and the bytes that reading it keeps where tokens are learned."""
-    encoders: list[Any] = [base.component(reader.component) for reader in base.learners]
-    count = _Count(nn.ModuleList(encoders))
-    with ExitStack() as stack:
-        for encoder in encoders:
-            hook = encoder.get_input_embeddings().register_forward_hook(lambda _m, _i, read: read.requires_grad_())
-            stack.callback(hook.remove)
-        stack.enter_context(count.counting())
-        text = base.encode_text(base.tokenize([""]))
-    pooled = None if text.pooled is None else text.pooled.detach().to("meta", torch.float32)
-    return TextConditioning(text.states.detach().to("meta", torch.float32), pooled), count.total
-
-
-def _learn_from_here(_: nn.Module, __: Any, given: Any) -> None:
-    """What the last block gives that is only passed is differentiated from there on, as an adapter does it."""
-    (given[0] if isinstance(given, tuple) else given).requires_grad_()
-
-
-def _without_numbers(denoiser: Any) -> nn.Module:
+    """Count what one sample's forward pass keeps: the denoiser's on the meta device, the text encoders' of no words."""
+    text, text_bytes = _encode_no_words(base)
+    pipeline = copy.copy(base.pipeline)
+    denoiser: Any = base.denoiser
     with torch.device("meta"):
-        return type(denoiser).from_config(denoiser.config).requires_grad_(False)
+        model = type(denoiser).from_config(denoiser.config).requires_grad_(False)
+    setattr(pipeline, base.family.denoiser, model)
+    size, channels = base.family.latent_size(pipeline), base.pipeline.vae.config.latent_channels
+    noisy = torch.empty(1, channels, size, size, device="meta", requires_grad=True)
+    frozen = blocks_before(base, config.method.blocks)
+    with _counted(model) as count, _FusedAttention(), only_passed(model, frozen):
+        for last in frozen[-1:]:  # gradients begin where an adapter does
+            model.get_submodule(last).register_forward_hook(_require_gradients)
+        base.family.predict(pipeline, noisy, torch.full((1,), 500.0, device="meta"), text)
+    text_bytes *= 1 if base.precision == "fp32" else 2  # counted in half precision
+    return Activations(everything=count.total, checkpointed=count.checkpointed, text=text_bytes)
+
+
+def _encode_no_words(base: Base) -> tuple[TextConditioning, int]:
+    """Return the conditioning on the meta device, and the bytes that learning a token keeps in the text encoders."""
+    encoders: list[Any] = [base.component(spec.component) for spec in base.learners]
+    with _counted(nn.ModuleList(encoders)) as count, ExitStack() as stack:
+        for encoder in encoders:
+            stack.callback(encoder.get_input_embeddings().register_forward_hook(_require_gradients).remove)
+        text = base.encode_text(base.tokenize([""]))
+    states, pooled = (
+        None if tensor is None else tensor.detach().to("meta", torch.float32) for tensor in (text.states, text.pooled)
+    )
+    assert states is not None
+    return TextConditioning(states, pooled), count.total
+
+
+def _require_gradients(_: nn.Module, __: Any, output: Any) -> None:
+    (output[0] if isinstance(output, tuple) else output).requires_grad_()
 
 
 class _Count:
-    """Bytes that autograd saves, by the block of the model that saves them."""
+    """Bytes that autograd saves: in total, and with gradient checkpointing, which holds one block at a time."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.inputs, self.outside, self.by_block = 0, 0, {0: 0}
-        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._seen: list[Any] = []  # storages, held so that none is freed and its number used again
-        self._numbers: set[int] = set()
-        self._block = 0
-        self._blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    def __init__(self) -> None:
+        self.total, self.inputs, self.before_block = 0, 0, 0
+        self.blocks = [0]  # bytes saved in each block
 
     @property
-    def total(self) -> int:
-        return self.outside + sum(self.by_block.values())
+    def checkpointed(self) -> int:
+        return self.total - sum(self.blocks) + self.inputs + max(self.blocks)
 
-    def counting(self) -> ExitStack:
-        """Within it, forward passes are counted."""
-        stack = ExitStack()
-        for number, block in enumerate(self._blocks, 1):
-            for hook in (
-                block.register_forward_pre_hook(self._enter(number), with_kwargs=True),
-                block.register_forward_hook(lambda *_: self._leave()),
-            ):
-                stack.callback(hook.remove)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
-        return stack
+    def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.requires_grad]
+        self.inputs += sum(tensor.nbytes for tensor in inputs)
+        self.before_block = self.total
 
-    def _enter(self, number: int) -> Callable[..., None]:
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._block = number
-            self.by_block[number] = 0
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            self.inputs += sum(_bytes(tensor) for tensor in tensors if tensor.requires_grad)
+    def leave_block(self, *_: object) -> None:
+        self.blocks.append(self.total - self.before_block)
 
-        return enter
 
-    def _leave(self) -> None:
-        self._block = 0
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[_Count]:
+    """Count what forward passes of a model save for the backward pass, each storage once, weights excluded."""
+    count = _Count()
+    seen = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}  # held: numbers stay unique
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._parameters | self._numbers:
-            self._numbers.add(storage._cdata)
-            self._seen.append(storage)
-            if self._block:
-                self.by_block[self._block] += storage.nbytes()
-            else:
-                self.outside += storage.nbytes()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            count.total += storage.nbytes()
         return tensor
+
+    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    hooks = [block.register_forward_pre_hook(count.enter_block, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(count.leave_block) for block in blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention keeps its inputs and its output, as the fused kernels do that compute it, and no matrix of weights."""
+    """Save attention's inputs and output, as fused kernels do, and no matrix of weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -222,7 +205,3 @@ class _Attention(torch.autograd.Function):
         result = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, result)
         return result
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

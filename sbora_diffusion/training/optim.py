@@ -79,22 +79,35 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, device: to
     return AdamW8bit(groups, weight_decay=decay)
 
 
+@torch.no_grad()
+def set_parameters(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into parameters."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+@contextmanager
+def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Restore the parameters' current values at the end of the context."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        set_parameters(parameters, kept)
+
+
 @contextmanager
 def eval_parameters(optimizer: Any) -> Iterator[None]:
     """Put the optimizer's averaged parameters in place inside the context; only schedule-free has some."""
     if not hasattr(optimizer, "eval"):
         yield
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in parameters]  # switching back and forth would round them
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        optimizer.train()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+    with restored([parameter for group in optimizer.param_groups for parameter in group["params"]]):
+        optimizer.eval()  # switching back with `train` alone would round the parameters
+        try:
+            yield
+        finally:
+            optimizer.train()
 
 
 class EMA:
@@ -117,26 +130,12 @@ class EMA:
         for value, parameter in zip(self.values, self._parameters, strict=True):
             value.lerp_(parameter.detach(), 1 - decay)
 
-    def load(self, values: Sequence[Tensor]) -> None:
-        """Restore saved averages."""
-        for value, saved in zip(self.values, values, strict=True):
-            value.copy_(saved)
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Swap the averages into the parameters inside the context."""
-        self._swap()
-        try:
+        """Put the averages in place of the parameters inside the context."""
+        with restored(self._parameters):
+            set_parameters(self._parameters, self.values)
             yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for value, parameter in zip(self.values, self._parameters, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(value)
-            value.copy_(kept)
 
 
 PATIENCE = 20  # steps that fp16 may skip in a row until its loss scale is small enough

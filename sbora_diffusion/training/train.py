@@ -10,26 +10,19 @@ from typing import Any
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.data.concept import Concept, default_roots, load_concept
+from sbora_diffusion.data.concept import Concept, concept_name, default_roots, load_concept
+from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.methods.registry import configure, find_method
-from sbora_diffusion.models.base import Base, load_base
+from sbora_diffusion.methods.registry import configure, find_method, method_side
+from sbora_diffusion.models.base import Base, load_base, load_unplaced
 from sbora_diffusion.models.distributed import joined
 from sbora_diffusion.models.loading import find_kind
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import CHECKPOINT
-from sbora_diffusion.training.intervals import interval_of_run, reserve_for
-from sbora_diffusion.training.memory import (
-    GIGABYTE,
-    Activations,
-    activations,
-    advice,
-    available,
-    estimate,
-    is_out_of_memory,
-)
+from sbora_diffusion.training.memory import GIGABYTE, activations, advice, available, estimate, is_out_of_memory
 from sbora_diffusion.training.run import OnStep, Score, TrainingResult, run_training
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_description
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +122,13 @@ def train_concept(request: Request, on_step: OnStep | None = None) -> TrainingRe
             load = partial(load_base, request.base, config.model.precision, processes.sharded)
             base = processes.sequentially(load) if processes.sharded else load()
         interval = processes.broadcast_from_main(
-            lambda: reserve_for(concept, base, config, library, pinned or _resumed_interval(request, run_folder))
+            lambda: _reserve(concept, base, config, library, pinned or _resumed_interval(request, run_folder))
         )
         kept = activations(base, config)
-        _log_memory(base, config, kept)
+        needed, limit = estimate(base, config, kept), available(base.device)
+        log.info("memory: %s needed, %.1f GB available", needed, limit / GIGABYTE)
+        if needed.total > limit:
+            log.warning("the memory may not suffice: %s", advice(base, config, kept))
         try:
             return run_training(
                 concept,
@@ -151,7 +147,6 @@ def train_concept(request: Request, on_step: OnStep | None = None) -> TrainingRe
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            needed = estimate(base, config, kept)
             raise SboraError(f"out of memory: this training needs {needed}", advice(base, config, kept)) from error
         finally:
             if processes.is_first:
@@ -180,19 +175,50 @@ def _read(request: Request) -> tuple[Concept, TrainConfig, Interval | None]:
 
 
 def _resumed_interval(request: Request, run_folder: Path) -> Interval | None:
-    return interval_of_run(run_folder) if request.resume and (run_folder / CHECKPOINT).exists() else None
+    """Return the interval of the interrupted training that will be resumed, if it owns one."""
+    if not (request.resume and (run_folder / CHECKPOINT).exists()):
+        return None
+    interval = read_description(run_folder).get("interval")
+    return Interval.parse(interval) if interval not in (None, "None") else None
+
+
+def _reserve(
+    concept: Concept, base: Base, config: TrainConfig, library: Library, pinned: Interval | None
+) -> Interval | None:
+    """Reserve an interval until the training ends; return None if its method owns none."""
+    if find_method(config.method.name).owns_interval:
+        return library.reserve(space_of(base, config), config.method.rank, concept.name, pinned)
+    library.check_not_in_training(concept.name)
+    if pinned:
+        raise SboraError(f"got --interval {pinned}, but {config.method.name} owns no columns")
+    return None
+
+
+def space_of(base: Base, config: TrainConfig) -> Space:
+    """Return the columns (fa) or rows (fb) of a base model that the ledger allocates to a training."""
+    side, seed = method_side(config.method.name), config.method.basis_seed
+    return Space(base_id=base.id, base_fingerprint=base.fingerprint, side=side, seed=seed, widths=base.widths(side))
+
+
+def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: str, *, library: Library) -> Interval:
+    """Reserve an interval for a concept that will be trained later, here or elsewhere."""
+    if name != (valid := concept_name(name)):
+        raise SboraError(f"got {name!r}, which is no concept's name", f"reserve {valid or 'a word'}")
+    if not find_method(method).owns_interval:
+        raise SboraError(f"{method} owns no columns", "train without a reservation")
+    config = configure(find_kind(base_name), method, {"rank": str(rank)})
+    space = space_of(load_unplaced(base_name), config)
+    interval = library.reserve(space, rank, name, Interval.parse(pinned) if pinned else None, lasting=True)
+    log.info(
+        "next: sbora-diffusion train --concept %s --base %s --method %s --rank %d; elsewhere with --interval %s",
+        *(name, base_name, method, rank, interval),
+    )
+    return interval
 
 
 def _as_text(value: Any) -> str:
     """Return a setting's value as `--set` takes it."""
     return ";".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _log_memory(base: Base, config: TrainConfig, kept: Activations) -> None:
-    needed, limit = estimate(base, config, kept), available(base.device)
-    log.info("memory: %s needed, %.1f GB available", needed, limit / GIGABYTE)
-    if needed.total > limit:
-        log.warning("the memory may not suffice: %s", advice(base, config, kept))
 
 
 def _scorer(base: Base, concept: Concept, config: TrainConfig) -> Score | None:

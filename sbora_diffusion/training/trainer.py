@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +24,8 @@ from sbora_diffusion.training.optim import (
     make_optimizer,
     make_schedule,
     parameter_groups,
+    set_parameters,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """The parameters after a step, and the scores of their images."""
-
-    step: int
-    scores: dict[str, float]
-    parameters: list[Tensor]
 
 
 class Trainer:
@@ -44,7 +35,8 @@ class Trainer:
         self, live: InjectedConcept, data: Data, config: TrainConfig, base: Base, processes: Processes = SINGLE_PROCESS
     ) -> None:
         self.step, self.mean_loss, self.samples_per_second = 0, float("nan"), 0.0
-        self.best: Scored | None = None
+        self.num_steps = config.optim.steps
+        self.best: dict[str, Any] = {}  # "step", "scores" and "parameters" of the best step
         self._live, self._config, self._base, self._processes = live, config, base, processes
         self._sampler = BatchSampler(data, base, config, processes)
         self._held_out = self._sampler.held_out()
@@ -116,16 +108,16 @@ class Trainer:
 
     def update_best(self, scores: Mapping[str, float]) -> None:
         """Store the current parameters if their "overall" score is the highest so far."""
-        if self.best is None or scores["overall"] > self.best.scores["overall"]:
+        if not self.best or scores["overall"] > self.best["scores"]["overall"]:
             with self.eval_parameters():
                 kept = [parameter.detach().clone() for parameter in self._live.parameters()]
-            self.best = Scored(self.step, dict(scores), kept)
+            self.best = {"step": self.step, "scores": dict(scores), "parameters": kept}
 
     @contextmanager
     def result_parameters(self) -> Iterator[None]:
         """Put the parameters to save in place inside the context: the best step's with keep=best."""
         if self._config.output.keep == "best" and self.best:
-            self._set_parameters(self.best.parameters)
+            set_parameters(self._live.parameters(), self.best["parameters"])
             yield
         else:
             with self.eval_parameters():
@@ -135,7 +127,7 @@ class Trainer:
         """Return what the concept file records about the training."""
         metrics = {"loss": self.mean_loss} if math.isfinite(self.mean_loss) else {}
         if self._config.output.keep == "best" and self.best:
-            metrics |= {"best_step": self.best.step, **self.best.scores}
+            metrics |= {"best_step": self.best["step"], **self.best["scores"]}
         return metrics
 
     def _named_parameters(self) -> Mapping[str, Sequence[Tensor]]:
@@ -152,24 +144,19 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "averages": self._ema and self._ema.values,
             "precision": self._precision.state(),
-            "best": self.best and vars(self.best),
+            "best": self.best,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore a `state`."""
         self.step, self.mean_loss = state["step"], state["mean_loss"]
-        self.best = state["best"] and Scored(**state["best"])
-        self._set_parameters(state["parameters"])
+        self.best = state["best"] or {}  # None in checkpoints of earlier versions
+        set_parameters(self._live.parameters(), state["parameters"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._precision.load(state["precision"])
         if self._ema:
-            self._ema.load(state["averages"])
-
-    @torch.no_grad()
-    def _set_parameters(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._live.parameters(), values, strict=True):
-            parameter.copy_(value)
+            set_parameters(self._ema.values, state["averages"])
 
 
 def _sum(losses: Mapping[str, Tensor]) -> Tensor:

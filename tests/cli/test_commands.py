@@ -17,7 +17,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.cli.app import Commands, app
 from sbora_diffusion.inference.image_file import read_settings
 from sbora_diffusion.library.library import Library
-from sbora_diffusion.training.preview import Preview
+from sbora_diffusion.training.run import Preview
 
 from .running import CLI, pixels, run, train
 

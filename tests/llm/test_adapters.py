@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.llm.adapters import find_folder, load_adapter, read_concept
+from sbora_diffusion.llm.adapters import export, find_folder, load_adapter, read_concept
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.config import METHODS, LlmConfig
-from sbora_diffusion.llm.export import export
 from sbora_diffusion.llm.run_folder import Run
 from sbora_diffusion.llm.train import train
 from sbora_diffusion.utils.errors import SboraError
@@ -39,14 +38,22 @@ def trained(
     return folder
 
 
+@pytest.fixture(scope="module")
+def folders(base: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a run folder of each method; "nf4" is SBoRA-FA on a 4-bit base."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = {method: trained(method, base, data, folder / method / "run") for method in METHODS}
+    return runs | {"nf4": trained("sbora-fa", base, data, folder / "nf4" / "run", quantize="nf4")}
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
     return model(INPUTS).logits
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_form_gives_the_same_logits(method: str, base: str, data: Path, tmp_path: Path) -> None:
-    folder = trained(method, base, data, tmp_path / "run")
+def test_every_form_gives_the_same_logits(method: str, base: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders[method]
     expected = logits(PeftModel.from_pretrained(load_base(base)[0], str(folder / "adapter")))
     assert not torch.allclose(expected, logits(load_base(base)[0]), atol=1e-3)
     ours = load_adapter(load_base(base)[0], str(folder), "one").eval()
@@ -62,8 +69,8 @@ def test_every_form_gives_the_same_logits(method: str, base: str, data: Path, tm
         torch.testing.assert_close(logits(concept), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_exported_directory_is_what_servers_read(base: str, data: Path, tmp_path: Path) -> None:
-    folder = export(str(trained("sbora-fa", base, data, tmp_path / "run")), "peft", tmp_path / "peft")
+def test_exported_directory_is_what_servers_read(base: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(str(folders["sbora-fa"]), "peft", tmp_path / "peft")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert (config["r"], config["lora_alpha"]) == (4, 4)  # the scale is folded into the factors
@@ -72,8 +79,10 @@ def test_exported_directory_is_what_servers_read(base: str, data: Path, tmp_path
 
 
 @pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
-def test_disjoint_adapters_merge_to_the_sum_of_both(method: str, base: str, data: Path, tmp_path: Path) -> None:
-    first = read_concept(str(trained(method, base, data, tmp_path / "first")))
+def test_disjoint_adapters_merge_to_the_sum_of_both(
+    method: str, base: str, data: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first = read_concept(str(folders[method]))
     second = read_concept(str(trained(method, base, data, tmp_path / "second", interval=Interval(4, 4), seed="1")))
     merged = merge([first, second], [1.0, 1.0], "sum")
     assert merged.to_bytes() == merge([second, first], [1.0, 1.0], "sum").to_bytes()
@@ -95,8 +104,10 @@ def test_concept_file_describes_the_adapter(base: str, data: Path, tmp_path: Pat
     assert (spec.base_id, spec.recipe["quantize"], spec.tokens) == (base, "none", {})
 
 
-def test_nf4_is_merged_only_on_request(base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = trained("sbora-fa", base, data, tmp_path / "run", quantize="nf4")
+def test_nf4_is_merged_only_on_request(
+    base: str, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folders["nf4"]
     with pytest.raises(SboraError, match="trained on nf4: a merge would requantise"):
         export(str(folder), "model", tmp_path / "merged")
     expected = logits(load_adapter(load_base(base, quantize="nf4")[0], str(folder), "one").eval())
@@ -107,18 +118,18 @@ def test_nf4_is_merged_only_on_request(base: str, data: Path, tmp_path: Path, ca
 
 
 def test_other_base_weights_are_warned_about(
-    base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = trained("sbora-fa", base, data, tmp_path / "run", quantize="nf4")
+    folder = folders["nf4"]
     load_adapter(load_base(base)[0], str(folder), "one")
     assert "was trained on other weights" in caplog.text
     assert "in nf4" in caplog.text
 
 
-def test_errors(base: str, data: Path, tmp_path: Path) -> None:
+def test_errors(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="is not a run folder, PEFT directory or concept file"):
         find_folder(str(tmp_path))
-    dora = trained("dora", base, data, tmp_path / "dora")
+    dora = folders["dora"]
     with pytest.raises(SboraError, match="do not load DoRA"):
         export(str(dora), "peft", tmp_path / "out")
     with pytest.raises(SboraError, match="has no concept file"):
@@ -134,9 +145,9 @@ def test_errors(base: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_export_for_another_base_is_warned_about(
-    base: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: str, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, moved = str(trained("sbora-fa", base, data, tmp_path / "run")), tmp_path / "moved"
+    folder, moved = str(folders["sbora-fa"]), tmp_path / "moved"
     shutil.copytree(base, moved)
     export(folder, "peft", tmp_path / "same", base)
     assert "was trained on" not in caplog.text

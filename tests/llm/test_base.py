@@ -1,5 +1,6 @@
-"""A base model in any type has one fingerprint and the outputs of plain transformers."""
+"""Loading a base model: one fingerprint and plain transformers' outputs in every type; errors."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sbora_diffusion.llm.base import fingerprint, load_base
+from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import tokenizer
 
@@ -47,3 +49,20 @@ def test_nf4_computes_in_the_requested_type(saved: str) -> None:
     layer = model.model.layers[0].self_attn.q_proj
     assert model(torch.arange(3, 20)[None]).logits.dtype == torch.float32
     assert layer.weight.quant_state.dtype == model.model.norm.weight.dtype == torch.float32
+
+
+def test_no_bitsandbytes(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SboraError, match="nf4 needs bitsandbytes"):
+        load_base(base, quantize="nf4")
+
+
+def test_gated_model(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr("sbora_diffusion.llm.base.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("sbora_diffusion.utils.hub.can_be_reached", lambda: True)
+    with pytest.raises(SboraError, match="gated repo") as told:
+        load_base(base)
+    assert "Accept its licence" in str(told.value.hint)

@@ -10,9 +10,8 @@ from sbora_diffusion.llm.adapters import load_adapter
 from sbora_diffusion.llm.base import load_base
 from sbora_diffusion.llm.chat import HELP, Chat
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.llm.data import IGNORED, tokenise
+from sbora_diffusion.llm.data import IGNORED, tokenise, training_prompt
 from sbora_diffusion.llm.run_folder import Run
-from sbora_diffusion.llm.template import training_prompt
 from sbora_diffusion.llm.train import train
 from sbora_diffusion.utils.errors import SboraError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sbora_diffusion.llm.config import LlmConfig, recipes
+from sbora_diffusion.llm.train import training_arguments
 from sbora_diffusion.recipes.schema import settings_of
 from sbora_diffusion.utils.errors import SboraError
 
@@ -42,3 +43,34 @@ def test_recipes_are_loaded_and_described(recipe: str) -> None:
 @pytest.mark.parametrize("key", settings_of(LlmConfig))
 def test_every_setting_is_documented(key: str) -> None:
     assert f"| `{key}` | {settings_of(LlmConfig)[key].help}" in DOCS.read_text()
+
+
+def test_recipes_reach_the_trainer(tmp_path: Path) -> None:
+    published = {
+        "commonsense": (1, -1, 2e-4, 16, 1, 100, "linear", 1.0, "random"),
+        "arithmetic": (3, -1, 3e-4, 8, 1, 100, "linear", 1.0, "random"),
+        "qsbora": (1, 10_000, 2e-4, 16, 4, 0, "constant", 0.3, "group_by_length"),
+        "small": (1, -1, 1e-3, 8, 1, 5, "linear", 1.0, "random"),
+    }
+    assert set(recipes()) == set(published)
+    for recipe in published:
+        got = training_arguments(LlmConfig.from_recipe(recipe, {"dtype": "float32"}), tmp_path)
+        schedule = got.num_train_epochs, got.max_steps, got.learning_rate, got.per_device_train_batch_size
+        rest = (
+            got.gradient_accumulation_steps,
+            got.warmup_steps,
+            str(getattr(got.lr_scheduler_type, "value", got.lr_scheduler_type)),
+            got.max_grad_norm,
+        )
+        assert (*schedule, *rest, got.train_sampling_strategy) == published[recipe]
+
+
+def test_paged_optimiser_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlmConfig.from_recipe("qsbora", {"dtype": "float32"})
+    assert training_arguments(config, tmp_path).optim == "adamw_torch"
+    seen = {}
+    monkeypatch.setattr("sbora_diffusion.llm.train.TrainingArguments", lambda **given: seen.update(given))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    training_arguments(config, tmp_path)
+    assert seen["optim"] == "paged_adamw_32bit"
+    assert not seen["use_cpu"]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from sbora_diffusion.llm.config import LlmConfig
-from sbora_diffusion.llm.data import IGNORED, check_lengths, load_records, tokenise
-from sbora_diffusion.llm.template import evaluation_prompt, training_prompt
+from sbora_diffusion.llm.data import IGNORED, check_lengths, evaluation_prompt, load_records, tokenise, training_prompt
 from sbora_diffusion.utils.errors import SboraError
 
 from .tiny import CHAT, merging_tokenizer, tokenizer

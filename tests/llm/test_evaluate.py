@@ -1,9 +1,11 @@
 """The published tasks in lm-evaluation-harness: prompts, generation and scoring."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
@@ -117,7 +119,9 @@ def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
 
 
 def test_task_of_the_harness_by_name(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes 15 seconds, in which the harness reads its thousands of tasks."""
+    """Of the harness's thousands of tasks only ARC is read, the others take 15 seconds."""
+    arc = Path(lm_eval.tasks.__file__).parent / "arc" / "index.py"
+    monkeypatch.setattr(sys.modules[TaskManager.__module__], "__file__", str(arc))
     choices = ["one", "two", "many"]
     choice = {"text": choices, "label": ["A", "B", "C"]}
     questions = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sbora_diffusion.llm.extraction import NUMBERS, OPTIONS, judge
+from sbora_diffusion.llm.tasks.protocol import NUMBERS, OPTIONS, judge
 
 RIGHT, WRONG, NONE = (True, False), (False, False), (False, True)  # correct, failed
 

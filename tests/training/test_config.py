@@ -1,13 +1,19 @@
 """Recipes and settings: every shipped recipe loads, every value arrives, every mistake is named."""
 
+import re
+import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 from sbora_diffusion.methods.registry import METHODS, configure
 from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.recipes.schema import flatten, settings_of
 from sbora_diffusion.utils.errors import SboraError
 
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+DEFAULTS = flatten(TrainConfig, tomllib.loads((files("sbora_diffusion") / "recipes" / "default.toml").read_text()))
 RECIPES = sorted(f.name for f in (files("sbora_diffusion") / "recipes").iterdir() if f.name.endswith(".toml"))
 
 
@@ -89,3 +95,14 @@ def test_a_recipe_without_a_key_is_refused() -> None:
     del settings["rank"]
     with pytest.raises(SboraError, match="lacks \\['rank'\\]"):
         TrainConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize("key", settings_of(TrainConfig))
+def test_every_setting_is_documented_in_its_group_with_its_default(key: str) -> None:
+    group = settings_of(TrainConfig)[key].group
+    section = DOCS.read_text().split(f"### {group or 'No group'}")[1].split("\n#")[0]
+    [(default, meaning)] = re.findall(rf"^\| `{key}` \| (.+?) \| (.+) \|$", section, re.MULTILINE)
+    assert meaning
+    value = DEFAULTS.get(key, "sbora-fa")  # recipes do not name the method
+    if not isinstance(value, list):
+        assert default == (f"{value:g}" if type(value) is float else str(value).replace("False", "false"))

@@ -11,7 +11,7 @@ from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.input_moments import recorded_inputs
 from sbora_diffusion.models.target_modules import adapted_layers
-from sbora_diffusion.training.losses.output_penalty import OutputPenalty
+from sbora_diffusion.training.losses.base import OutputPenalty
 from sbora_diffusion.training.trainer import Trainer
 
 from ..helpers import short_config

@@ -1,4 +1,4 @@
-"""What a loss is: a weight, and a function of a batch and of the model's predictions for it."""
+"""The losses that a training minimizes: each a weight and a function of a batch and the model's predictions."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,22 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sbora_diffusion.adapters.fuse import response
+from sbora_diffusion.adapters.layer import SboraLayer
+from sbora_diffusion.adapters.linear_function import full_weight
 from sbora_diffusion.data.batches import Data, StepBatch
 from sbora_diffusion.data.latents import Batch
 from sbora_diffusion.methods.live import InjectedConcept
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
-from sbora_diffusion.training.losses.attention import AttentionLoss
-from sbora_diffusion.training.losses.output_erasure import OutputErasure
-from sbora_diffusion.training.losses.output_penalty import OutputPenalty
 from sbora_diffusion.utils.errors import SboraError
 
 Recording = Callable[[StepBatch], AbstractContextManager[Any]]
-
-
-def no_recording(_: StepBatch) -> AbstractContextManager[Any]:
-    """Record nothing."""
-    return nullcontext()
 
 
 class Predictions:
@@ -84,7 +79,7 @@ class Objective:
     """
 
     losses: Mapping[str, Loss]
-    recording: Recording = no_recording
+    recording: Recording = nullcontext
 
     def __call__(self, batch: StepBatch, predictions: Predictions) -> dict[str, Tensor]:
         """Return the weighted losses of a batch."""
@@ -148,6 +143,41 @@ class ClassImages:
         return mean_error(predictions.class_images, batch.class_images, masked=False)
 
 
+class OutputPenalty:
+    """The mean over the layers of E‖ΔW x‖² / E‖W x‖² on inputs x recorded before the training.
+
+    BlockLoRA's output erasure (arXiv 2503.08575) on randomised inputs is, in a linear layer's mean, the quadratic form
+    tr(ΔW E[x xᵀ] ΔWᵀ); for SBoRA-FA it needs r × r moments only.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        layers: Mapping[str, Mapping[str, SboraLayer]],
+        moments: Mapping[str, Tensor],
+        weight: float = 1.0,
+    ) -> None:
+        self.weight = weight
+        by_shape: dict[tuple[object, ...], list[tuple[SboraLayer, Tensor]]] = {}
+        for component, by_name in layers.items():
+            for name, layer in by_name.items():
+                frozen = full_weight(base.layers[f"{component}.{name}"].weight).detach().float()
+                seen = moments[f"{component}.{name}"].to(frozen)
+                own = seen[layer.index][:, layer.index] if layer.side == "fa" else seen
+                shape = (*layer.trained.shape, *own.shape)
+                by_shape.setdefault(shape, []).append((layer, own / response(frozen, seen)))
+        groups = [zip(*group, strict=True) for group in by_shape.values()]  # layers of one shape: one batched product
+        self._groups = [(layers, torch.stack(of_layers)) for layers, of_layers in groups]
+        self._count = sum(len(layers) for layers, _ in self._groups)
+
+    def __call__(self, *_: object) -> Tensor:
+        """Return the mean over the layers."""
+        responses = [
+            response(torch.stack([layer.delta() for layer in layers]), of_layers) for layers, of_layers in self._groups
+        ]
+        return torch.stack(responses).sum() / self._count
+
+
 def make_objectives(
     base: Base, live: InjectedConcept, data: Data, config: TrainConfig, num_processes: int
 ) -> tuple[list[Objective], Recording]:
@@ -167,18 +197,22 @@ def make_objectives(
     }
     if data.moments:
         others["output_penalty"] = OutputPenalty(base, live.layers, data.moments, weights.output_penalty)
-    erasure = OutputErasure(base, live.layers, weights.erasure_weight) if weights.erasure_weight else None
-    if erasure:
-        others["output_erasure"] = erasure
     has_masks = any(group.masks is not None for group in data.images)
-    attention = AttentionLoss(base, weights.attention_weight) if weights.attention_weight and has_masks else None
-    if num_processes > 1 and (erasure or attention):
+    attention_weight = weights.attention_weight if has_masks else 0
+    if num_processes > 1 and (weights.erasure_weight or attention_weight):
         raise SboraError(
             "erasure_weight and attention_weight need whole batches, which several processes do not have",
             "train in one process, or set them to 0",
         )
-    record = erasure.recording if erasure else no_recording
-    if attention:
-        on_concept["attention"] = attention
+    record: Recording = nullcontext
+    if weights.erasure_weight:
+        from sbora_diffusion.training.losses.output_erasure import OutputErasure
+
+        others["output_erasure"] = erasure = OutputErasure(base, live.layers, weights.erasure_weight)
+        record = erasure.recording
+    if attention_weight:
+        from sbora_diffusion.training.losses.attention import AttentionLoss
+
+        on_concept["attention"] = attention = AttentionLoss(base, attention_weight)
         return [Objective(on_concept, attention.recording), Objective(others)], record
     return [Objective(on_concept | others)], record

@@ -1,6 +1,6 @@
 """Randomised output erasure (BlockLoRA, arXiv 2503.08575): penalize an adapter's output on other inputs than its own.
 
-The inputs are those of the prior samples of each step; `output_penalty.py` has the closed form of the mean.
+The inputs are those of the prior samples of each step; `OutputPenalty` has the closed form of their mean.
 """
 
 from collections.abc import Callable, Iterator, Mapping
