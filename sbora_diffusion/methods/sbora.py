@@ -10,7 +10,16 @@ from sbora_diffusion.adapters.file import Adapter, Factor
 from sbora_diffusion.adapters.fuse import fuse
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.adapters.spec import FORMAT
-from sbora_diffusion.methods.base import ADAPTER, Inject, Injected, Injection, LayerSize, Merge, MergeRequest, Method
+from sbora_diffusion.methods.registry import (
+    ADAPTER,
+    Inject,
+    Injected,
+    Injection,
+    LayerSize,
+    Merge,
+    MergeRequest,
+    Method,
+)
 
 
 def injecting(side: Side) -> Inject:
@@ -20,7 +29,7 @@ def injecting(side: Side) -> Inject:
     def inject(into: Injection) -> Iterator[Injected]:
         from sbora_diffusion.adapters.inplace_training import inplace_training
         from sbora_diffusion.adapters.layer import attach
-        from sbora_diffusion.methods.peft_layers import lora_config, peft_layers
+        from sbora_diffusion.methods.live import lora_config, peft_layers
 
         assert into.interval is not None
         models = {part: into.base.component(part) for part in into.layers}

@@ -9,7 +9,7 @@ import torch
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, configure, find_method
+from sbora_diffusion.methods.registry import configure, find_method, method_names
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.loading import inference_precision
 from sbora_diffusion.training.memory import activations, estimate
@@ -80,7 +80,7 @@ def test_the_estimate_counts_half_the_weights(life: Life, half: Base) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) -> None:
     base = load_base(tiny_base("sd", tmp_path).id, precision)
     before = weights_of(base)

@@ -11,7 +11,7 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.linear_function import num_held
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, configure, find_method
+from sbora_diffusion.methods.registry import configure, find_method, method_names
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.quantization import BYTES, packable
 from sbora_diffusion.training.memory import activations, advice, estimate
@@ -78,7 +78,7 @@ def test_the_estimate_is_of_packed_weights(life: Life, packed: Base) -> None:
     assert "precision=nf4" in advice(life.base, half, activations(life.base, half))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None:
     settings = SETTINGS | {"precision": "nf4", "steps": "2", "learning_rate": "0.001"}
     if find_method(method).reads_weights or method == "blocklora":
@@ -103,5 +103,5 @@ def test_regions_draw_with_it(tmp_path: Path) -> None:
 
 
 def test_not_in_shares() -> None:
-    with pytest.raises(SboraError, match="nf4 cannot be kept in shares"):
+    with pytest.raises(SboraError, match="nf4 cannot be sharded"):
         load_base("emoji64", "nf4", sharded=True)
