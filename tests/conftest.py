@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
     from sbora_diffusion.data.concept import Concept
@@ -54,14 +53,9 @@ def base(tiny_folder: Path) -> "Base":
 
 @pytest.fixture
 def concept(tmp_path: Path) -> "Concept":
-    from sbora_diffusion.data.concept import Concept, ConceptImage
+    from .helpers import save_concept
 
-    images = []
-    for number, colour in enumerate(("red", "orange")):
-        path = tmp_path / f"{number}.png"
-        Image.new("RGB", (40, 60), colour).save(path)
-        images.append(ConceptImage(path=path, caption=f"a <rex> in place {number}"))
-    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))
+    return save_concept(tmp_path)
 
 
 @pytest.fixture
@@ -73,17 +67,6 @@ def config() -> "TrainConfig":
 
 @pytest.fixture
 def tall(tmp_path: Path) -> "Concept":
-    """Four images: three wide ones, of which two are transparent around their subject, and a high one."""
-    from sbora_diffusion.data.concept import Concept, ConceptImage
+    from .helpers import save_tall_concept
 
-    images = []
-    for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
-        image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
-        ImageDraw.Draw(image).ellipse(
-            (4, 6, size[0] // 2, size[1] - 9), fill=("red", "orange", "blue", "green")[number]
-        )
-        image.save(tmp_path / f"{number}.png")
-        images.append(
-            ConceptImage(path=tmp_path / f"{number}.png", caption=f"a <rex>, in place {number}, at night, wet")
-        )
-    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))
+    return save_tall_concept(tmp_path)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.data.batches import prepare_data
-from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base
@@ -23,7 +24,9 @@ SHORT = {
     "steps": "6",
     "save_every": "2",
     "preview_every": "0",
-    "sampling_steps": "2",
+    "sampling_steps": "1",
+    "preview_prompts": "a {token}",
+    "prior_prompts": "a cat",
     "crops": "2",
     "rank": "4",
     "warmup_steps": "1",
@@ -32,6 +35,29 @@ SHORT = {
 
 def short_config(method: str = "sbora-fa", **settings: str) -> TrainConfig:
     return configure("tiny", method, SHORT | settings)
+
+
+def save_concept(folder: Path) -> Concept:
+    """Write two images."""
+    images = []
+    for number, colour in enumerate(("red", "orange")):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (40, 60), colour).save(path)
+        images.append(ConceptImage(path=path, caption=f"a <rex> in place {number}"))
+    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))
+
+
+def save_tall_concept(folder: Path) -> Concept:
+    """Write four images: three wide ones, of which two are transparent around their subject, and a high one."""
+    images = []
+    for number, size in enumerate(((60, 40), (64, 40), (60, 40), (40, 70))):
+        image = Image.new("RGBA" if number < 2 else "RGB", size, (0, 0, 0, 0) if number < 2 else "white")
+        colour = ("red", "orange", "blue", "green")[number]
+        ImageDraw.Draw(image).ellipse((4, 6, size[0] // 2, size[1] - 9), fill=colour)
+        path = folder / f"{number}.png"
+        image.save(path)
+        images.append(ConceptImage(path=path, caption=f"a <rex>, in place {number}, at night, wet"))
+    return Concept(name="rex", token="<rex>", class_noun="dog", images=tuple(images))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What each setting of a training does, and that a training with any of them is resumed bit for bit."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.data.images import bucket_of, names_a_side, shuffle_tags
 from sbora_diffusion.data.latents import encode
 from sbora_diffusion.methods.live import injected_concept
-from sbora_diffusion.models.base import Base
+from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.families.base import Diffusion
+from sbora_diffusion.training.checkpoint import StepLog
 from sbora_diffusion.training.optim import EMA, PACKAGES, learning_rate_factor
+from sbora_diffusion.training.run import run_training
 from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
 
-from ..helpers import INTERVAL, Trained, short_config, train, train_until, trainer_after
+from ..helpers import INTERVAL, Trained, save_tall_concept, short_config, train, trainer_after
 from .test_train import assert_same
 
 SETTINGS = {
@@ -41,12 +44,14 @@ SETTINGS = {
     "validation": {"validation_images": "1", "validation_every": "2", "keep": "best"},
     "weight decay": {"weight_decay": "0.5"},
 }
+FOUR_STEPS = short_config(steps="4")
 NO_EFFECT = ("checkpointing",)  # on what is learned, up to rounding
 
 
-@pytest.fixture
-def plain(tall: Concept, base: Base, tmp_path: Path) -> Trained:
-    return train(tall, base, INTERVAL, short_config(), tmp_path / "plain")
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("plain")
+    return train(save_tall_concept(folder), load_base(str(tiny_folder)), INTERVAL, FOUR_STEPS, folder / "run")
 
 
 def distance(one: Trained, other: Trained) -> float:
@@ -58,11 +63,18 @@ def distance(one: Trained, other: Trained) -> float:
 def test_it_matters_and_is_resumed_bit_for_bit(
     name: str, base: Base, tall: Concept, plain: Trained, tmp_path: Path
 ) -> None:
-    config = short_config(**SETTINGS[name])
-    straight = train(tall, base, INTERVAL, config, tmp_path / "straight")
+    config = short_config(**SETTINGS[name], steps="4")
+    logs: list[StepLog] = []
+
+    def copy_after_three(entry: StepLog) -> None:
+        logs.append(entry)
+        if entry.step == 3:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    result = run_training(tall, base, INTERVAL, config, tmp_path / "run", on_step=copy_after_three)
+    straight = Trained(logs, result)
     assert (distance(straight, plain) > 1e-6) == (name not in NO_EFFECT)
-    train_until(3, tall, base, INTERVAL, config, tmp_path / "run")
-    resumed = train(tall, base, INTERVAL, config, tmp_path / "run", resume=True)
+    resumed = train(tall, base, INTERVAL, config, tmp_path / "killed", resume=True)
     assert resumed.logs[0].step == 3
     assert_same(resumed.adapter, straight.adapter)
     assert "_Recorder" not in str(base.pipeline.unet.attn_processors)  # nothing is left of what looked on

@@ -53,10 +53,16 @@ def really_kept(base: Base, count: int) -> int:
     return held.num_bytes
 
 
+@pytest.fixture(scope="module")
+def bases(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    folder = tmp_path_factory.mktemp("bases")
+    folders = {"sd": tiny_folder, "sdxl": save_tiny_sdxl(folder / "sdxl"), "sd3": save_tiny_sd3(folder / "sd3")}
+    return {kind: load_base(str(path)) for kind, path in folders.items()}
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
-def test_what_is_counted_is_what_is_kept(base: Base, tmp_path: Path, kind: str) -> None:
-    if kind != "sd":
-        base = load_base(str({"sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3}[kind](tmp_path / kind)))
+def test_what_is_counted_is_what_is_kept(bases: dict[str, Base], kind: str) -> None:
+    base = bases[kind]
     kept = activations(base, short_config())
     assert really_kept(base, 4) == pytest.approx(4 * kept.everything, rel=0.15)
     assert kept.checkpointed < kept.everything
@@ -78,11 +84,10 @@ def test_checkpointing_keeps_less_as_told(base: Base) -> None:
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize(("class_images", "blocks"), [("0", ""), ("2", ""), ("0", "up_blocks")])
 def test_a_real_step_keeps_what_is_estimated(
-    base: Base, concept: Concept, tmp_path: Path, kind: str, class_images: str, blocks: str
+    bases: dict[str, Base], concept: Concept, kind: str, class_images: str, blocks: str
 ) -> None:
-    """Text encoders and class images included, but for what PEFT's layers and the losses keep besides."""
-    if kind == "sdxl":
-        base = load_base(str(save_tiny_sdxl(tmp_path / kind)))
+    """Text encoders and class images included, except what PEFT's layers and the losses keep."""
+    base = bases[kind]
     settings = {"batch_size": "2", "prior_batch": "1", "sampling_steps": "1", "class_images": class_images}
     config = short_config(**settings, blocks=blocks)
     held, data = Held(base), prepare_data(concept, base, config)
