@@ -1,4 +1,4 @@
-"""What a concept is taught from: a folder of images, the token that will name it, and a caption for each image."""
+"""A concept to learn: a folder of images, the token that will name it, and a caption for each image."""
 
 import logging
 import re
@@ -30,7 +30,7 @@ class ConceptImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """Something to be taught; its token is a new word for one particular `class_noun`."""
+    """Something to learn; its token is a new word for one particular `class_noun`."""
 
     name: str
     token: str
@@ -51,14 +51,14 @@ class _Description:
 
 
 def default_roots() -> tuple[Path, ...]:
-    """Where concepts are looked up by name: ./concepts, then those that came with the package or the checkout."""
+    """Return the folders where concepts are looked up by name: ./concepts, then the package's or the checkout's."""
     package = Path(__file__).parents[1]
     packaged = package / "concepts"
     return Path("concepts"), packaged if packaged.is_dir() else package.parent / "concepts"
 
 
 def known_concepts(roots: Sequence[Path]) -> list[str]:
-    """Names of the folders with a concept.toml in the roots, sorted."""
+    """List the folders with a concept.toml in the roots, by name."""
     return sorted({path.parent.name for root in roots for path in root.glob("*/concept.toml")})
 
 
@@ -92,17 +92,16 @@ def load_concept(
             f"the token of {folder} is {token!r}; allowed is one word of letters, digits, - and _ in angle brackets",
             f'write token = "<{name}>" in its concept.toml',
         )
-    images = _image_files(folder)
-    _check_captions(folder, images, described.captions)
-    captions = (_caption(path, described).replace("{token}", token) for path in images)
-    concept = Concept(
-        name=name,
-        token=token,
-        class_noun=noun,
-        images=tuple(ConceptImage(path=path, caption=words) for path, words in zip(images, captions, strict=True)),
-    )
-    _check_token(concept)
-    return concept
+    paths = _image_files(folder)
+    _check_captions(folder, paths, described.captions)
+    images = [ConceptImage(path=path, caption=_caption(path, described).replace("{token}", token)) for path in paths]
+    for image in images:
+        if token not in image.caption:
+            raise SboraError(
+                f"the caption of {image.path} lacks the token {token}: {image.caption!r}",
+                f"write {token} where the caption names the {noun}",
+            )
+    return Concept(name=name, token=token, class_noun=noun, images=tuple(images))
 
 
 def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
@@ -143,17 +142,17 @@ def _describe(path: Path) -> _Description:
 
 
 def concept_name(text: str) -> str:
-    """`My dog (2)` -> `my-dog-2`: usable in a token and as a file's name."""
+    """Convert a text to a token's and file's name: `My dog (2)` -> `my-dog-2`."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def _noun(folder: Path) -> str:
-    """The words of a folder's name without digits: `red_teapot2` -> `red teapot`."""
+    """Return the words of a folder's name without digits: `red_teapot2` -> `red teapot`."""
     return " ".join(re.findall(r"[^\W\d_]+", folder.resolve().name.lower()))
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The images in `images/`, or in the folder itself, sorted by name."""
+    """List the images in `images/`, or in the folder itself, by name."""
     directory = folder / "images"
     directory = directory if directory.is_dir() else folder
     try:
@@ -170,7 +169,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _check_captions(folder: Path, images: Sequence[Path], captions: dict[str, Any]) -> None:
-    """Every caption belongs to one image: no line without an image, no .txt file for two."""
+    """Raise SboraError for a caption without an image, or a .txt file of two images."""
     for file, words in captions.items():
         if not isinstance(words, str):
             raise SboraError(f"the caption of {file} in {folder / 'concept.toml'} must be a string, got {words!r}")
@@ -190,12 +189,3 @@ def _caption(image: Path, described: _Description) -> str:
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise SboraError(f"cannot read the caption file {file}: {error}", "save it as UTF-8 text") from error
-
-
-def _check_token(concept: Concept) -> None:
-    for image in concept.images:
-        if concept.token not in image.caption:
-            raise SboraError(
-                f"the caption of {image.path} lacks the token {concept.token}: {image.caption!r}",
-                f"write {concept.token} where the caption names the {concept.class_noun}",
-            )

@@ -69,12 +69,10 @@ def encode(base: Base, images: Sequence[ConceptImage], config: TrainConfig) -> l
         flips = _flips(image.caption, generator, config)
         pixels = torch.stack([to_tensor(_cut(opened, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
         latents = base.to_latents(pixels.to(base.device))
-        cut_masks = None
-        if any(masks.values()):
-            cut_masks = latents.new_ones(len(latents), 1, *latents.shape[-2:])
-        if cut_masks is not None and mask is not None:
-            shape = (latents.shape[-2], latents.shape[-1])
-            cut = [to_mask(_cut(mask, *where), size, shape) for where in zip(boxes, flips, strict=True)]
+        height, width = latents.shape[-2:]
+        cut_masks = latents.new_ones(len(latents), 1, height, width) if any(masks.values()) else None
+        if mask is not None:
+            cut = [to_mask(_cut(mask, *where), size, (height, width)) for where in zip(boxes, flips, strict=True)]
             cut_masks = torch.stack(cut).to(latents)
         groups.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, cut_masks))
     return [_concatenate(group) for _, group in sorted(groups.items())]

@@ -45,7 +45,7 @@ def count(model, of_weight):
 def stopping(device):
     global steps
     steps += 1
-    if steps == 2:
+    if steps == 3:
         raise KeyboardInterrupt
     return memory_bytes(device)
 
@@ -53,7 +53,7 @@ distributed.init_process_group()
 batches.PRIOR_SIZE = 8
 watched, shares = ("transformer", "unet", "text_encoder", "text_encoder_2", "vae"), []
 plain, train.load_base = train.load_base, watching
-settings = ["steps=3", "save_every=1", "sampling_steps=1", "crops=1", "preview_every=2", "preview_prompts={token}",
+settings = ["steps=4", "save_every=2", "sampling_steps=1", "crops=1", "preview_every=2", "preview_prompts={token}",
             "prior_prompts=a cat", "batch_size=2", "prior_batch=1", "precision=fp32"]
 settings = [word for setting in settings for word in ("--set", setting)]
 for name, *more in (
