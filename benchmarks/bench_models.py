@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.inplace_training import inplace_training
 from sbora_diffusion.adapters.layer import attach
-from sbora_diffusion.models.target_modules import only_passed, unet_blocks_before
+from sbora_diffusion.methods.live import only_passed, unet_blocks_before
 
 WAYS: tuple[str, ...] = ("base", "peft", "fa", "fa direct", "fb", "fb direct")
 UPWARD = "fa direct, up_blocks"  # of a U-Net, as `train --set blocks=up_blocks` does it

@@ -26,8 +26,8 @@ from sbora_diffusion.adapters.basis import canonical, permutation
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept, default_roots, load_concept
 from sbora_diffusion.data.latents import Batch, EncodedImages, prior_latents
-from sbora_diffusion.methods import peft_layers
-from sbora_diffusion.methods.peft_layers import lora_config
+from sbora_diffusion.methods import live
+from sbora_diffusion.methods.live import lora_config
 from sbora_diffusion.methods.registry import method_side
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Noising
@@ -125,7 +125,7 @@ def chosen_columns(path: Path, name: str) -> Iterator[None]:
     with (
         patch.object(attaching, "indices", indices),
         patch.object(attaching, "_check_attachable", lambda *_: None),
-        patch.object(peft_layers, "lora_config", config),
+        patch.object(live, "lora_config", config),
         any_rank(),
     ):
         yield

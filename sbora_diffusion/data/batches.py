@@ -15,14 +15,13 @@ from sbora_diffusion.data.latents import (
     base_predictions,
     encode,
     prior_latents,
+    recorded_inputs,
     sample_latents,
     split_for_memory,
 )
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.distributed import SINGLE_PROCESS, Processes
 from sbora_diffusion.models.families.base import Diffusion, Noising
-from sbora_diffusion.models.input_moments import recorded_inputs
-from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.text import say_plainly
@@ -77,8 +76,7 @@ def _penalized_layers(base: Base, config: TrainConfig) -> list[str]:
     """Return "<component>.<layer>" of the layers whose output is penalized."""
     if not config.loss.output_penalty:
         return []
-    trains_text = config.optim.text_encoder_learning_rate > 0
-    layers = adapted_layers(base, config.method.blocks, text_encoders=trains_text)
+    layers = base.adapted_layers(config.method.blocks, text_encoders=config.optim.text_encoder_learning_rate > 0)
     return [f"{component}.{name}" for component, names in layers.items() for name in names]
 
 

@@ -1,4 +1,4 @@
-"""What a concept is taught from: a folder of images, the token that will name it, and a caption for each image."""
+"""A concept to learn: a folder of images, the token that will name it, and a caption for each image."""
 
 import logging
 import re
@@ -28,7 +28,7 @@ class ConceptImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """Something to be taught; its token is a new word for one particular `class_noun`."""
+    """Something to learn; its token is a new word for one particular `class_noun`."""
 
     name: str
     token: str
@@ -49,14 +49,14 @@ class _Description:
 
 
 def default_roots() -> tuple[Path, ...]:
-    """Where concepts are looked up by name: ./concepts, then those that came with the package or the checkout."""
+    """Return the folders where concepts are looked up by name: ./concepts, then the package's or the checkout's."""
     package = Path(__file__).parents[1]
     packaged = package / "concepts"
     return Path("concepts"), packaged if packaged.is_dir() else package.parent / "concepts"
 
 
 def known_concepts(roots: Sequence[Path]) -> list[str]:
-    """Names of the folders with a concept.toml in the roots, sorted."""
+    """List the folders with a concept.toml in the roots, by name."""
     return sorted({path.parent.name for root in roots for path in root.glob("*/concept.toml")})
 
 
@@ -90,16 +90,16 @@ def load_concept(
             f"the token of {folder} is {token!r}; allowed is one word of letters, digits, - and _ in angle brackets",
             f'write token = "<{name}>" in its concept.toml',
         )
-    images = image_files(folder)
-    captions = [normalize("NFC", words).replace("{token}", token) for words in _captions(folder, images, described)]
-    concept = Concept(
-        name=name,
-        token=token,
-        class_noun=noun,
-        images=tuple(ConceptImage(path=path, caption=words) for path, words in zip(images, captions, strict=True)),
-    )
-    _check_token(concept)
-    return concept
+    paths = image_files(folder)
+    captions = [normalize("NFC", words).replace("{token}", token) for words in _captions(folder, paths, described)]
+    images = [ConceptImage(path=path, caption=words) for path, words in zip(paths, captions, strict=True)]
+    for image in images:
+        if token not in image.caption:
+            raise SboraError(
+                f"the caption of {image.path} lacks the token {token}: {image.caption!r}",
+                f"write {token} where the caption names the {noun}",
+            )
+    return Concept(name=name, token=token, class_noun=noun, images=tuple(images))
 
 
 def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
@@ -166,12 +166,3 @@ def _captions(folder: Path, images: Sequence[Path], described: _Description) -> 
         raise SboraError(f"2 images share the caption file {shared}", "rename one of the images")
     beside = captions_beside(others)
     return [written.get(name, beside.get(path, described.template)) for name, path in names.items()]
-
-
-def _check_token(concept: Concept) -> None:
-    for image in concept.images:
-        if concept.token not in image.caption:
-            raise SboraError(
-                f"the caption of {image.path} lacks the token {concept.token}: {image.caption!r}",
-                f"write {concept.token} where the caption names the {concept.class_noun}",
-            )

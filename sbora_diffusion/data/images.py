@@ -1,4 +1,4 @@
-"""Images from disk, whatever a camera or a drawing program made of them, to tensors a model can learn from."""
+"""Load images and masks of any origin and convert them to tensors to train on."""
 
 import io
 import logging
@@ -24,10 +24,9 @@ PROFILED = {"L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}  #
 def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Read a JPEG, PNG or WebP file as upright sRGB, 8 bits a channel; the first frame if it is animated.
 
-    Colours are what the embedded ICC profile says; 16-bit grey and palettes are taken for sRGB.
+    Colours follow the embedded ICC profile; 16-bit grey and palettes are taken for sRGB. The extension is ignored.
 
     Args:
-        path: the file; what counts is its content, not its extension.
         background: sRGB colour that shows through transparent parts.
 
     Raises:
@@ -53,7 +52,7 @@ def load_image(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Cut the largest central part of these proportions out of an RGB image and resize it (Lanczos).
+    """Crop the largest central part of these proportions of an RGB image and resize it (Lanczos).
 
     Args:
         size: width and height.
@@ -66,7 +65,7 @@ def to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
-    """What the image's ICC profile makes of its numbers; the image itself if there is none, or none that works."""
+    """Apply the image's ICC profile; return the image itself without a valid one."""
     profile, mode = image.info.get("icc_profile"), PROFILED.get(image.mode)
     if not profile or mode is None:
         return image
@@ -82,14 +81,14 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits; Pillow's own conversion clips instead of scaling. Other modes pass."""
+    """Scale 16-bit grey to 8 bits, which Pillow's own conversion would clip; return other modes as they are."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any 8-bit mode to RGB, transparent parts filled with the background colour."""
+    """Convert any 8-bit mode to RGB, transparent parts filled with the background colour."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     backdrop = Image.new("RGBA", image.size, background)

@@ -1,9 +1,11 @@
-"""Encode images once for a training, and compute the base model's own predictions."""
+"""Encode images once for a training; record the base model's own predictions and the inputs of its layers."""
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbora_diffusion.data.concept import ConceptImage
 from sbora_diffusion.data.images import bucket_of, load_image, load_mask, names_a_side, to_mask, to_tensor
@@ -68,12 +70,10 @@ def encode(base: Base, images: Sequence[ConceptImage], config: TrainConfig) -> l
         flips = _flips(image.caption, generator, config)
         pixels = torch.stack([to_tensor(_cut(opened, box, flip), size) for box, flip in zip(boxes, flips, strict=True)])
         latents = base.to_latents(pixels.to(base.device))
-        cut_masks = None
-        if any(masks.values()):
-            cut_masks = latents.new_ones(len(latents), 1, *latents.shape[-2:])
-        if cut_masks is not None and mask is not None:
-            shape = (latents.shape[-2], latents.shape[-1])
-            cut = [to_mask(_cut(mask, *where), size, shape) for where in zip(boxes, flips, strict=True)]
+        height, width = latents.shape[-2:]
+        cut_masks = latents.new_ones(len(latents), 1, height, width) if any(masks.values()) else None
+        if mask is not None:
+            cut = [to_mask(_cut(mask, *where), size, (height, width)) for where in zip(boxes, flips, strict=True)]
             cut_masks = torch.stack(cut).to(latents)
             _check_masks(image.path, cut_masks)
         groups.setdefault(size, []).append(EncodedImages(latents, [image.caption] * config.data.crops, cut_masks))
@@ -192,3 +192,35 @@ def _describe(base: Base, config: TrainConfig) -> str:
     """Return everything that the images depend on."""
     source = {"fingerprint": base.fingerprint, "prompts": config.loss.prior_prompts}
     return json.dumps(source | {"steps": config.output.sampling_steps, "guidance": config.output.guidance})
+
+
+class Moments:
+    """Running E[x xᵀ] of the inputs x of layers, in float64; `columns` selects x's columns by layer, None all."""
+
+    def __init__(self, columns: Mapping[str, Tensor | None]) -> None:
+        self._columns, self._sums, self._counts = columns, dict[str, Tensor](), dict[str, int]()
+
+    def add(self, key: str, inputs: Tensor) -> None:
+        """Add inputs (..., in) of the layer `key`."""
+        rows, columns = inputs.detach().flatten(0, -2), self._columns[key]
+        rows = (rows if columns is None else rows[:, columns.to(rows.device)]).double()
+        self._sums[key] = self._sums.get(key, 0) + rows.T @ rows
+        self._counts[key] = self._counts.get(key, 0) + len(rows)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return (n, n) float64 on the CPU, by "<component>.<canonical layer>"."""
+        return {key: (total / self._counts[key]).cpu() for key, total in self._sums.items()}
+
+
+@contextmanager
+def recorded_inputs(base: Base, columns: Mapping[str, Tensor | None]) -> Iterator[Moments]:
+    """Record the inputs of these layers of the base model inside the context; `columns` as for `Moments`."""
+    moments = Moments(columns)
+
+    def record(key: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments.add(key, inputs[0])
+
+    with ExitStack() as hooks:
+        for key in columns:
+            hooks.callback(base.layers[key].register_forward_pre_hook(partial(record, key)).remove)
+        yield moments

@@ -1,6 +1,6 @@
 """BlockLoRA (arXiv 2503.08575): disjoint rows, and randomised output erasure as a loss."""
 
-from sbora_diffusion.methods.base import Method
+from sbora_diffusion.methods.registry import Method
 from sbora_diffusion.methods.sbora import SUM, injecting, layer_size
 
 METHODS = (

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.data.latents import recorded_inputs
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.input_moments import recorded_inputs
 
 PROMPTS = ("a photo of a {token}", "a {token} on the beach", "a {token} in the snow", "a {token} at night")
 PRIOR_PROMPTS = ("a photo of a house", "a person on the beach", "a red car in the snow", "a tree at night")
@@ -21,10 +21,7 @@ class SampledInputs:
     """The `inputs` of `fuse`: moments while each concept's own model samples it, and of the prior prompts.
 
     The prompts are those of the adapter's training (the preview and prior prompts in its file), or PROMPTS and
-    PRIOR_PROMPTS.
-
-    Args:
-        on_progress: called with (done, total) after the samples of each concept and of the prior.
+    PRIOR_PROMPTS. `on_progress` is called with (done, total) after the samples of each concept and of the prior.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from sbora_diffusion.adapters.baseline_merges import merge_constrained
 from sbora_diffusion.adapters.file import Adapter, Dense
-from sbora_diffusion.methods.base import Injected, Injection, Merge, MergeRequest, Method
+from sbora_diffusion.methods.registry import Injected, Injection, Merge, MergeRequest, Method
 from sbora_diffusion.utils.errors import SboraError
 
 

@@ -1,28 +1,25 @@
 """LoKr (Yeh et al. 2023, LyCORIS), PEFT's tuner: ΔW is a Kronecker product, stored as whole matrices."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from sbora_diffusion.adapters.file import Dense
-from sbora_diffusion.methods.base import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.methods.lora import AVERAGE, SUM
+from sbora_diffusion.methods.registry import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.recipes.config import TrainConfig
 
 
-@contextmanager
-def inject(into: Injection) -> Iterator[Injected]:
+def inject(into: Injection) -> AbstractContextManager[Injected]:
     """Inject W1 ⊗ W2 of scale one; a W2 wider than twice the rank is a product of two factors."""
     from peft import LoKrConfig
 
-    from sbora_diffusion.methods.peft_layers import injected_tuners, peft_layers
+    from sbora_diffusion.methods.live import inject_tuners
 
-    with peft_layers(into, lambda names: LoKrConfig(r=into.rank, alpha=into.rank, target_modules=names)) as tuners:
-        yield injected_tuners(tuners, _read)
+    return inject_tuners(into, lambda names: LoKrConfig(r=into.rank, alpha=into.rank, target_modules=names), _read)
 
 
 def _read(tuner: Any) -> Dense:
-    from sbora_diffusion.methods.peft_layers import copied
+    from sbora_diffusion.methods.live import copied
 
     return Dense(copied(tuner.get_delta_weight(ADAPTER)))
 

@@ -10,8 +10,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
 from sbora_diffusion.adapters.merge import check_mergeable
 from sbora_diffusion.library.library import Library, load_adapters
-from sbora_diffusion.methods.base import Merge, MergeRequest, Progress
-from sbora_diffusion.methods.registry import find_method
+from sbora_diffusion.methods.registry import Merge, MergeRequest, Progress, find_method
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ def merge(
 
 
 def _load(base: "Base | str | None", spec: Spec, merge: Merge, may_download: bool) -> "Base":
-    """Return the base model of the adapters, or the given one.
-
-    Raises:
-        SboraError: it cannot be loaded, or is neither given nor at hand although nothing may be downloaded.
-    """
+    """Return the given base model, or else that of the adapters; may raise SboraError."""
     from sbora_diffusion.models.base import Base, load_base
 
     if isinstance(base, Base):

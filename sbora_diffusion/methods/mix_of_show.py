@@ -4,8 +4,8 @@ import torch
 
 from sbora_diffusion.adapters.baseline_merges import fuse_by_gradient
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.methods.base import Merge, MergeRequest, Method
 from sbora_diffusion.methods.lora import AVERAGE, SUM, injecting, lora_size
+from sbora_diffusion.methods.registry import Merge, MergeRequest, Method
 
 
 def _fuse_by_gradient(request: MergeRequest) -> Adapter:

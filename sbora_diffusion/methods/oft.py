@@ -3,23 +3,21 @@
 `rank` is the size of the blocks. A concept file holds ΔW = W Rᵀ − W, whole matrices, so that concepts can be summed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from sbora_diffusion.adapters.file import Dense
-from sbora_diffusion.methods.base import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.methods.lora import AVERAGE, SUM
+from sbora_diffusion.methods.registry import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 
-@contextmanager
-def inject(into: Injection) -> Iterator[Injected]:
+def inject(into: Injection) -> AbstractContextManager[Injected]:
     """Inject a rotation of every layer's input, by the exact Cayley transform."""
     from peft import OFTConfig
 
-    from sbora_diffusion.methods.peft_layers import injected_tuners, peft_layers
+    from sbora_diffusion.methods.live import inject_tuners
 
     widths = {into.base.layer_shapes[f"{part}.{name}"][1] for part, names in into.layers.items() for name in names}
     if wrong := sorted(width for width in widths if width % into.rank):
@@ -31,8 +29,7 @@ def inject(into: Injection) -> Iterator[Injected]:
     def make(names: list[str]) -> OFTConfig:
         return OFTConfig(oft_block_size=into.rank, target_modules=names, use_cayley_neumann=False)
 
-    with peft_layers(into, make) as tuners:
-        yield injected_tuners(tuners, _read)
+    return inject_tuners(into, make, _read)
 
 
 def _read(tuner: Any) -> Dense:

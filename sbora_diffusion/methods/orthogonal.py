@@ -1,7 +1,6 @@
 """Orthogonal Adaptation (Po et al. 2024): LoRA whose input side is frozen rows of a shared orthogonal matrix."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
@@ -10,24 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbora_diffusion.methods.base import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.methods.lora import AVERAGE, SUM
+from sbora_diffusion.methods.registry import ADAPTER, Injected, Injection, Method
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 
 SUM_WEIGHT = 0.6  # the paper sums at this strength
 
 
-@contextmanager
-def inject(into: Injection) -> Iterator[Injected]:
+def inject(into: Injection) -> AbstractContextManager[Injected]:
     """Inject a LoRA; the concept's name selects the frozen rows."""
-    from sbora_diffusion.methods.peft_layers import injected_tuners, lora_config, peft_layers, read_lora
+    from sbora_diffusion.methods.live import inject_tuners, lora_config, read_lora
 
-    with peft_layers(into, lambda names: lora_config(into.rank, names)) as tuners:
-        for component, found in tuners.items():
-            for layer, tuner in found.items():
-                _set_basis(tuner, f"{into.concept}/{into.config.seed}/{component}.{layer}", into.config)
-        yield injected_tuners(tuners, read_lora)
+    def prepare(key: str, tuner: Any) -> None:
+        _set_basis(tuner, f"{into.concept}/{into.config.seed}/{key}", into.config)
+
+    return inject_tuners(into, lambda names: lora_config(into.rank, names), read_lora, prepare)
 
 
 @torch.no_grad()
@@ -51,15 +48,11 @@ def orthogonal_matrix(width: int, seed: int) -> Tensor:
     return torch.linalg.qr(gaussian).Q.float()
 
 
-def _size(shape: tuple[int, int], config: TrainConfig) -> int:
-    return config.method.rank * shape[0]
-
-
 METHODS = (
     Method(
         name="orthogonal",
         inject=inject,
-        layer_size=_size,
+        layer_size=lambda shape, config: config.method.rank * shape[0],
         merges={"sum": replace(SUM, weight=lambda _: SUM_WEIGHT), "average": AVERAGE},
     ),
 )

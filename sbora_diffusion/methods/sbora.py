@@ -7,7 +7,16 @@ from torch import nn
 
 from sbora_diffusion.adapters.basis import FORMAT, Side
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.methods.base import ADAPTER, Inject, Injected, Injection, LayerSize, Merge, MergeRequest, Method
+from sbora_diffusion.methods.registry import (
+    ADAPTER,
+    Inject,
+    Injected,
+    Injection,
+    LayerSize,
+    Merge,
+    MergeRequest,
+    Method,
+)
 
 
 def injecting(side: Side) -> Inject:
@@ -17,7 +26,7 @@ def injecting(side: Side) -> Inject:
     def inject(into: Injection) -> Iterator[Injected]:
         from sbora_diffusion.adapters.inplace_training import inplace_training
         from sbora_diffusion.adapters.layer import attach
-        from sbora_diffusion.methods.peft_layers import lora_config, peft_layers
+        from sbora_diffusion.methods.live import lora_config, peft_layers
 
         assert into.interval is not None
         models = {part: into.base.component(part) for part in into.layers}

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import in_order, put_together
-from sbora_diffusion.methods.base import Injected, Injection, Merge, MergeRequest, Method
+from sbora_diffusion.methods.registry import Injected, Injection, Merge, MergeRequest, Method
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sbora_diffusion.adapters.basis import Side, canonical
 from sbora_diffusion.adapters.layer import keep_linear4bit_unpacked
-from sbora_diffusion.models.distributed import is_sharded
+from sbora_diffusion.models.families import family_of
 from sbora_diffusion.models.families.base import (
     CLIP_ATTENTION,
     Family,
@@ -23,7 +23,6 @@ from sbora_diffusion.models.families.base import (
     TextConditioning,
     TextEncoderSpec,
 )
-from sbora_diffusion.models.families.registry import family_of
 from sbora_diffusion.models.loading import (
     EMBEDDED,
     EMBEDDED_SAMPLING,
@@ -35,10 +34,9 @@ from sbora_diffusion.models.loading import (
     to_device,
     to_half,
 )
-from sbora_diffusion.models.quantization import to_nf4
 from sbora_diffusion.utils.errors import SboraError
 
-MAX_STEPS, SEEDS = 1000, 2**63  # of a drawing
+MAX_STEPS, SEEDS = 1000, 2**63  # of generation
 _FINGERPRINT_ENTRIES = 1024  # entries of each adapted weight that enter the fingerprint
 
 
@@ -47,8 +45,8 @@ class Base:
     """A loaded diffusers pipeline of a known family, frozen, and what adapters need to know about it.
 
     Attributes:
-        precision: what all weights but the autoencoder's are held and computed in: fp32, bf16 or fp16; nf4 is bf16 with
-            most of what is frozen in four bits.
+        precision: of all weights but the autoencoder's and of arithmetic: fp32, bf16, fp16, or nf4, which is bf16 with
+            most frozen weights in four bits.
     """
 
     id: str
@@ -61,16 +59,16 @@ class Base:
 
     @cached_property
     def kind(self) -> str:
-        """Whose recipes, prompts and sampling suit it: "emoji64" or its family's name, as `recipe_base` has it."""
+        """Whose recipes, prompts and sampling suit it: "emoji64" or its family's name."""
         return EMBEDDED if is_emoji64(self.id) else self.family.name
 
     @property
     def sampling(self) -> Sampling:
-        """How its images are drawn where nobody says."""
+        """Defaults of generation."""
         return EMBEDDED_SAMPLING if self.kind == EMBEDDED else self.family.sampling
 
     def component(self, name: str) -> nn.Module:
-        """The U-Net or transformer, or a text encoder."""
+        """Return the U-Net or transformer, or a text encoder."""
         return getattr(self.pipeline, name)
 
     @property
@@ -90,11 +88,14 @@ class Base:
 
     @property
     def encodes_collectively(self) -> bool:
-        """Whether a text encoder is kept in shares, so that all processes have to read the same captions."""
-        return any(is_sharded(self.component(reader.component)) for reader in self.family.present(self.pipeline))
+        """Whether a text encoder is sharded, so that all processes have to encode the same captions."""
+        from torch.distributed.fsdp import FSDPModule
+
+        encoders = (self.component(reader.component) for reader in self.family.present(self.pipeline))
+        return any(isinstance(encoder, FSDPModule) for encoder in encoders)
 
     def tokenizer(self, reader: TextEncoderSpec) -> Any:
-        """A text encoder's tokenizer."""
+        """Return a text encoder's tokenizer."""
         return getattr(self.pipeline, reader.tokenizer)
 
     @property
@@ -102,12 +103,12 @@ class Base:
         return next(self.denoiser.parameters()).device  # the pipeline's own goes through all modules to find out
 
     def arithmetic(self) -> AbstractContextManager[Any]:
-        """Where the model computes: autocast, if its weights are of half precision."""
+        """Return autocast to the model's half precision; nothing for fp32."""
         return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, TYPES[self.precision])
 
     @property
     def resolution(self) -> int:
-        """Pixels of an image's side, as the model was trained."""
+        """Side of an image that the model was trained on, in pixels."""
         return self.family.latent_size(self.pipeline) * self.pipeline.vae_scale_factor
 
     @cached_property
@@ -129,8 +130,8 @@ class Base:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the adapted layers' names, shapes and sampled entries.
 
-        Entries are rounded to fp16 first, so that the fp32 and fp16 files of one model agree; a model that is loaded in
-        half precision has the fingerprint of its files.
+        Entries are rounded to fp16 first, so that the fp32 and fp16 files of one model agree; a model loaded in half
+        precision has the fingerprint of its files.
         """
         digest = hashlib.sha256()
         for key, layer in sorted(self.layers.items()):
@@ -139,19 +140,42 @@ class Base:
             digest.update(f"{key} {tuple(layer.weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def adapted_layers(self, blocks: Sequence[str] = (), *, text_encoders: bool = True) -> dict[str, list[str]]:
+        """Return component -> canonical names of the layers to train.
+
+        Args:
+            blocks: prefixes of the denoiser's layers to adapt; empty for all.
+            text_encoders: whether the text encoders' layers are adapted, too.
+
+        Raises:
+            SboraError: a block without such layers.
+        """
+        found: dict[str, list[str]] = {}
+        for key in self.layers:
+            component, _, layer = key.partition(".")
+            found.setdefault(component, []).append(layer)
+        denoiser = found.pop(self.family.denoiser)
+        for block in blocks:
+            if not any(layer.startswith(f"{block}.") for layer in denoiser):
+                known = ", ".join(sorted({layer.partition(".")[0] for layer in denoiser}))
+                hint = f"choose from {known}, or a block in them"
+                raise SboraError(f"got blocks={block}, which has no attention", hint)
+        chosen = [layer for layer in denoiser if not blocks or layer.startswith(tuple(f"{block}." for block in blocks))]
+        return {self.family.denoiser: chosen} | (found if text_encoders else {})
+
     def width(self, side: Side) -> int:
-        """How many columns (fa) or rows (fb) the narrowest adapted layer has: the ledger's length."""
+        """Return how many columns (fa) or rows (fb) the narrowest adapted layer has: the ledger's length."""
         return min(self.widths(side).values())
 
     def widths(self, side: Side) -> dict[str, int]:
-        """How many columns (fa) or rows (fb) each adapted layer has."""
+        """Return how many columns (fa) or rows (fb) each adapted layer has."""
         return {key: shape[1 if side == "fa" else 0] for key, shape in self.layer_shapes.items()}
 
     def choose_sampling(self, seeds: Sequence[int], steps: int | None, guidance: float | None) -> tuple[int, float]:
-        """Steps and guidance as they are given, or as is usual for this base model.
+        """Return steps and guidance, the base model's own where they are None.
 
         Raises:
-            SboraError: steps or a seed that cannot be, guidance that is no number.
+            SboraError: steps, guidance or a seed out of range.
         """
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
@@ -173,32 +197,28 @@ class Base:
         negative_prompt: str = "",
         as_latents: bool = False,
     ) -> Any:
-        """Images, or latents (n, channels, height, width), one for each prompt and seed.
+        """Generate images, or latents (n, channels, height, width), one for each prompt and seed.
 
-        An image depends on its own prompt and seed only, not on what else is in the call.
-
-        Args:
-            steps, guidance: None for what is usual for this base model.
+        An image depends on its own prompt and seed only, not on the rest of the call.
 
         Raises:
-            SboraError: steps or a seed that cannot be, guidance that is no number.
+            SboraError: as `choose_sampling`.
         """
         steps, guidance = self.choose_sampling(seeds, steps, guidance)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawing = SampleRequest(
+        request = SampleRequest(
             prompts=[normalize("NFC", prompt) for prompt in prompts],
-            generators=generators,
+            generators=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             steps=steps,
             guidance=guidance,
             negative_prompt=negative_prompt,
             as_latents=as_latents,
         )
         with self.arithmetic():
-            drawn = self.family.sample(self.pipeline, drawing)
-        return drawn.float() if as_latents else drawn
+            sampled = self.family.sample(self.pipeline, request)
+        return sampled.float() if as_latents else sampled
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """(len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
+        """Return (len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""
         return self.family.tokenize(self.pipeline, [normalize("NFC", caption) for caption in captions])
 
     def encode_text(self, ids: Tensor) -> TextConditioning:
@@ -212,14 +232,14 @@ class Base:
             return self.family.predict(self.pipeline, noisy, t, text)
 
     def to_latents(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) from -1 to 1, as the denoiser knows images."""
+        """Encode (n, 3, height, width) from -1 to 1 as the denoiser's latents."""
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor
 
 
 def load_unplaced(name: str) -> Base:
-    """A base model for its layers and its fingerprint alone: on the CPU, in what its files are in."""
+    """Load a base model only for its layers and fingerprint: on the CPU, in its files' precision."""
     name = full_name(name)
     return Base(name, load_pipeline(name, torch.bfloat16))
 
@@ -229,27 +249,28 @@ def load_base(name: str, precision: str = "fp32", sharded: bool = False) -> Base
 
     Args:
         name: "emoji64" (ships with the package), a short name such as "sdxl", a diffusers folder, a .safetensors
-            checkpoint (see single_file.py for its settings), or a model id of the hub.
-        precision: bf16 or fp16 take half the memory of fp32, what nf4 packs an eighth; the autoencoder stays in fp32.
-            "" is what suits drawing (`loading.inference_precision`).
-        sharded: keep this process's share of the frozen weights only (sharding.py).
+            checkpoint (see `loading.settings_of` for its settings), or a model id of the hub.
+        precision: fp32; bf16 or fp16 for half the memory, nf4 for an eighth; "" for the default of generation.
+        sharded: keep only this process's shard of the frozen weights.
 
     Raises:
-        SboraError: an unknown precision, nf4 in shares, besides what `load_pipeline` raises.
+        SboraError: an unknown precision, sharded nf4, besides what `load_pipeline` raises.
     """
     name, precision = full_name(name), precision or inference_precision(name, torch.cuda.is_available())
     if precision not in TYPES:
         raise SboraError(f"got precision={precision}, expected one of {', '.join(TYPES)}")
     if sharded and precision == "nf4":
-        raise SboraError("weights in nf4 cannot be kept in shares", "--set precision=bf16, or whole in every process")
+        raise SboraError("weights in nf4 cannot be sharded", "--set precision=bf16, or the full model in every process")
     base = Base(name, load_pipeline(name, TYPES[precision]), precision)
-    _ = base.fingerprint  # kept from now on: of the weights as they are in the files
+    _ = base.fingerprint  # cached, of the weights as they are in the files
     if precision != "fp32":
         to_half(base.pipeline, base.family, TYPES[precision])
     if precision == "nf4":
+        from sbora_diffusion.models.quantization import to_nf4
+
         for model in base.family.frozen(base.pipeline):
             to_nf4(model)
-        del vars(base)["layers"]  # they are others now
+        del vars(base)["layers"]  # they have been replaced
     to_device(base.pipeline, base.family, sharded)
     for model in base.family.modules(base.pipeline):  # a pipeline can also be stored in four bits
         keep_linear4bit_unpacked(model)

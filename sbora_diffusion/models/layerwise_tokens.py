@@ -1,11 +1,12 @@
 """Tokens with an embedding of their own for each cross-attention layer: P+ (Voynov et al. 2023) and ED-LoRA.
 
-The text encoder reads a prompt once for each cross-attention layer, with that layer's embeddings; its answers travel
-side by side in the last dimension, (batch, length, layers · hidden), and every layer takes its own part.
+The text encoder encodes a prompt once for each cross-attention layer, with that layer's embeddings; its outputs are
+concatenated in the last dimension, (batch, length, layers · hidden), and every layer takes its own part.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sbora_diffusion.utils.errors import SboraError
 
 
 class LayerwiseEmbedding(nn.Module):
-    """An embedding that reads a batch in as many blocks as there are layers, each with its own learned rows.
+    """An embedding whose batch consists of a block for each layer, each block with its own learned rows.
 
     Args:
         base: the frozen embedding of the vocabulary.
@@ -30,7 +31,7 @@ class LayerwiseEmbedding(nn.Module):
         self.learned = nn.Parameter(learned)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(layers · batch, length) int64, layer by layer, to (layers · batch, length, hidden)."""
+        """Embed (layers · batch, length) int64, layer by layer, as (layers · batch, length, hidden)."""
         size, count = self.base.num_embeddings, len(self.learned)
         layer = torch.arange(count, device=ids.device).repeat_interleave(len(ids) // count).unsqueeze(1)
         known = self.base(ids.clamp(max=size - 1))
@@ -39,7 +40,7 @@ class LayerwiseEmbedding(nn.Module):
 
 
 def cross_attentions(base: Base) -> list[nn.Module]:
-    """The U-Net's cross-attention layers, in the order of its modules: the order of a token's embeddings."""
+    """List the U-Net's cross-attention layers, in the order of its modules: that of a token's embeddings."""
     if base.family.name != "sd":
         raise SboraError(
             f"embeddings for each layer are for Stable Diffusion 1.x and 2.x, got a {base.family.pipeline}",
@@ -52,7 +53,7 @@ def cross_attentions(base: Base) -> list[nn.Module]:
 def layerwise_tokens(
     base: Base, embeddings: Mapping[str, Tensor], counts: Mapping[str, int]
 ) -> Iterator[dict[str, LayerwiseEmbedding]]:
-    """Add tokens to the pipeline, and leave it as it was at the end.
+    """Add tokens to the pipeline inside the context.
 
     Args:
         embeddings: "text_encoder.<token>" -> (layers · n, hidden), layer by layer; or (n, hidden) for all layers.
@@ -75,54 +76,36 @@ def layerwise_tokens(
         learned = LayerwiseEmbedding(vocabulary, torch.cat(list(blocks.values()), dim=1).to(vocabulary.weight))
         encoder.set_input_embeddings(learned)
         hooks = [
-            encoder.register_forward_pre_hook(_repeat(len(layers)), with_kwargs=True),
-            encoder.register_forward_hook(_side_by_side(len(layers))),
+            encoder.register_forward_pre_hook(partial(_repeat, len(layers)), with_kwargs=True),
+            encoder.register_forward_hook(partial(_side_by_side, len(layers))),
         ]
-        hooks += [
-            layer.register_forward_pre_hook(_take(number, len(layers)), with_kwargs=True)
-            for number, layer in enumerate(layers)
-        ]
+        for number, layer in enumerate(layers):
+            hooks.append(layer.register_forward_pre_hook(partial(_take, number, len(layers)), with_kwargs=True))
         for hook in hooks:
             stack.callback(hook.remove)
         yield {"text_encoder": learned}
 
 
 def _by_layer(value: Tensor, count: int, num_layers: int) -> Tensor:
-    """(layers, n, hidden)."""
+    """Return (layers, n, hidden)."""
     return value.unflatten(0, (count, -1)) if count else value.expand(num_layers, *value.shape)
 
 
-def _repeat(count: int) -> Callable[..., Any]:
-    """The text encoder reads the batch `count` times."""
+def _repeat(count: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Repeat the text encoder's batch `count` times."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        repeated = {key: _times(value, count) for key, value in kwargs.items()}
-        return tuple(_times(value, count) for value in args), repeated
+    def repeated(value: Any) -> Any:
+        return value.repeat(count, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
 
-    return hook
-
-
-def _times(value: Any, count: int) -> Any:
-    return value.repeat(count, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+    return tuple(map(repeated, args)), {key: repeated(value) for key, value in kwargs.items()}
 
 
-def _side_by_side(count: int) -> Callable[..., Any]:
-    """(count · batch, length, hidden) to (batch, length, count · hidden)."""
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        states = output[0]
-        folded = states.unflatten(0, (count, -1)).permute(1, 2, 0, 3).flatten(2)
-        output["last_hidden_state"] = folded
-        return output
-
-    return hook
+def _side_by_side(count: int, _: nn.Module, __: Any, output: Any) -> Any:
+    """Convert (count · batch, length, hidden) to (batch, length, count · hidden)."""
+    output["last_hidden_state"] = output[0].unflatten(0, (count, -1)).permute(1, 2, 0, 3).flatten(2)
+    return output
 
 
-def _take(number: int, count: int) -> Callable[..., Any]:
-    """A cross-attention layer reads its own part."""
-
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        states = kwargs["encoder_hidden_states"]
-        return args, kwargs | {"encoder_hidden_states": states.chunk(count, dim=-1)[number]}
-
-    return hook
+def _take(number: int, count: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Give a cross-attention layer its own part."""
+    return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].chunk(count, dim=-1)[number]}

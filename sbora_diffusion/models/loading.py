@@ -1,4 +1,4 @@
-"""Where a base model lies and what family it is of: a folder, a checkpoint, a model of the hub, a short name."""
+"""Find and load the pipeline of a base model: the embedded one, a folder, a checkpoint, a hub model, a short name."""
 
 import json
 import logging
@@ -20,9 +20,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sbora_diffusion.models.distributed import shard
+from sbora_diffusion.models.families import ALIASES, family_named
 from sbora_diffusion.models.families.base import Family, Sampling
-from sbora_diffusion.models.families.registry import ALIASES, family_named
 from sbora_diffusion.utils.errors import SboraError, guess, interrupts_held
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ INDEX = "model_index.json"  # of every pipeline in diffusers' format: its class
 
 
 def full_name(name: str) -> str:
-    """What a short name such as sdxl stands for, unless there is a folder of this name; other names as they are."""
+    """Resolve a short name such as sdxl, unless there is a folder of this name; return other names as they are."""
     return name if Path(name).exists() else ALIASES.get(name, name)
 
 
@@ -48,12 +47,12 @@ recipe_base = find_kind  # its name until all rooms use the new one
 
 
 def usual_sampling(name: str) -> Sampling:
-    """How a base model's images are drawn where nobody says. No weights are loaded for it."""
+    """Return a base model's default sampling, without loading weights."""
     return EMBEDDED_SAMPLING if is_emoji64(name) else find_family(name).sampling
 
 
 def is_emoji64(name: str) -> bool:
-    """Whether a base model is the embedded one, perhaps with concepts baked into it."""
+    """Return whether a base model is the embedded one, perhaps with concepts baked into it."""
     if name == EMBEDDED:
         return True
     try:
@@ -64,18 +63,18 @@ def is_emoji64(name: str) -> bool:
 
 
 def inference_precision(name: str, has_gpu: bool) -> str:
-    """What images are drawn in where nobody says: on a GPU what the base model is trained in."""
+    """Return the default precision of generation: on a GPU the one that the base model is trained in."""
     return find_family(name).inference_precision if has_gpu and not is_emoji64(name) else "fp32"
 
 
 def find_family(name: str) -> Family:
-    """The family of a base model, by its settings alone.
+    """Return the family of a base model, without loading weights.
 
     Raises:
-        SboraError: neither a folder nor a model that can be reached, or of no family that is known.
+        SboraError: neither a folder nor a model that can be reached, or of an unknown family.
     """
     settings = settings_of(Path(name)) if Path(name).is_file() else _path(name)
-    with _told(name):
+    with _clear_errors(name):
         folder = Path(settings)
         index = folder / INDEX if folder.is_dir() else Path(hf_hub_download(settings, INDEX))
         kind = json.loads(index.read_bytes())["_class_name"]
@@ -83,32 +82,30 @@ def find_family(name: str) -> Family:
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline in fp32 on the CPU, frozen.
+    """Load a pipeline in fp32 on the CPU, frozen.
 
     Args:
-        dtype: what its weights will be rounded to (`to_half`): components that are stored in it are left in it, for
-            in fp32 they would take twice the memory for nothing.
+        dtype: what `to_half` will round its weights to: components stored in it stay in it, which halves their memory.
 
     Raises:
         SboraError: as `find_family`.
     """
     family = find_family(name)
-    with interrupts_held(), _told(name):
+    with interrupts_held(), _clear_errors(name):
         pipeline = _load(name, family, dtype)
     pipeline.set_progress_bar_config(disable=True)
     for reader in family.present(pipeline):
-        _tell_the_end(getattr(pipeline, reader.component), getattr(pipeline, reader.tokenizer))
+        _fix_eos_token(getattr(pipeline, reader.component), getattr(pipeline, reader.tokenizer))
     for module in family.modules(pipeline):
         module.requires_grad_(False).eval()
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # convolutions are faster so
     return pipeline
 
 
-def _tell_the_end(encoder: Any, tokenizer: Any) -> None:
-    """Let a CLIP sum its prompt up at the token that ends it.
+def _fix_eos_token(encoder: Any, tokenizer: Any) -> None:
+    """Fix legacy `eos_token_id=2`, so that pooling uses the real EOS token.
 
-    Published settings say 2 for that token's id, by an old mistake; a CLIP of which this is said looks at the highest
-    id of a prompt, and where a learned token is there, at that: whatever is said after it would be lost.
+    With 2, transformers' CLIP pools at a prompt's highest id: at a learned token, ignoring everything after it.
     """
     if getattr(encoder.config, "eos_token_id", None) == 2 != tokenizer.eos_token_id:
         for part in (encoder.config, *encoder.modules()):
@@ -117,23 +114,21 @@ def _tell_the_end(encoder: Any, tokenizer: Any) -> None:
 
 
 def to_device(pipeline: Any, family: Family, sharded: bool = False) -> None:
-    """Move it to the GPU, if there is one.
-
-    Args:
-        sharded: of what is frozen only this process's share; every process calls this alike.
-    """
+    """Move a pipeline to the GPU if there is one; with `sharded`, in all processes, only a shard of what is frozen."""
     frozen = family.frozen(pipeline)
     for module in family.modules(pipeline):
         if sharded and module in frozen:
+            from sbora_diffusion.models.distributed import shard
+
             shard(module)
         else:
             module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
-    """Round all weights but the autoencoder's to half precision; it keeps decoding in fp32, for fp16 overflows there.
+    """Round all weights but the autoencoder's to half precision; it keeps decoding in fp32, as fp16 overflows there.
 
-    The pipeline is to be used under autocast: learned tokens and adapters are fp32 all the same.
+    Use the pipeline under autocast: learned tokens and adapters are fp32.
     """
     for module in family.modules(pipeline):
         if module is not pipeline.vae:
@@ -158,7 +153,7 @@ def _load(name: str, family: Family, dtype: torch.dtype) -> Any:
 
 
 def embedded_folder() -> Path:
-    """Where the embedded base model lies."""
+    """Return the folder of the embedded base model."""
     folder = Path(str(files("sbora_diffusion") / "emoji" / "weights"))
     if not folder.is_dir():
         raise SboraError("the emoji64 weights are not in this installation", "reinstall the package")
@@ -170,8 +165,8 @@ def _path(name: str) -> str:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Say what is wrong with a base model in our own words."""
+def _clear_errors(name: str) -> Iterator[None]:
+    """Turn the libraries' errors into one that says what to do."""
     offline = nullcontext()
     if name != EMBEDDED:
         from sbora_diffusion.utils.hub import cache_if_offline
@@ -183,10 +178,10 @@ def _told(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         from sbora_diffusion.utils.hub import why
 
-        raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _what_to_do(name)) from error
+        raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _hint(name)) from error
 
 
-def _what_to_do(name: str) -> str:
+def _hint(name: str) -> str:
     if not Path(name).is_file():
         elsewhere = "a folder in diffusers' format, a .safetensors file"
         if name in (*ALIASES, *ALIASES.values()):
@@ -200,57 +195,52 @@ def _what_to_do(name: str) -> str:
     )
 
 
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def fetched(name: str, **options: Any) -> Path:
-    """The folder of a pipeline in diffusers' format: itself, or where a model of the hub is kept.
-
-    Args:
-        options: those of `from_pretrained` that say which components are not wanted.
-    """
+    """Return the folder of a pipeline, downloading a hub model; `options` of `from_pretrained` exclude components."""
     return Path(name) if Path(name).is_dir() else Path(DiffusionPipeline.download(name, **options))
 
 
 def stored_in(folder: Path, dtype: torch.dtype) -> list[str]:
-    """The components whose files hold numbers of this type only, so that reading them in it rounds nothing."""
-    return [part.name for part in sorted(folder.iterdir()) if part.is_dir() and _types(part) == {dtype}]
+    """List the components whose files hold only this type, so that loading them in it rounds nothing."""
+    code = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    return [part.name for part in sorted(folder.iterdir()) if part.is_dir() and _stored_types(part) == {code}]
 
 
-def _types(part: Path) -> set[torch.dtype | None]:
-    """Of everything in a component's files; None stands for types that are not floating point numbers."""
-    found: set[torch.dtype | None] = set()
+def _stored_types(part: Path) -> set[str]:
+    found: set[str] = set()
     for path in part.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= {_TYPES.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     return found
 
 
 def settings_of(checkpoint: Path) -> str:
-    """Where the settings of a checkpoint's pipeline are: a folder beside it, or a model of the hub.
+    """Return where a checkpoint's other files are: the folder beside it without its ending, or else a hub model.
 
-    The folder is named as the file is, without its ending: `dream.safetensors` and `dream/`. It is what a pipeline of
-    the same kind is in diffusers' format; weights in it are not read, and need not be there.
+    The folder is a pipeline of the same kind in diffusers' format; its weights are not read and may be absent.
 
     Raises:
-        SboraError: no safetensors file, or of a kind that diffusers does not know.
+        SboraError: not a safetensors file.
     """
-    shapes = _shapes(checkpoint)
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in list(file.keys())}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SboraError(
+            f"base model {checkpoint} cannot be read as safetensors ({error})",
+            "convert pickled files (.ckpt, .pt, .bin) first",
+        ) from None
     beside = checkpoint.with_suffix("")
-    if (beside / "model_index.json").is_file():
+    if (beside / INDEX).is_file():
         return str(beside)
-    kind = infer_diffusers_model_type(shapes)
-    return DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    return DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(shapes)]["pretrained_model_name_or_path"]
 
 
 def load_checkpoint(checkpoint: Path, pipeline: str) -> Any:
-    """A pipeline in fp32.
-
-    Args:
-        pipeline: the name of its class in diffusers.
+    """Load a checkpoint in fp32 as a pipeline of this class of diffusers.
 
     Raises:
-        SboraError: a part is missing in the file, or does not have the shape that the settings say.
+        SboraError: a part that the file lacks, or that has another shape than its settings.
     """
     settings = settings_of(checkpoint)
     try:
@@ -262,16 +252,3 @@ def load_checkpoint(checkpoint: Path, pipeline: str) -> Any:
             f"base model {checkpoint} does not hold what {settings} describes: {str(error).splitlines()[0]}",
             "use a complete checkpoint (with text encoders and autoencoder), or a folder in diffusers' format",
         ) from error
-
-
-def _shapes(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors without their numbers."""
-    try:
-        with safe_open(checkpoint, framework="pt") as file:
-            names = list(file.keys())
-            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SboraError(
-            f"base model {checkpoint} cannot be read as safetensors ({error})",
-            "convert pickled files (.ckpt, .pt, .bin) first",
-        ) from None

@@ -30,7 +30,7 @@ class TokenEmbedding(nn.Module):
         self.learned = nn.Parameter(learned)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(batch, length) int64 to (batch, length, hidden)."""
+        """Embed (batch, length) int64 as (batch, length, hidden)."""
         size = self.base.num_embeddings
         known = self.base(ids.clamp(max=size - 1))
         new = F.embedding((ids - size).clamp(min=0), self.learned).to(known.dtype)
@@ -38,34 +38,32 @@ class TokenEmbedding(nn.Module):
 
 
 def is_learned(base: Base, ids: Tensor) -> Tensor:
-    """(n, tokens): which positions of the first text encoder's prompts are a learned token's."""
+    """Return (n, tokens): which positions of the first text encoder's prompts are a learned token's."""
     vocabulary: Any = base.component(base.learners[0].component).get_input_embeddings()  # type: ignore[operator]
     return base.family.split(base.pipeline, ids)[0] >= vocabulary.base.num_embeddings
 
 
 def class_embedding(base: Base, class_noun: str, count: int) -> dict[str, Tensor]:
-    """Where a concept's token starts in each text encoder, (count, hidden): words that mean nothing, then the noun.
+    """Return the initial embeddings of a concept's token in each text encoder, (count, hidden).
 
-    The last row is the mean embedding of the noun's tokens, the others the mean of the vocabulary: they stand where
-    adjectives do.
+    The last row is the mean embedding of the noun's tokens; the others, before it like adjectives, that of the
+    vocabulary.
     """
-    return {reader.component: _start(base, reader, class_noun, count) for reader in base.learners}
-
-
-def _start(base: Base, reader: TextEncoderSpec, class_noun: str, count: int) -> Tensor:
-    tokenizer = base.tokenizer(reader)
-    ids = torch.tensor(tokenizer(class_noun, add_special_tokens=False).input_ids, device=base.device)
-    if len(ids) == 0:
-        raise SboraError(f"the class noun {class_noun!r} has no token in {base.id}", "choose a word, such as dog")
-    encoder: Any = base.component(reader.component)
-    vocabulary = encoder.get_input_embeddings()
-    noun, nothing = vocabulary(ids).mean(0, keepdim=True), vocabulary.weight.mean(0, keepdim=True)
-    return torch.cat([nothing.expand(count - 1, -1), noun]).detach()
+    start = {}
+    for reader in base.learners:
+        ids = torch.tensor(base.tokenizer(reader)(class_noun, add_special_tokens=False).input_ids, device=base.device)
+        if len(ids) == 0:
+            raise SboraError(f"the class noun {class_noun!r} has no token in {base.id}", "choose a word, such as dog")
+        encoder: Any = base.component(reader.component)
+        vocabulary = encoder.get_input_embeddings()
+        noun, neutral = vocabulary(ids).mean(0, keepdim=True), vocabulary.weight.mean(0, keepdim=True)
+        start[reader.component] = torch.cat([neutral.expand(count - 1, -1), noun]).detach()
+    return start
 
 
 @contextmanager
 def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[dict[str, TokenEmbedding]]:
-    """Add tokens to the pipeline, and leave tokenizers and encoders as they were at the end.
+    """Add tokens to the pipeline's tokenizers and text encoders inside the context.
 
     A token of several vectors occupies several ids, `<dog>`, `<dog>_1` …, as diffusers' textual inversion does; the
     pipeline's own prompt conversion expands it.
@@ -95,7 +93,7 @@ def added_tokens(base: Base, embeddings: Mapping[str, Tensor]) -> Iterator[dict[
 def _extended(base: Base, reader: TextEncoderSpec, embeddings: Mapping[str, Tensor]) -> Iterator[TokenEmbedding]:
     encoder: Any = base.component(reader.component)
     vocabulary, before = encoder.get_input_embeddings(), base.tokenizer(reader)
-    names = [_numbered(token, number) for token, vectors in embeddings.items() for number in range(len(vectors))]
+    names = [f"{token}_{n}" if n else token for token, vectors in embeddings.items() for n in range(len(vectors))]
     extended_tokenizer = _copy_with(before, tuple(names), vocabulary.num_embeddings)
     rows = torch.cat([vectors.to(vocabulary.weight) for vectors in embeddings.values()])
     extended = TokenEmbedding(vocabulary, rows.clone())
@@ -108,9 +106,9 @@ def _extended(base: Base, reader: TextEncoderSpec, embeddings: Mapping[str, Tens
         setattr(base.pipeline, reader.tokenizer, before)
 
 
-@lru_cache(maxsize=8)  # a copy takes longer than writing a concept's weights; nobody changes one once it is made
+@lru_cache(maxsize=8)  # a copy takes longer than writing a concept's weights
 def _copy_with(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], size: int) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that knows the tokens, as the ids from `size` on."""
+    """Copy the tokenizer and add the tokens as the ids from `size` on."""
     known = tokenizer.get_vocab()
     taken = [name for name in names if name in known]
     if taken:
@@ -119,26 +117,20 @@ def _copy_with(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], size:
     copied.add_tokens([AddedToken(name, normalized=False) for name in names])  # as written: <Rex>, <Ünï>
     ids = copied.convert_tokens_to_ids(list(names))
     if ids != list(range(size, size + len(names))):
-        raise SboraError(
-            f"the tokenizer has {len(known)} entries, the text encoder {size}: they do not belong together"
-        )
+        raise SboraError(f"got a tokenizer of {len(known)} entries for a text encoder of {size}, expected as many")
     return copied
 
 
-def _numbered(token: str, number: int) -> str:
-    return token if number == 0 else f"{token}_{number}"
-
-
-REMEMBERED = 256  # captions
+CACHED = 256  # captions
 
 
 class TextEmbeddingCache:
-    """Reads as `base.read` does while the text encoders are frozen: only captions with a learned token change.
+    """Encode text as `base.encode_text` does, caching what frozen text encoders make of each caption.
 
-    What is kept is read by itself, not in a batch, so that it is the same whenever it is read.
+    A caption is encoded separately, not in a batch, so that its encoding does not depend on the others.
 
     Args:
-        learns_token: whether the token's embeddings are trained; if not, every caption stays as it is.
+        learns_token: whether the token's embeddings are trained, so that captions with it are not cached.
     """
 
     def __init__(self, base: Base, learns_token: bool) -> None:
@@ -146,19 +138,19 @@ class TextEmbeddingCache:
         self._known: dict[bytes, TextConditioning] = {}
 
     def __call__(self, ids: Tensor) -> TextConditioning:
-        """Token ids (n, length) to what the text encoders make of them."""
+        """Encode token ids (n, length)."""
         changes = is_learned(self._base, ids).any(1) if self._learns_token else torch.zeros(len(ids), dtype=torch.bool)
         fresh = iter(_rows(self._base.encode_text(ids[changes])) if changes.any() else ())
-        rows = [next(fresh) if new else self._remembered(row) for row, new in zip(ids, changes.tolist(), strict=True)]
+        rows = [next(fresh) if new else self._cached(row) for row, new in zip(ids, changes.tolist(), strict=True)]
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return TextConditioning(torch.stack([row.states for row in rows]), torch.stack(pooled) if pooled else None)
 
     @torch.no_grad()
-    def _remembered(self, ids: Tensor) -> TextConditioning:
+    def _cached(self, ids: Tensor) -> TextConditioning:
         key = ids.cpu().numpy().tobytes()
         found = self._known.get(key) or _rows(self._base.encode_text(ids[None]))[0]
         self._known[key] = found
-        if len(self._known) > REMEMBERED:
+        if len(self._known) > CACHED:
             self._known.pop(next(iter(self._known)))
         return found
 

@@ -10,7 +10,7 @@ import gradio as gr
 from sbora_diffusion.data.concept import default_roots, known_concepts, load_concept
 from sbora_diffusion.data.folder import EXTENSIONS
 from sbora_diffusion.data.images import load_image
-from sbora_diffusion.methods.registry import METHODS
+from sbora_diffusion.methods.registry import method_names
 from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import other_recipes
 from sbora_diffusion.studio.fields import INSTANT, Refresh, hidden_image, image_gallery
@@ -94,9 +94,10 @@ def _recipe() -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Number, gr.Numb
     number = partial(gr.Number, 0, info="0: from the recipe", precision=0, minimum=0, min_width=110)
     base = gr.Dropdown([DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", elem_id="train-base")
     with gr.Row():
-        method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", min_width=140, elem_id="method")
+        methods = method_names()
+        method = gr.Dropdown(list(methods), value=methods[0], label="Method", min_width=140, elem_id="method")
         recipe = gr.Dropdown(
-            [DEFAULT_RECIPE, *other_recipes(DEFAULT_BASE, METHODS[0])],
+            [DEFAULT_RECIPE, *other_recipes(DEFAULT_BASE, methods[0])],
             value=DEFAULT_RECIPE,
             label="Recipe",
             min_width=140,

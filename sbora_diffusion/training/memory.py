@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sbora_diffusion.adapters.linear_function import num_held
+from sbora_diffusion.methods.live import blocks_before, only_passed
 from sbora_diffusion.methods.registry import find_method
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import TextConditioning
 from sbora_diffusion.models.quantization import BYTES, packable
-from sbora_diffusion.models.target_modules import blocks_before, only_passed
 from sbora_diffusion.recipes.config import TrainConfig
 
 # gradient checkpointing keeps only the inputs of these, and computes the rest again

@@ -9,10 +9,10 @@ from torch import nn
 
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.fuse import fuse
+from sbora_diffusion.data.latents import recorded_inputs
 from sbora_diffusion.inference.generate import applied
 from sbora_diffusion.methods.calibration import PRIOR_PROMPTS, SampledInputs, own_prompts
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.input_moments import recorded_inputs
 
 from ..evaluation.conftest import make_adapter
 

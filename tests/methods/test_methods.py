@@ -15,7 +15,7 @@ from sbora_diffusion.methods.calibration import prior_states, word_states
 from sbora_diffusion.methods.live import injected, injected_concept
 from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.methods.orthogonal import orthogonal_matrix
-from sbora_diffusion.methods.registry import METHODS, find_method
+from sbora_diffusion.methods.registry import find_method, method_names
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.layerwise_tokens import cross_attentions
 from sbora_diffusion.recipes.config import TrainConfig
@@ -25,7 +25,7 @@ from ..helpers import short_config, train
 from ..training.test_train import snapshot
 
 RANK, HIDDEN = 4, 32
-BASELINES = [name for name in METHODS if not name.startswith("sbora")]
+BASELINES = [name for name in method_names() if not name.startswith("sbora")]
 LOW_RANK = ("lora", "dora", "orthogonal", "mix-of-show")
 
 

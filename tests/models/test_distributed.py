@@ -30,6 +30,7 @@ from pathlib import Path
 from torch import distributed
 from typer.testing import CliRunner
 from sbora_diffusion.cli.app import app
+from sbora_diffusion.data import batches
 from sbora_diffusion.training import run as run_module
 
 def run(*more, folder):
@@ -47,6 +48,7 @@ def interrupting(device):
     return plain(device)
 
 distributed.init_process_group()
+batches.PRIOR_SIZE = 8  # as in this process
 is_first = distributed.get_rank() == 0
 straight = run(folder="two")
 written = ["adapters/dog.safetensors", "runs/dog/before-after.png"]

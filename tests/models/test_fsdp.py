@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import distributed
 from typer.testing import CliRunner
 from sbora_diffusion.cli.app import app
+from sbora_diffusion.data import batches
 from sbora_diffusion.training import run as run_module, train
 from sbora_diffusion.adapters.linear_function import num_held
 
@@ -49,6 +50,7 @@ def stopping(device):
     return memory_bytes(device)
 
 distributed.init_process_group()
+batches.PRIOR_SIZE = 8
 watched, shares = ("transformer", "unet", "text_encoder", "text_encoder_2", "vae"), []
 plain, train.load_base = train.load_base, watching
 settings = ["steps=4", "save_every=2", "sampling_steps=1", "crops=1", "preview_every=2", "preview_prompts={token}",

@@ -13,10 +13,9 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
-from sbora_diffusion.methods.live import injected_concept
+from sbora_diffusion.methods.live import blocks_before, injected_concept
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
-from sbora_diffusion.models.target_modules import adapted_layers, blocks_before
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.trainer import Trainer
 from sbora_diffusion.utils.errors import SboraError
@@ -42,14 +41,14 @@ def test_layers_by_the_beginnings_of_their_names(emoji64: Base) -> None:
     unet = {key.partition(".")[2] for key in emoji64.layers if key.startswith("unet.")}
     for blocks in ("up_blocks", "mid_block;up_blocks", "up_blocks.1", "up_blocks.1.attentions.0"):
         wanted = {name for name in unet if any(name.startswith(f"{block}.") for block in blocks.split(";"))}
-        assert set(adapted_layers(emoji64, blocks.split(";"))["unet"]) == wanted
-    assert set(adapted_layers(emoji64)["unet"]) == unet
-    assert set(adapted_layers(emoji64, ["up_blocks"], text_encoders=False)) == {"unet"}
+        assert set(emoji64.adapted_layers(blocks.split(";"))["unet"]) == wanted
+    assert set(emoji64.adapted_layers()["unet"]) == unet
+    assert set(emoji64.adapted_layers(["up_blocks"], text_encoders=False)) == {"unet"}
 
 
 def test_a_block_that_is_not_there_is_told(emoji64: Base) -> None:
     with pytest.raises(SboraError) as caught:
-        adapted_layers(emoji64, ["up_blocks", "up"])
+        emoji64.adapted_layers(["up_blocks", "up"])
     assert str(caught.value).startswith("got blocks=up,")
     assert "down_blocks, mid_block, up_blocks" in str(caught.value.hint)
     with pytest.raises(SboraError, match="adapts none"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.methods.registry import METHODS, configure
+from sbora_diffusion.methods.registry import configure, method_names
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.recipes.schema import flatten, settings_of
 from sbora_diffusion.utils.errors import SboraError
@@ -20,12 +20,14 @@ RECIPES = sorted(f.name for f in (files("sbora_diffusion") / "recipes").iterdir(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads(recipe: str) -> None:
     base_id, _, rest = recipe.removesuffix(".toml").partition("-")
-    method = next((method for method in METHODS if rest.startswith(method)), "lora")  # else of a base, by any method
+    method = next(
+        (method for method in method_names() if rest.startswith(method)), "lora"
+    )  # else of a base, by any method
     named = rest.removeprefix(method).removeprefix("-")
     assert configure(base_id, method, {"recipe": named} if named else {}).method.name == method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_an_unknown_base_gets_the_default_recipe(method: str) -> None:
     assert configure("sd", method, {}) == configure("default", method, {})
 

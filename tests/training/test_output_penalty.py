@@ -7,10 +7,9 @@ from torch import nn
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.data.batches import prepare_data
 from sbora_diffusion.data.concept import Concept
+from sbora_diffusion.data.latents import recorded_inputs
 from sbora_diffusion.methods.live import injected_concept
 from sbora_diffusion.models.base import Base
-from sbora_diffusion.models.input_moments import recorded_inputs
-from sbora_diffusion.models.target_modules import adapted_layers
 from sbora_diffusion.training.losses.base import OutputPenalty
 from sbora_diffusion.training.trainer import Trainer
 
@@ -76,5 +75,5 @@ def test_its_weight_keeps_the_adapter_quiet(base: Base, concept: Concept) -> Non
 def test_recorded_is_what_is_to_be_quiet(base: Base, concept: Concept) -> None:
     assert prepare_data(concept, base, short_config(output_penalty="0")).moments == {}
     config = short_config(output_penalty="1", blocks="up_blocks")
-    quiet = [f"{part}.{name}" for part, names in adapted_layers(base, ["up_blocks"]).items() for name in names]
+    quiet = [f"{part}.{name}" for part, names in base.adapted_layers(["up_blocks"]).items() for name in names]
     assert sorted(prepare_data(concept, base, config).moments) == sorted(quiet)

@@ -1,6 +1,5 @@
 """The families with a U-Net: Stable Diffusion 1.x and 2.x (emoji64 too), and SDXL."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,31 +25,24 @@ def _predict(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) ->
 
 
 def _encode_text_xl(pipeline: Any, ids: Tensor) -> TextConditioning:
-    """Both encoders' last but one states side by side, and the second's pooled answer.
-
-    No prompt at all is all zeros, if the pipeline says that the model was trained so.
-    """
+    """Concatenate both encoders' penultimate states; zeros for no prompt, where the pipeline is configured so."""
     first, second = SDXL.split(pipeline, ids)
     one = pipeline.text_encoder(first, output_hidden_states=True)
     two = pipeline.text_encoder_2(second, output_hidden_states=True)
     states, pooled = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two[0]
     if pipeline.config.force_zeros_for_empty_prompt:
-        is_said = (ids != SDXL.tokenize(pipeline, [""])).any(1)
-        states, pooled = states * is_said[:, None, None], pooled * is_said[:, None]
+        is_given = (ids != SDXL.tokenize(pipeline, [""])).any(1)
+        states, pooled = states * is_given[:, None, None], pooled * is_given[:, None]
     return TextConditioning(states, pooled)
 
 
 def _predict_xl(pipeline: Any, noisy: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-    """The size conditioning (Podell et al. 2023, section 2.2) is that of generation: a whole image of its size."""
-    added = {"text_embeds": text.pooled, "time_ids": _size(noisy, pipeline.vae_scale_factor)}
+    """Predict with the size conditioning of generation (Podell et al. 2023, section 2.2): an uncropped image."""
+    height, width = (side * pipeline.vae_scale_factor for side in noisy.shape[-2:])
+    sizes = [(height, width, 0, 0, height, width)] * len(noisy)  # original size, top left of the crop, target size
+    ids = torch.tensor(sizes, dtype=noisy.dtype, device=noisy.device)
+    added = {"text_embeds": text.pooled, "time_ids": ids}
     return pipeline.unet(noisy, t, text.states, added_cond_kwargs=added).sample
-
-
-def _size(noisy: Tensor, scale: int) -> Tensor:
-    """(n, 6): original height and width, top and left of the crop, target height and width, in pixels."""
-    height, width = noisy.shape[-2] * scale, noisy.shape[-1] * scale
-    size: Sequence[int] = (height, width, 0, 0, height, width)
-    return torch.tensor([size] * len(noisy), dtype=noisy.dtype, device=noisy.device)
 
 
 def _latent_size(pipeline: Any) -> int:

@@ -3,6 +3,7 @@
 SDXL also from one checkpoint file.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from sbora_diffusion.data.concept import Concept, ConceptImage
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.recipes.config import TrainConfig
+from sbora_diffusion.training.checkpoint import StepLog
+from sbora_diffusion.training.run import run_training
 
 from ...helpers import train
 from ...original_names import save_original_sdxl
@@ -37,7 +40,7 @@ SAVERS: dict[str, Callable[[Path], Path]] = {
 }
 KINDS = (*SAVERS, "sdxl-file")
 SETTINGS = {
-    "rank": "4", "steps": "3", "save_every": "2", "preview_every": "0", "sampling_steps": "2", "crops": "1",
+    "rank": "4", "steps": "2", "save_every": "1", "preview_every": "0", "sampling_steps": "1", "crops": "1",
     "warmup_steps": "1", "learning_rate": "0.05", "text_encoder_learning_rate": "0.05", "token_learning_rate": "0.1",
     "token_vectors": "2", "precision": "fp32", "preview_prompts": "a {token}", "prior_prompts": "a cat",
 }  # fmt: skip
@@ -79,9 +82,20 @@ def _small(base: Base) -> Base:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Life:
-    folder = tmp_path_factory.mktemp(request.param)
-    base = tiny_base(request.param, folder)
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, lives: dict[str, Life]) -> Life:
+    if request.param not in lives:
+        lives[request.param] = make_life(request.param, tmp_path_factory.mktemp(request.param))
+    return lives[request.param]
+
+
+@pytest.fixture(scope="session")
+def lives() -> dict[str, Life]:
+    """What was trained already: the modules of tests share it."""
+    return {}
+
+
+def make_life(kind: str, folder: Path) -> Life:
+    base = tiny_base(kind, folder)
     config = configure(base.family.name, "sbora-fa", SETTINGS)
     concepts = (make_concept(folder, "rex", "red"), make_concept(folder, "tom", "blue"))
     intervals = (Interval(0, 4), Interval(4, 4))
@@ -96,6 +110,18 @@ def last_of(
     concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, resume: bool = False
 ) -> Adapter:
     return train(concept, base, interval, config, run, resume=resume).adapter
+
+
+def train_and_copy(
+    concept: Concept, base: Base, interval: Interval | None, config: TrainConfig, run: Path, copy: Path
+) -> Adapter:
+    """Train, and copy the run folder as an interruption after the first step would leave it."""
+
+    def copy_first(log: StepLog) -> None:
+        if log.step == 1:
+            shutil.copytree(run, copy)
+
+    return run_training(concept, base, interval, config, run, on_step=copy_first).adapter
 
 
 def make_concept(folder: Path, name: str, colour: str) -> Concept:

@@ -9,14 +9,15 @@ import torch
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, configure, find_method
+from sbora_diffusion.methods.registry import configure, find_method, method_names
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.loading import inference_precision
 from sbora_diffusion.training.memory import activations, estimate
 from sbora_diffusion.utils.errors import SboraError
 
-from ...helpers import train, train_until
-from .conftest import SETTINGS, Life, make_concept, tiny_base
+from .conftest import SAVERS, SETTINGS, Life, last_of, make_concept, tiny_base, train_and_copy
+
+each_family = pytest.mark.parametrize("life", [kind for kind in SAVERS if kind != "sd2"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +53,19 @@ def test_its_images_are_those_of_fp32_but_for_rounding(life: Life, half: Base) -
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(half).items())
 
 
+@each_family
 def test_a_training_keeps_what_it_learns_in_fp32_and_leaves_nothing_behind(
     life: Life, half: Base, tmp_path: Path
 ) -> None:
-    before, config = weights_of(half), life.config(precision="bf16")
-    last = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "whole")
-    learned = last.adapter
+    before, config, rex = weights_of(half), life.config(precision="bf16"), life.concepts[0]
+    learned = train_and_copy(rex, half, Interval(0, 4), config, tmp_path / "whole", tmp_path / "cut")
     tensors = [factor.weight for factor in learned.factors.values()] + list(learned.tokens.values())
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert all((tensor != tensor.to(torch.bfloat16).float()).any() for tensor in tensors if tensor.any())
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(half).items())
 
-    train_until(2, life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut")
-    resumed = train(life.concepts[0], half, Interval(0, 4), config, tmp_path / "cut", resume=True)
-    assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
+    resumed = last_of(rex, half, Interval(0, 4), config, tmp_path / "cut", resume=True)
+    assert all(torch.equal(f.weight, resumed.factors[key].weight) for key, f in learned.factors.items())
 
 
 def test_the_estimate_counts_half_the_weights(life: Life, half: Base) -> None:
@@ -79,18 +79,20 @@ def test_the_estimate_counts_half_the_weights(life: Life, half: Base) -> None:
     assert activations(half, full).everything == activations(life.base, full).everything
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_on_it(method: str, precision: str, tmp_path: Path) -> None:
-    base = load_base(tiny_base("sd", tmp_path).id, precision)
-    before = weights_of(base)
-    settings = SETTINGS | {"precision": precision, "steps": "2", "learning_rate": "0.001"}
-    config = configure("sd", method, settings)
+@pytest.fixture(scope="module", params=["bf16", "fp16"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(tiny_base("sd", tmp_path_factory.mktemp("sd")).id, request.param)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_trains_on_it(method: str, small: Base, tmp_path: Path) -> None:
+    base, before = small, weights_of(small)
+    config = configure("sd", method, SETTINGS | {"precision": base.precision, "steps": "1", "learning_rate": "0.001"})
     interval = Interval(0, 4) if find_method(method).owns_interval else None
     concept = make_concept(tmp_path, "rex", "red")
-    last = train(concept, base, interval, config, tmp_path / "run")
+    adapter = last_of(concept, base, interval, config, tmp_path / "run")
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(base).items())
-    with applied(base, [last.adapter]):
+    with applied(base, [adapter]):
         assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1
 
 

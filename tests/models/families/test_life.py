@@ -23,8 +23,7 @@ from sbora_diffusion.methods.calibration import SampledInputs
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.utils.errors import SboraError
 
-from ...helpers import train_until
-from .conftest import Life, draw_plain, last_of, vanilla
+from .conftest import Life, draw_plain, vanilla
 
 TOLERANCE = 1e-5  # of pixels between 0 and 1
 
@@ -60,14 +59,6 @@ def test_every_part_was_trained(life: Life) -> None:
     learners = [reader.component for reader in base.learners]
     assert rex.tokens.keys() == {f"{component}.<rex>" for component in learners}
     assert all(rows.shape[0] == 2 for rows in rex.tokens.values())
-
-
-def test_resumed_is_straight_bit_for_bit(life: Life, tmp_path: Path) -> None:
-    before, run = weights(life.base), tmp_path / "run"
-    train_until(2, life.concepts[0], life.base, Interval(0, 4), life.config(), run)
-    assert all(torch.equal(value, before[key]) for key, value in weights(life.base).items())
-    resumed = last_of(life.concepts[0], life.base, Interval(0, 4), life.config(), run, resume=True)
-    assert_same_adapter(resumed, life.adapters[0])
 
 
 def test_the_file_and_the_merge_draw_what_was_written(life: Life, tmp_path: Path) -> None:

@@ -11,15 +11,14 @@ from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.linear_function import num_held
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.regions import Region, generate_regions
-from sbora_diffusion.methods.registry import METHODS, configure, find_method
+from sbora_diffusion.methods.registry import configure, find_method, method_names
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.models.quantization import BYTES, packable
 from sbora_diffusion.training.memory import activations, advice, estimate
 from sbora_diffusion.utils.errors import SboraError
 
-from ...helpers import train, train_until
-from .conftest import SETTINGS, Life, make_concept, tiny_base
-from .test_half import weights_of
+from .conftest import SETTINGS, Life, last_of, make_concept, tiny_base, train_and_copy
+from .test_half import each_family, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +54,14 @@ def test_concepts_act_in_its_images_and_leave_no_trace(life: Life, packed: Base)
     assert np.array_equal(drawn(packed, "a cat"), before)
 
 
+@each_family
 def test_a_training_leaves_nothing_behind_and_goes_on_bit_for_bit(life: Life, packed: Base, tmp_path: Path) -> None:
-    before, config = weights_of(packed), life.config(precision="nf4")
-    last = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "whole")
-    learned = last.adapter
+    before, config, rex = weights_of(packed), life.config(precision="nf4"), life.concepts[0]
+    learned = train_and_copy(rex, packed, Interval(0, 4), config, tmp_path / "whole", tmp_path / "cut")
     assert any(factor.weight.any() for factor in learned.factors.values())
     assert all(torch.equal(weight, before[key]) for key, weight in weights_of(packed).items())
-    train_until(2, life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut")
-    resumed = train(life.concepts[0], packed, Interval(0, 4), config, tmp_path / "cut", resume=True)
-    assert all(torch.equal(f.weight, resumed.adapter.factors[key].weight) for key, f in learned.factors.items())
+    resumed = last_of(rex, packed, Interval(0, 4), config, tmp_path / "cut", resume=True)
+    assert all(torch.equal(f.weight, resumed.factors[key].weight) for key, f in learned.factors.items())
     with applied(life.base, [learned]):  # the file is for the base model, however that is held
         drawn(life.base, "a <rex>")
 
@@ -78,30 +76,34 @@ def test_the_estimate_is_of_packed_weights(life: Life, packed: Base) -> None:
     assert "precision=nf4" in advice(life.base, half, activations(life.base, half))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_train_on_it_or_say_why_not(method: str, tmp_path: Path) -> None:
-    settings = SETTINGS | {"precision": "nf4", "steps": "2", "learning_rate": "0.001"}
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(tiny_base("sd", tmp_path_factory.mktemp("sd")).id, "nf4")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_methods_train_on_it_or_say_why_not(method: str, small: Base, tmp_path: Path) -> None:
+    settings = SETTINGS | {"precision": "nf4", "steps": "1", "learning_rate": "0.001"}
     if find_method(method).reads_weights or method == "blocklora":
         with pytest.raises(SboraError, match="reads whole weights, which nf4 does not hold"):
             configure("sd", method, settings)
         return
-    base = load_base(tiny_base("sd", tmp_path).id, "nf4")
     config = configure("sd", method, settings)
     interval = Interval(0, 4) if find_method(method).owns_interval else None
-    last = train(make_concept(tmp_path, "rex", "red"), base, interval, config, tmp_path / "run")
-    with applied(base, [last.adapter]):
-        assert len(generate(base, ["a <rex>"], seeds=[0], steps=1)) == 1
+    adapter = last_of(make_concept(tmp_path, "rex", "red"), small, interval, config, tmp_path / "run")
+    with applied(small, [adapter]):
+        assert len(generate(small, ["a <rex>"], seeds=[0], steps=1)) == 1
 
 
 def test_regions_draw_with_it(tmp_path: Path) -> None:
     base = load_base(tiny_base("sdxl", tmp_path).id, "nf4")
-    config = configure("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "2"})
-    last = train(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
+    config = configure("sdxl", "sbora-fa", SETTINGS | {"precision": "nf4", "steps": "1"})
+    adapter = last_of(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / "run")
     regions = [Region(box=(0.0, 0.0, 0.5, 1.0), prompt="a <rex>")]
-    (image,) = generate_regions(base, "a cat", regions, [last.adapter], seeds=[0], steps=1)
+    (image,) = generate_regions(base, "a cat", regions, [adapter], seeds=[0], steps=1)
     assert image.width == base.resolution
 
 
 def test_not_in_shares() -> None:
-    with pytest.raises(SboraError, match="nf4 cannot be kept in shares"):
+    with pytest.raises(SboraError, match="nf4 cannot be sharded"):
         load_base("emoji64", "nf4", sharded=True)

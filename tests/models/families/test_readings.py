@@ -42,7 +42,7 @@ def test_kept_or_read_again_the_same_is_learned(
             return last_of(make_concept(tmp_path, "rex", "red"), base, Interval(0, 4), config, tmp_path / name), count
 
     kept, few = trained("kept")
-    monkeypatch.setattr(readings, "REMEMBERED", 0)
+    monkeypatch.setattr(readings, "CACHED", 0)
     again, many = trained("again")
     assert_same(kept, again)
     assert few < many

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from sbora_diffusion.data.latents import FILE, prior_latents, sample_prior
 from sbora_diffusion.inference.generate import generate
-from sbora_diffusion.methods.registry import METHODS, configure
+from sbora_diffusion.methods.registry import configure, method_names
 from sbora_diffusion.models.base import Base, load_base
 from tools.emoji.model import WEIGHTS
 from tools.emoji.world import load_world
@@ -54,7 +54,7 @@ def test_nouns_are_bound(base: Base) -> None:
 def test_the_prior_images_that_ship_are_what_the_model_draws(base: Base) -> None:
     """Otherwise they are of older weights or prompts: python -m tools.emoji.prior"""
     shipped = safetensors.torch.load_file(WEIGHTS / FILE)["latents"]
-    for method in METHODS:
+    for method in method_names():
         assert torch.equal(prior_latents(base, configure("emoji64", method, {})), shipped.float()), method
     drawn = sample_prior(base, configure("emoji64", "sbora-fa", {}))
     assert (drawn - shipped).abs().max() < 0.05  # fp16, and what ten steps make of another machine's rounding
