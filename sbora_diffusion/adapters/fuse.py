@@ -24,7 +24,6 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Side
 from sbora_diffusion.adapters.file import Adapter, Factor
-from sbora_diffusion.adapters.merge import in_order, put_together
 
 PRIOR_WEIGHT = 0.3  # slightly the best value from 0 to 1 on emoji64: docs/results.md
 RIDGE = 1e-3  # of the mean second moment of an input
@@ -59,6 +58,8 @@ def fuse(
         SboraError: adapters that cannot be merged, as in `merge`.
     """
     assert prior_weight >= 0 < ridge
+    from sbora_diffusion.adapters.merge import in_order, put_together
+
     adapters, weights = in_order(adapters, weights)
     side = adapters[0].spec.side
     keys = sorted({key for adapter in adapters for key in adapter.factors})

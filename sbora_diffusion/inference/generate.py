@@ -14,7 +14,6 @@ from sbora_diffusion.adapters.file import Adapter, Factor, check_fits
 from sbora_diffusion.data.concept import ConceptImage
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import expanded
-from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
 from sbora_diffusion.models.tokens import added_tokens
 from sbora_diffusion.utils.errors import SboraError, guess
 from sbora_diffusion.utils.text import TOKEN, tokens_in
@@ -131,6 +130,8 @@ class ConceptPatcher:
         embeddings = {key: value for adapter in adapters for key, value in adapter.tokens.items()}
         if any(adapter.spec.embedding_layers for adapter in adapters):
             counts = {key: adapter.spec.embedding_layers for adapter in adapters for key in adapter.tokens}
+            from sbora_diffusion.models.layerwise_tokens import layerwise_tokens
+
             self._tokens.enter_context(layerwise_tokens(self._base, embeddings, counts))
         elif embeddings:
             self._tokens.enter_context(added_tokens(self._base, embeddings))

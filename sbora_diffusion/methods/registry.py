@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sbora_diffusion.adapters.basis import Interval, Side
+from sbora_diffusion.adapters.basis import FORMAT_OF_METHODS, Interval, Side
 from sbora_diffusion.adapters.file import Adapter, Dense, Factor
-from sbora_diffusion.adapters.fuse import PRIOR_WEIGHT
-from sbora_diffusion.adapters.spec import FORMAT_OF_METHODS
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils.errors import SboraError, guess
 
@@ -85,8 +83,8 @@ class MergeRequest:
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
-    base: "Base | None" = None
-    prior_weight: float = PRIOR_WEIGHT
+    base: "Base | None"
+    prior_weight: float
     on_progress: Progress | None = None
 
     @property
