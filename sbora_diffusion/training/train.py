@@ -137,6 +137,7 @@ def train_concept(request: Request, on_step: OnStep | None = None) -> TrainingRe
                 config,
                 run_folder,
                 save_to=library.path(concept.name),
+                confirm=lambda: library.confirm(concept.name),
                 resume=request.resume,
                 overwrite=request.overwrite,
                 on_step=on_step,
