@@ -15,6 +15,7 @@ from sbora_diffusion.evaluation.images import (
     all_concepts,
     claimed,
     generate_missing,
+    own_token,
     plan,
     read_image,
     reference_images,
@@ -185,7 +186,9 @@ def _check(job: Evaluation) -> None:
     known = {concept.name: concept for concept in job.concepts}
     for adapter in (*job.adapters, *([job.merged] if job.merged else [])):
         check_base(adapter, job.base)
-    for name, recipe in ((adapter.spec.name, adapter.spec.recipe) for adapter in job.adapters):
+    for adapter in job.adapters:
+        own_token(adapter)
+        name, recipe = adapter.spec.name, adapter.spec.recipe
         if name not in known:
             raise SboraError(f"no reference images of {name} were found", "give their folder: --concept DIR")
         if recipe.get("images") not in (None, image_digest(known[name])):

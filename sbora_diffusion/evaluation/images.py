@@ -80,7 +80,7 @@ def plan(suite: Suite, adapters: Sequence[Adapter], merged: Adapter | None) -> l
     names = tuple(adapter.spec.name for adapter in adapters)
     if len(set(names)) < len(names):
         raise SboraError(f"got two adapters of one name: {', '.join(names)}", "evaluate them one after the other")
-    own = [_own_token(adapter) for adapter in adapters]
+    own = [own_token(adapter) for adapter in adapters]
     nouns = [adapter.spec.tokens[token] for adapter, token in zip(adapters, own, strict=True)]
     in_merge = [merged_token(merged, adapter) for adapter in adapters] if merged else []
 
@@ -104,7 +104,7 @@ def merged_token(merged: Adapter, adapter: Adapter) -> str:
     Raises:
         SboraError: the merge has no such concept.
     """
-    token = _own_token(adapter)
+    token = own_token(adapter)
     learned = adapter.tokens.get(f"text_encoder.{token}")
     for candidate in merged.spec.tokens:
         embedding = merged.tokens.get(f"text_encoder.{candidate}")
@@ -117,7 +117,8 @@ def merged_token(merged: Adapter, adapter: Adapter) -> str:
     )
 
 
-def _own_token(adapter: Adapter) -> str:
+def own_token(adapter: Adapter) -> str:
+    """Return the token of a single concept's adapter; raise SboraError for a merge."""
     spec = adapter.spec
     if len(spec.tokens) != 1:
         raise SboraError(

@@ -7,7 +7,6 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from sbora_diffusion.recipes.schema import (
-    BELOW_ONE,
     NATURAL,
     POSITIVE,
     SHARE,
@@ -48,7 +47,7 @@ class DataConfig:
     smallest_crop: float = setting("the smallest crop's side, as a fraction of the image's", CROP)
     flip: float = setting("probability that a crop is mirrored, unless its caption names left or right", SHARE)
     buckets: bool = setting("keep the images' aspect ratios, in batches of one shape")
-    caption_dropout: float = setting("probability of the empty caption, for classifier-free guidance", BELOW_ONE)
+    caption_dropout: float = setting("probability of the empty caption, for classifier-free guidance", SHARE)
     shuffle_tags: bool = setting("shuffle what stands between a caption's commas, except the first tag")
     validation_images: int = setting("images held out for the validation loss, the last ones", NATURAL)
     class_images: int = setting("generated images of the class for prior preservation (DreamBooth)", NATURAL)

@@ -34,7 +34,6 @@ class Range:
 
 POSITIVE = Range(low=0, low_is_allowed=False, words="a number greater than 0")
 NATURAL = Range(low=0, words="a number from 0 on")
-BELOW_ONE = Range(low=0, high=1, words="a number from 0 to below 1")
 SHARE = Range(low=0, high=1, high_is_allowed=True, words="a number from 0 to 1")
 
 

@@ -16,7 +16,7 @@ from sbora_diffusion.models.tokens import TextEmbeddingCache
 from ...training.test_train import assert_same
 from .conftest import SETTINGS, last_of, make_concept, tiny_base
 
-FROZEN = SETTINGS | {"text_encoder_learning_rate": "0"}
+FROZEN = SETTINGS | {"text_encoder_learning_rate": "0", "steps": "6"}
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
