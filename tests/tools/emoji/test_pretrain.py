@@ -23,11 +23,12 @@ def call(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: obje
 
 def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, name, value in (
-        (vae, "POOL", 128),
+        (vae, "POOL", 64),
         (vae, "UNSEEN", 2),
-        (vae, "MEASURED", 16),
-        (pretrain, "POOL", 128),
-        (pretrain, "PROBES", 8),
+        (vae, "MEASURED", 4),
+        (pretrain, "POOL", 16),
+        (pretrain, "FRESH", 8),
+        (pretrain, "PROBES", 4),
         (pretrain, "SAMPLING_STEPS", 1),
     ):
         monkeypatch.setattr(module, name, value)
@@ -36,7 +37,7 @@ def test_from_art_to_a_pipeline(art_folder: Path, monkeypatch: pytest.MonkeyPatc
     (names / "data.json").write_text(json.dumps([{"label": "red apple", "tags": ["fruit"]}]))
     call(monkeypatch, tokenizer.main, "--data", art_folder)
 
-    short = ("--data", art_folder, "--batch", 6, "--report-every", 2)
+    short = ("--data", art_folder, "--batch", 4, "--report-every", 2)
     concepts = art_folder / "concepts"
     (concepts / "dog" / "images").mkdir(parents=True)
     Image.new("RGB", (256, 256), "red").save(concepts / "dog" / "images" / "1.png")
