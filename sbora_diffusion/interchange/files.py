@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,20 +54,6 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         hint = "Convert pickled files (.ckpt, .pt, .bin) first."
         raise SboraError(f"{path}: cannot be read as safetensors ({error})", hint) from None
-
-
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file, the same bytes for the same tensors and metadata.
-
-    The library's order of metadata differs from run to run, so the header is rewritten here: eight bytes of length,
-    then JSON padded with spaces to a multiple of eight.
-    """
-    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:start])}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.file import Adapter, safetensors_bytes
 from sbora_diffusion.adapters.layer import detect
 from sbora_diffusion.interchange.exporting import SPEC
-from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component, to_bytes
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component
 from sbora_diffusion.interchange.lora import to_loras
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers, load_base, meta_base
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER
@@ -114,7 +114,7 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
     config, tensors = peft_component(to_loras(adapter, shapes), adapter.spec.base_id, shapes)
     metadata = {"format": "pt", SPEC: adapter.spec.to_json()}
     write_file(folder / CONFIG, config.encode(), overwrite=True)
-    write_file(folder / WEIGHTS, to_bytes(tensors, metadata), overwrite=True)
+    write_file(folder / WEIGHTS, safetensors_bytes(tensors, metadata), overwrite=True)
     return folder
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.digest import digest_of
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.folder import mask_file
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils import files
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import with_current_names
+from sbora_diffusion.utils.text import parse_json, with_current_names
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+CHECKPOINT, LOG, DIGEST = "checkpoint.pt", "log.jsonl", "sha256"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -114,11 +115,20 @@ class RunFolder:
 
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
         try:
+            files.check_regular(self._checkpoint)
             state = torch.load(self._checkpoint, weights_only=True)
-            before = with_current_names(json.loads(state["run"]))
+            run = parse_json(state.pop("run"))
+            digest = run.pop(DIGEST, None)  # not in checkpoints of earlier versions
+            is_sound = digest is None or digest == digest_of([run, state])
+            before = with_current_names(run)
             before["config"] = with_current_names(before["config"])
-        except Exception as error:  # torch.load raises anything at all on a damaged file
-            raise SboraError(f"cannot read {self._checkpoint}: {error}", "start over with --force") from error
+        except (
+            Exception
+        ) as error:  # torch.load raises anything at all on a damaged file, with advice that does not help
+            raise SboraError(f"{self._checkpoint} is damaged, or no checkpoint", "start over with --force") from error
+        if not is_sound:
+            hint = "restore a copy of it, or start over with --force"
+            raise SboraError(f"{self._checkpoint} is damaged: its content does not fit its SHA-256 digest", hint)
         changed = files.differences(before, description)
         if changed:
             raise SboraError(
@@ -131,7 +141,8 @@ class RunFolder:
         """Replace the checkpoint; if the process is killed meanwhile, the previous one is left."""
         if not self._writes:
             return
-        content = partial(torch.save, state | {"run": json.dumps(description)})
+        run = json.loads(json.dumps(description))
+        content = partial(torch.save, state | {"run": json.dumps(run | {DIGEST: digest_of([run, state])})})
         files.write_file(self._checkpoint, content, overwrite=True, hint="free disk space, then --resume")
 
     def log(self, entry: StepLog, done: bool = False) -> None:
@@ -172,7 +183,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            entry = with_current_names(json.loads(line))
+            entry = with_current_names(parse_json(line))
             steps[entry["step"]] = entry
         except (ValueError, TypeError, KeyError):
             continue

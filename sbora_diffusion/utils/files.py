@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -63,6 +64,19 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         with _temporary_file(path, b""):
             pass
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a device, pipe or socket: opening one may never return."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a regular file's content; anything else raises OSError."""
+    check_regular(path)
+    return path.read_bytes()
 
 
 @contextmanager
