@@ -18,6 +18,8 @@ from sbora_diffusion.adapters.file import COMPONENTS
 from sbora_diffusion.interchange.lora import Lora, check_lora, common_rank
 from sbora_diffusion.interchange.names import diffusers_name, kohya_name, peft_name
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import check_regular, read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of a PEFT directory
 _PREFIX = "base_model.model."
@@ -47,6 +49,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
@@ -156,8 +159,8 @@ def _peft_folders(folder: Path) -> list[Path]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise SboraError(f"{path}: cannot be read as JSON ({error})") from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if not isinstance(config, dict) or kind != "LORA":
@@ -212,8 +215,8 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _diffusers_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
     """Return diffusers' scale of a layer, from its metadata; 1 without metadata."""
     try:
-        config = json.loads(metadata.get(_METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(metadata.get(_METADATA, "{}"))
+    except ValueError as error:
         raise SboraError(f"the metadata {_METADATA} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise SboraError(f"the metadata {_METADATA} is {type(config).__name__}, expected an object")

@@ -175,16 +175,21 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return a training's steps so far, each once: of steps that a resumed training repeated, the last entry.
 
     A half-written line is left out.
+
+    Raises:
+        SboraError: the log is no file.
     """
     steps = {}
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+        lines = files.read_bytes(folder / LOG).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise SboraError(f"cannot read {folder / LOG} ({error.strerror})") from None
     for line in lines:
         try:
             entry = with_current_names(parse_json(line))
-            steps[entry["step"]] = entry
-        except (ValueError, TypeError, KeyError):
+            steps[int(entry["step"])] = entry
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             continue
     return [steps[step] for step in sorted(steps)]
