@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils import files
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.text import parse_json, with_current_names
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT, LOG, DIGEST = "checkpoint.pt", "log.jsonl", "sha256"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -110,6 +113,8 @@ class RunFolder:
             )
         if found:
             return self._load(description)
+        if resume and self._writes:
+            log.warning("there is no checkpoint in %s: the training begins anew", self.path)
         files.write_description(self.path, description, versions())
         return None
 
@@ -122,9 +127,7 @@ class RunFolder:
             is_sound = digest is None or digest == digest_of([run, state])
             before = with_current_names(run)
             before["config"] = with_current_names(before["config"])
-        except (
-            Exception
-        ) as error:  # torch.load raises anything at all on a damaged file, with advice that does not help
+        except Exception as error:  # torch.load raises anything at all, with advice that does not help here
             raise SboraError(f"{self._checkpoint} is damaged, or no checkpoint", "start over with --force") from error
         if not is_sound:
             hint = "restore a copy of it, or start over with --force"

@@ -89,6 +89,8 @@ def test_intervals_are_read_off_the_numbers() -> None:
     key = next(iter(SHAPES))
     some = adapter.factors | {key: Factor(adapter.factors[key].index[:2], adapter.factors[key].weight[:, :2])}
     assert owned(some) == ()
+    with pytest.raises(SboraError, match=r"writes .*, but has the positions 0:2"):
+        owned_intervals(adapter.factors, dict.fromkeys(SHAPES, 2), 0)
     assert owned(some, *claimed) == claimed  # a merge of concepts that have different layers
 
 
@@ -144,5 +146,3 @@ def test_embeddings_for_each_layer_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(SboraError, match="has embeddings for each layer"):
         export(layerwise, SHAPES, "diffusers", tmp_path, resolution=16, date="2026-01-02")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SboraError, match=r"writes .*, but has the positions 0:2"):
-        owned_intervals(adapter.factors, dict.fromkeys(SHAPES, 2), 0)
