@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import with_current_names
+from sbora_diffusion.utils.text import parse_json, with_current_names
 
 Side = Literal["fa", "fb"]
 
@@ -186,8 +186,8 @@ class Spec:
     def from_json(cls, text: str) -> "Spec":
         """Parse the output of `to_json`; every key must be present, known and of its type."""
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields = parse_json(text)
+        except ValueError as error:
             raise SboraError(f"the sbora metadata is not JSON ({error})") from None
         types = _TYPES_OF_METHODS if isinstance(fields, dict) and "method" in fields else _TYPES
         if not isinstance(fields, dict) or fields.keys() != types.keys():

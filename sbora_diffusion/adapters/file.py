@@ -1,5 +1,6 @@
 """The concept file: an adapter with everything needed to use it, validated when read and written atomically."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Side, Spec
+from sbora_diffusion.adapters.digest import digest_of
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.files import check_regular, write_file
 
+METADATA, DIGEST = "sbora", "sbora.sha256"  # keys of the file's metadata
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer", "model")
 
 
@@ -98,15 +101,21 @@ class Adapter:
         except FileExistsError:
             raise SboraError(f"{path} exists", hint="Choose another name, or overwrite it with --force.") from None
 
-    def to_bytes(self) -> bytes:
-        """Return the content of the concept file, the same bytes for the same adapter."""
+    def to_bytes(self, with_digest: bool = True) -> bytes:
+        """Return the content of the concept file, the same bytes for the same adapter.
+
+        Args:
+            with_digest: False for the content as earlier versions wrote it.
+        """
         tensors = {f"tokens.{key}": embedding for key, embedding in self.tokens.items()}
         for key, factor in self.factors.items():
             tensors |= {f"{key}.index": factor.index.to(torch.int32), f"{key}.weight": factor.weight}
         for key, dense in self.dense.items():
             tensors |= {f"{key}.{part}": tensor for part, tensor in dense.parts().items()}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        return safetensors.torch.save(contiguous, metadata={"sbora": self.spec.to_json()})
+        text = self.spec.to_json()
+        metadata = {METADATA: text} | ({DIGEST: _digest(text, contiguous)} if with_digest else {})
+        return safetensors_bytes(contiguous, metadata)
 
     def component(self, name: str) -> dict[str, Factor]:
         """Return the factors of one component, by canonical layer."""
@@ -135,9 +144,11 @@ class Adapter:
 
 
 def read_spec(path: str | Path) -> Spec:
-    """Read the specification of a concept file from its header; tensors are neither read nor checked."""
+    """Read the specification of a concept file from its header, and check its digest; tensors are not read."""
     try:
-        return Spec.from_json(_read(Path(path), header_only=True)[0])
+        text, digest, _ = _read(Path(path), header_only=True)
+        _check_digest(text, digest)
+        return Spec.from_json(text)
     except SboraError as defect:
         raise SboraError(f"{path}: {defect}", defect.hint) from None
 
@@ -168,15 +179,50 @@ def check_factor(layer: str, factor: Factor, side: Side, shape: tuple[int, int])
         raise SboraError(f"the adapter's factor of layer {layer} does not fit its weight of shape {out_dim}×{in_dim}")
 
 
-def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]]:
-    """Return metadata and tensors, copied so that nothing refers to the file."""
+def has_digest(path: str | Path) -> bool:
+    """Return whether a concept file has a digest, against which `load` checks it; earlier versions wrote none."""
+    return bool(_read(Path(path), header_only=True)[1])
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file, the same bytes for the same tensors and metadata.
+
+    The library's order of metadata differs from run to run, so the header is rewritten here: eight bytes of length,
+    then JSON padded with spaces to a multiple of eight.
+    """
+    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:start])}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the digests of the specification, which is read without the tensors, and of everything."""
+    return f"{digest_of(text)} {digest_of([text, tensors])}"
+
+
+def _check_digest(text: str, digest: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Raise SboraError unless the digest fits specification and, if given, tensors; files may have none."""
+    is_sound = digest_of(text) == digest.partition(" ")[0] if tensors is None else digest == _digest(text, tensors)
+    if digest and not is_sound:
+        raise SboraError("is damaged: its content does not fit its SHA-256 digest", hint="Use a copy, or train anew.")
+
+
+def _read(path: Path, header_only: bool = False) -> tuple[str, str, dict[str, Tensor]]:
+    """Return specification, digest ("" without one) and tensors, copied so that nothing refers to the file."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("sbora")
-            if metadata is None:
+            metadata = dict(file.metadata() or {})
+            if METADATA not in metadata:
                 raise SboraError("is not a concept file: it has no sbora metadata", hint="Import other LoRA files.")
+            if unknown := metadata.keys() - {METADATA, DIGEST, "format"}:
+                raise SboraError(f"has the unknown metadata {min(unknown)!r}, expected {METADATA} and {DIGEST}")
             keys = [] if header_only else file.keys()
-            return metadata, {key: file.get_tensor(key).clone() for key in keys}
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
+            return metadata[METADATA], metadata.get(DIGEST, ""), tensors
     except FileNotFoundError:
         raise SboraError("no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -184,7 +230,8 @@ def _read(path: Path, header_only: bool = False) -> tuple[str, dict[str, Tensor]
         raise SboraError(f"cannot be read as safetensors ({error})") from None
 
 
-def _parse(metadata: str, tensors: dict[str, Tensor]) -> Adapter:
+def _parse(metadata: str, digest: str, tensors: dict[str, Tensor]) -> Adapter:
+    _check_digest(metadata, digest, tensors)
     spec = Spec.from_json(metadata)
     tokens, halves, parts = {}, {}, {}
     for key, tensor in tensors.items():

@@ -62,7 +62,7 @@ def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[lis
 
     def place(pair: tuple[Adapter, float]) -> tuple[str, bytes]:
         adapter, weight = pair
-        return adapter.spec.name, blake2b(adapter.to_bytes() + float(weight).hex().encode()).digest()
+        return adapter.spec.name, blake2b(adapter.to_bytes(with_digest=False) + float(weight).hex().encode()).digest()
 
     pairs = sorted(zip(adapters, weights, strict=True), key=place)
     specs = [adapter.spec for adapter, _ in pairs]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 import typer
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import command_line
+from sbora_diffusion.utils.text import command_line, printable
 
 if TYPE_CHECKING:
     from sbora_diffusion.training.checkpoint import StepLog
@@ -86,7 +86,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {printable(message)}", err=True)
     if hint:
         typer.echo(f"hint: {hint}", err=True)
     raise typer.Exit(1)
@@ -97,7 +97,7 @@ class _EchoHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        typer.echo(level + self.format(record), err=True)
+        typer.echo(level + printable(self.format(record)), err=True)
 
 
 def set_up_logging() -> None:

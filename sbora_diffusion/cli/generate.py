@@ -39,7 +39,7 @@ def generate(
     base: AdapterBase = "",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to save the images.")] = Path("outputs"),
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the first image; each further one adds 1.")] = 0,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many images.")] = 1,
+    count: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="How many images.")] = 1,
     region: Annotated[
         list[str],
         typer.Option(metavar="L,T,R,B[,NAME…]:PROMPT", help='A prompt for a part: "0,0,.5,1: a <dog>"; repeatable.'),

@@ -12,6 +12,7 @@ from sbora_diffusion.cli.console import ADAPTERS, Force, hide_loading_bars, prom
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
+    from sbora_diffusion.adapters.basis import Spec
     from sbora_diffusion.adapters.file import Adapter
     from sbora_diffusion.library.library import Library
 
@@ -38,7 +39,7 @@ def import_(
         raise SboraError(f"got --collision {collision}, expected {' or '.join(COLLISIONS)}")
     hide_loading_bars()
     library = Library(ADAPTERS)
-    adapter = _in_seed_of(library, _read(path, embedding, name, noun, base))
+    adapter = _in_seed_of(library, _in_own_intervals(library, _read(path, embedding, name, noun, base)))
     target = library.path(adapter.spec.name)
     if target.exists() and not force:
         raise SboraError(f"{target} exists", hint="Give it another name with --name, or overwrite it with --force.")
@@ -71,6 +72,33 @@ def _read(path: Path, embeddings: Sequence[Path], name: str, noun: str, base_nam
     adapter = to_adapter(foreign, base.layer_shapes, (base.id, base.fingerprint), name, noun)
     check_base(adapter, base)
     return replace(adapter, spec=replace(adapter.spec, base_id=base.id))  # its path on this machine
+
+
+def _in_own_intervals(library: "Library", adapter: "Adapter") -> "Adapter":
+    """Replace intervals that the adapter's indices do not lie in, where the layers' widths are known."""
+    from sbora_diffusion.interchange.lora import owned_intervals
+
+    spec = adapter.spec
+    known = library.widths(spec.base_fingerprint, spec.side) or _embedded_widths(spec)
+    factors = {key: factor for key, factor in adapter.factors.items() if key in known}
+    if not (spec.intervals and factors):
+        return adapter
+    owned = owned_intervals(factors, known, spec.seed, spec.intervals)
+    if owned != spec.intervals:
+        claimed, found = (", ".join(map(str, intervals)) or "no interval" for intervals in (spec.intervals, owned))
+        log.warning("the file of %s claims the interval %s, its columns are those of %s", spec.name, claimed, found)
+    return replace(adapter, spec=replace(spec, intervals=owned))
+
+
+def _embedded_widths(spec: "Spec") -> dict[str, int]:
+    """Return the widths of the embedded base model if the adapter is for it, else {}."""
+    from sbora_diffusion.models.base import load_base
+    from sbora_diffusion.models.loading import EMBEDDED
+
+    base = load_base(EMBEDDED) if spec.base_id == EMBEDDED else None
+    if base is None or base.fingerprint != spec.base_fingerprint:
+        return {}
+    return {key: shape[1 if spec.side == "fa" else 0] for key, shape in base.layer_shapes.items()}
 
 
 def _in_seed_of(library: "Library", adapter: "Adapter") -> "Adapter":

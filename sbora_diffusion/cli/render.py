@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sbora_diffusion.adapters.certificate import Certificate
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.file import Adapter, has_digest
 from sbora_diffusion.library.ledger import Ledger
 
 OWNED = (("█", "cyan"), ("▓", "magenta"))  # neighbours differ in shade too, for terminals without colour
@@ -54,6 +54,7 @@ def adapter_details(path: Path, adapter: Adapter) -> Table:
         "intervals": f"{_intervals(adapter)} (seed {spec.seed})",
         "tokens": _tokens(adapter),
         "merged from": ", ".join(spec.parents),
+        "content": "checked against its SHA-256 digest" if has_digest(path) else "unchecked: written without a digest",
         **{key: str(value) for part in (spec.recipe, spec.metrics, spec.versions) for key, value in part.items()},
     }
     grid = Table.grid(padding=(0, 2))

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,8 @@ from unicodedata import normalize
 
 from sbora_diffusion.data.folder import captions_beside, image_files, shared_captions
 from sbora_diffusion.utils.errors import SboraError, guess
-from sbora_diffusion.utils.text import slug
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_toml, slug
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +124,10 @@ def _find(name_or_folder: str, roots: Sequence[Path]) -> Path:
 def _describe(path: Path) -> _Description:
     """Read a concept.toml; an empty description where there is none."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = parse_toml(read_bytes(path).decode("utf-8-sig"))
     except FileNotFoundError:
         return _Description()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SboraError(f"cannot read {path}: {error}") from error
     allowed = [entry.name for entry in fields(_Description)]
     for key, value in table.items():

@@ -1,6 +1,5 @@
 """What lies in a folder of images: images, their masks and captions; whatever is not used is named in a warning."""
 
-import json
 import logging
 import re
 from collections.abc import Collection, Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 from unicodedata import normalize
 
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SboraError(f"cannot read the caption file {file}: {error}", "save it as UTF-8 text") from error
 
@@ -138,11 +139,11 @@ def _read_metadata(file: Path) -> dict[str, str]:
     captions = {}
     for number, line in enumerate(_read_text(file).splitlines() if file.is_file() else (), 1):
         try:
-            entry = dict(json.loads(line)) if line.strip() else {}
+            entry = dict(parse_json(line)) if line.strip() else {}
             caption = next((entry[key] for key in METADATA_KEYS if key in entry), None)
             if caption is not None:
                 captions[normalize("NFC", entry["file_name"])] = " ".join(caption.split())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SboraError(
                 f"cannot read line {number} of {file} ({error})", 'write {"file_name": "a.jpg", "text": "a <mug>"}'
             ) from None

@@ -238,9 +238,9 @@ def _describe(job: Evaluation) -> dict[str, Any]:
 
 
 def _digests(job: Evaluation) -> dict[str, Any]:
-    """Return the SHA-256 of the files of adapters and merge, by name."""
+    """Return the SHA-256 of adapters and merge, by name, as files without a digest: as in earlier results."""
     own, merged = (
-        {adapter.spec.name: hashlib.sha256(adapter.to_bytes()).hexdigest() for adapter in some}
+        {adapter.spec.name: hashlib.sha256(adapter.to_bytes(with_digest=False)).hexdigest() for adapter in some}
         for some in (job.adapters, [job.merged] if job.merged else [])
     )
     return {"adapters": own, "merged": merged or None}

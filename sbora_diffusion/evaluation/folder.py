@@ -1,6 +1,5 @@
 """Score a folder of images from anywhere, with their prompts and reference images."""
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -17,6 +16,8 @@ from sbora_diffusion.evaluation.report import Report, Result
 from sbora_diffusion.evaluation.suites import load_suite
 from sbora_diffusion.training.checkpoint import versions
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _texts(files: Sequence[Path], prompts: str, class_noun: Sequence[str]) -> li
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path))
     except ValueError as error:
         raise SboraError(f"cannot read {path}: {error}") from error
 

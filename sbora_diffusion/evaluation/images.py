@@ -21,7 +21,7 @@ from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.models.families.base import Sampling
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import folder_held, write_file
+from sbora_diffusion.utils.files import folder_held, read_json, write_file
 
 IMAGES, MANIFEST = "images", "evaluation.json"
 _OLDER_IMAGES = "pictures"  # until November 2026
@@ -222,11 +222,11 @@ def claimed(
 def _difference(manifest: Path, identity: Mapping[str, Any]) -> str | None:
     """Return why the images of the manifest are not this evaluation's, or None."""
     try:
-        before = json.loads(manifest.read_bytes())
+        before = read_json(manifest)
         found = {key: json.dumps(before.get(key)) for key in {*identity, *before}}
     except FileNotFoundError:
         return f"has images, but no {MANIFEST} that says which evaluation they belong to"
-    except (ValueError, AttributeError, TypeError):
+    except (SboraError, AttributeError, TypeError):
         return f"has a damaged {MANIFEST}"
     here = {key: json.dumps(identity.get(key)) for key in found}
     changed = [f"{key} ({found[key]} there, {here[key]} here)" for key in sorted(found) if found[key] != here[key]]

@@ -14,7 +14,8 @@ from sbora_diffusion.evaluation.images import read_image, write_image
 from sbora_diffusion.evaluation.judges.base import Metric
 from sbora_diffusion.evaluation.metrics import Estimate, format_estimate
 from sbora_diffusion.inference.image_grid import sheet
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_json, write_file
 from sbora_diffusion.utils.text import with_current_names
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -170,11 +171,15 @@ def to_json(report: Report, root: Path) -> str:
 
 def read_report(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Read the results of a report.json, also of earlier versions, and the titles of its main metrics."""
-    content = json.loads(path.read_bytes())
-    results: list[dict[str, Any]] = content["results"]
-    for prompt in (prompt for result in results for prompt in result["prompts"]):
-        prompt |= with_current_names(prompt)
-    if titles := content.get("metrics"):
+    content = read_json(path)
+    try:
+        results: list[dict[str, Any]] = content["results"]
+        for prompt in (prompt for result in results for prompt in result["prompts"]):
+            prompt |= with_current_names(prompt)
+        titles = content.get("metrics")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise SboraError(f"{path} is damaged ({error})", "evaluate again") from None
+    if titles:
         return results, titles
     from sbora_diffusion.evaluation.judges import clip, vision
 

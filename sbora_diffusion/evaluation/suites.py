@@ -1,9 +1,7 @@
 """Suites: the prompts on which a concept, or several concepts in one image, are evaluated."""
 
 import hashlib
-import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,8 @@ from string import Formatter
 from typing import Any, Literal, get_args
 
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_json, parse_toml
 
 Kind = Literal["character", "object", "joint"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,8 +44,8 @@ def _read_prompts(path: Path, entry: str) -> tuple[Path, Lines]:
 def _read_toml(path: Path) -> Lines:
     """Read our own: `kind = "object"`, `prompts = ["a {} on the beach", …]`."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
+        table = parse_toml(read_bytes(path).decode("utf-8-sig"))
+    except ValueError as error:
         raise SboraError(f"cannot read {path}: {error}") from error
     unknown = sorted(table.keys() - {"kind", "prompts"})
     if unknown:
@@ -93,7 +93,7 @@ def _read_custom_concept(path: Path, entry: str) -> tuple[Path, Lines]:
     """Read CustomConcept101's dataset.json, or dataset_multiconcept.json for several concepts in one image."""
     found: dict[str, tuple[Path, Kind]] = {}
     try:
-        for content in json.loads(path.read_text(encoding="utf-8-sig")):
+        for content in parse_json(read_bytes(path).decode("utf-8-sig")):
             name, file, kind = _custom_entry(content)
             found[name] = path.parent / file, kind
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """Write concepts into a base model, remove them bit for bit, and generate batches of images."""
 
 import logging
+import math
 import re
 import textwrap
 from collections import Counter
@@ -164,6 +165,8 @@ def matching_strengths(adapters: Sequence[Adapter], strengths: Sequence[float] |
     strengths = strengths or [1.0] * len(adapters)
     if len(strengths) != len(adapters):
         raise SboraError(f"got {len(adapters)} adapters and {len(strengths)} strengths, expected one for each")
+    if wrong := [strength for strength in strengths if not math.isfinite(strength)]:
+        raise SboraError(f"got the strength {wrong[0]}, expected a number")
     return strengths
 
 

@@ -14,7 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from sbora_diffusion import __version__
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.files import check_regular, write_file
+from sbora_diffusion.utils.text import parse_json
 
 KEY = "sbora"  # of the PNG's text chunk
 MAX_PIXELS = 4096 * 4096  # of a file whose settings are read
@@ -71,6 +72,7 @@ def read_settings(path: Path) -> Settings:
     """
     hint = "Give an image as this program saved it: messengers and editors remove the settings."
     try:
+        check_regular(path)
         with Image.open(path, formats=["PNG"]) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise SboraError(f"{path.name} is too large: {file.width} × {file.height} pixels", hint)
@@ -81,7 +83,7 @@ def read_settings(path: Path) -> Settings:
     if text is None:
         raise SboraError(f"{path.name} contains no settings", hint)
     try:
-        return _parse(json.loads(text))
+        return _parse(parse_json(text))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise SboraError(f"the settings in {path.name} are damaged", hint) from None
 

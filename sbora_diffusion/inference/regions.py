@@ -132,7 +132,7 @@ def generate_regions(
     if not seeds:
         raise SboraError("got no seeds, expected at least one")
     steps, guidance = base.choose_sampling(seeds, steps, guidance)
-    with live_concepts(base, adapters, strengths) as live, base.arithmetic():
+    with live_concepts(base, adapters, strengths) as live, base.arithmetic(), base.finite_pixels():
         check_tokens(base, [negative_prompt])
         side = base.resolution
         weights = region_weights(regions, (side, side))

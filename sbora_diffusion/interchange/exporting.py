@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sbora_diffusion.adapters.basis import Spec
-from sbora_diffusion.adapters.file import COMPONENTS, Adapter
+from sbora_diffusion.adapters.file import COMPONENTS, Adapter, safetensors_bytes
 from sbora_diffusion.interchange.embeddings import Embedding, embedding_file
-from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, diffusers_file, kohya_file, peft_component, to_bytes
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, diffusers_file, kohya_file, peft_component
 from sbora_diffusion.interchange.lora import common_rank, to_loras
 from sbora_diffusion.interchange.names import is_sdxl
 from sbora_diffusion.utils.errors import SboraError
@@ -62,12 +62,12 @@ def export(
             own = {key: lora for key, lora in loras.items() if key.startswith(f"{component}.")}
             config, tensors = peft_component(own, adapter.spec.base_id, layer_shapes)
             files[f"{component}/{CONFIG}"] = config.encode()
-            files[f"{component}/{WEIGHTS}"] = to_bytes(tensors, {**about, "format": "pt"})
+            files[f"{component}/{WEIGHTS}"] = safetensors_bytes(tensors, {**about, "format": "pt"})
     elif to == "kohya":
         tensors = kohya_file(loras, sdxl=is_sdxl(layer_shapes))
-        files = {f"{_slug(adapter.spec.name)}.safetensors": to_bytes(tensors, about)}
+        files = {f"{_slug(adapter.spec.name)}.safetensors": safetensors_bytes(tensors, about)}
     else:
-        files = {LORA_NAME: to_bytes(*diffusers_file(loras, about))}
+        files = {LORA_NAME: safetensors_bytes(*diffusers_file(loras, about))}
     files |= _embeddings(adapter, kohya=to == "kohya")
     existing = [folder / name for name in files if (folder / name).exists()]
     if existing and not force:
@@ -86,7 +86,7 @@ def _embeddings(adapter: Adapter, *, kohya: bool) -> dict[str, bytes]:
             name = f"{EMBEDDINGS}/{_slug(token)}.safetensors"
             if name in files:
                 raise SboraError(f"two tokens would be written to {name}", hint="Export the concepts one by one.")
-            files[name] = to_bytes(*embedding_file(Embedding(token, noun, vectors), kohya=kohya))
+            files[name] = safetensors_bytes(*embedding_file(Embedding(token, noun, vectors), kohya=kohya))
     return files
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,6 +18,8 @@ from sbora_diffusion.adapters.file import COMPONENTS
 from sbora_diffusion.interchange.lora import Lora, check_lora, common_rank
 from sbora_diffusion.interchange.names import diffusers_name, kohya_name, peft_name
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import check_regular, read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of a PEFT directory
 _PREFIX = "base_model.model."
@@ -48,6 +49,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
@@ -55,20 +57,6 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         hint = "Convert pickled files (.ckpt, .pt, .bin) first."
         raise SboraError(f"{path}: cannot be read as safetensors ({error})", hint) from None
-
-
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file, the same bytes for the same tensors and metadata.
-
-    The library's order of metadata differs from run to run, so the header is rewritten here: eight bytes of length,
-    then JSON padded with spaces to a multiple of eight.
-    """
-    content = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:start])}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded + content[start:]
 
 
 def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -171,8 +159,8 @@ def _peft_folders(folder: Path) -> list[Path]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise SboraError(f"{path}: cannot be read as JSON ({error})") from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if not isinstance(config, dict) or kind != "LORA":
@@ -227,8 +215,8 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _diffusers_scale(metadata: Mapping[str, str]) -> Callable[[str, int], float]:
     """Return diffusers' scale of a layer, from its metadata; 1 without metadata."""
     try:
-        config = json.loads(metadata.get(_METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(metadata.get(_METADATA, "{}"))
+    except ValueError as error:
         raise SboraError(f"the metadata {_METADATA} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise SboraError(f"the metadata {_METADATA} is {type(config).__name__}, expected an object")

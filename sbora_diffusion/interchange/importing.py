@@ -69,6 +69,7 @@ def to_adapter(
         loras = {keys[layer]: lora for layer, lora in foreign.loras.items()}
         _check_shapes(loras, layer_shapes)
         known = {keys[layer]: factor for layer, factor in factors.items()}
+        widths = {key: shape[1 if side == "fa" else 0] for key, shape in layer_shapes.items()}
         spec = foreign.spec or Spec(
             side=side, rank=1, intervals=(), seed=0, base_id=base[0], base_fingerprint=base[1],
             tokens={}, name=name, recipe={"imported from": foreign.path.name},
@@ -77,7 +78,7 @@ def to_adapter(
             spec,
             side=side,
             rank=max(len(factor.index) for factor in known.values()),
-            intervals=owned_intervals(known, loras, side, spec.seed, spec.intervals),
+            intervals=owned_intervals(known, widths, spec.seed, spec.intervals),
             tokens=_nouns(foreign, noun),
             name=name,
         )

@@ -105,11 +105,12 @@ def from_loras(loras: Mapping[str, Lora], prefer: Side = "fa") -> tuple[Side, di
 
 
 def owned_intervals(
-    factors: Mapping[str, Factor], loras: Mapping[str, Lora], side: Side, seed: int, claimed: Sequence[Interval] = ()
+    factors: Mapping[str, Factor], widths: Mapping[str, int], seed: int, claimed: Sequence[Interval] = ()
 ) -> tuple[Interval, ...]:
     """Find the intervals of the ledger that the indices belong to.
 
     Args:
+        widths: columns (FA) or rows (FB) of each layer.
         claimed: the intervals in the file's metadata, kept if all indices lie in them.
 
     Returns:
@@ -117,8 +118,9 @@ def owned_intervals(
     """
     owned: set[tuple[int, ...]] = set()
     for key, factor in factors.items():
-        dim = loras[key].down.shape[1] if side == "fa" else loras[key].up.shape[0]
-        position = permutation(key.partition(".")[2], dim, seed).argsort()
+        if int(factor.index.max()) >= widths[key]:
+            raise SboraError(f"layer {key} writes {int(factor.index.max())}, but has the positions 0:{widths[key]}")
+        position = permutation(key.partition(".")[2], widths[key], seed).argsort()
         owned.add(tuple(position[factor.index].sort().values.tolist()))
     if set().union(*owned) <= {position for each in claimed for position in range(each.start, each.stop)}:
         return tuple(claimed)

@@ -1,6 +1,5 @@
 """Adapters of language models on disk: run folders, PEFT directories and concept files; load, write and export them."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -10,15 +9,15 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from sbora_diffusion.adapters.file import Adapter
+from sbora_diffusion.adapters.file import Adapter, safetensors_bytes
 from sbora_diffusion.adapters.layer import detect
 from sbora_diffusion.interchange.exporting import SPEC
-from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component, to_bytes
+from sbora_diffusion.interchange.files import CONFIG, WEIGHTS, peft_component
 from sbora_diffusion.interchange.lora import to_loras
 from sbora_diffusion.llm.base import COMPONENT, fingerprint, linear_layers, load_base, meta_base
 from sbora_diffusion.llm.run_folder import ABOUT, ADAPTER
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import RUN, whole_folder, write_file
+from sbora_diffusion.utils.files import RUN, read_json, whole_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +72,9 @@ def read_about(source: str) -> dict[str, Any]:
         about = {"method": spec.method_name, "base": spec.base_id, "fingerprint": spec.base_fingerprint}
         return about | {"quantize": spec.recipe.get("quantize", "none"), "config": spec.recipe}
     try:
-        return json.loads((folder / ABOUT).read_bytes())
+        return read_json(folder / ABOUT)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise SboraError(f"cannot read {folder / ABOUT} ({error})") from None
 
 
 def load_adapter(model: Any, source: str, name: str) -> Any:
@@ -114,7 +111,7 @@ def write_peft(adapter: Adapter, shapes: Shapes, folder: Path) -> Path:
     config, tensors = peft_component(to_loras(adapter, shapes), adapter.spec.base_id, shapes)
     metadata = {"format": "pt", SPEC: adapter.spec.to_json()}
     write_file(folder / CONFIG, config.encode(), overwrite=True)
-    write_file(folder / WEIGHTS, to_bytes(tensors, metadata), overwrite=True)
+    write_file(folder / WEIGHTS, safetensors_bytes(tensors, metadata), overwrite=True)
     return folder
 
 

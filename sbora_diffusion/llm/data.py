@@ -1,6 +1,5 @@
 """Records from JSON, JSONL or Parquet, the prompts of published protocols, and token ids with labels."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from jinja2 import TemplateError  # torch depends on it
 
 from sbora_diffusion.llm.config import LlmConfig
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 IGNORED = -100  # label of tokens that do not count in the loss
 _INDENT = " " * 16
@@ -43,11 +44,11 @@ def _parse(path: Path) -> Any:
         except ImportError:
             raise SboraError("Parquet needs pyarrow", 'pip install "sbora-diffusion[llm]"') from None
         return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_bytes(path).decode("utf-8-sig")
     return (
-        [json.loads(line) for line in text.split("\n") if line.strip()]  # not splitlines(): U+2028 may stand in JSON
+        [parse_json(line) for line in text.split("\n") if line.strip()]  # not splitlines(): U+2028 may stand in JSON
         if path.suffix == ".jsonl"
-        else json.loads(text)
+        else parse_json(text)
     )
 
 

@@ -19,7 +19,7 @@ from sbora_diffusion.library.library import Library
 from sbora_diffusion.llm.base import COMPONENT
 from sbora_diffusion.llm.config import LlmConfig, side_of
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import differences, read_description, versions, write_file
+from sbora_diffusion.utils.files import differences, read_description, read_json, versions, write_file
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,13 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
 def _defect(checkpoint: Path) -> str:
     """Return why a checkpoint cannot be read, or ""; the Trainer writes its state last."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        read_json(checkpoint / TRAINER_STATE_NAME)
         for path in checkpoint.rglob("*"):
             if path.suffix == ".safetensors":
                 safe_open(path, "pt")
             elif path.suffix in (".pt", ".pth") and not is_zipfile(path):
                 return f"{path.name} is damaged"
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SboraError, SafetensorError) as error:
         return str(error)
     return ""
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -213,9 +213,23 @@ class Base:
             negative_prompt=negative_prompt,
             as_latents=as_latents,
         )
-        with self.arithmetic():
+        with self.arithmetic(), self.finite_pixels():
             sampled = self.family.sample(self.pipeline, request)
         return sampled.float() if as_latents else sampled
+
+    @contextmanager
+    def finite_pixels(self) -> Iterator[None]:
+        """Raise SboraError for an image of infinite or undefined values, which would be saved as black."""
+
+        def check(_module: nn.Module, _inputs: Any, pixels: Tensor) -> None:
+            if not pixels.isfinite().all():
+                raise SboraError("the image has infinite or undefined values", "lower strengths or learning rate")
+
+        hook = self.pipeline.vae.decoder.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Return (len(captions), length) int64: the ids of all text encoders side by side, too long captions cut."""

@@ -1,6 +1,5 @@
 """Find and load the pipeline of a base model: the embedded one, a folder, a checkpoint, a hub model, a short name."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from sbora_diffusion.models.families import ALIASES, family_named
 from sbora_diffusion.models.families.base import Family, Sampling
 from sbora_diffusion.utils.errors import SboraError, guess, interrupts_held
+from sbora_diffusion.utils.files import read_bytes, read_json
+from sbora_diffusion.utils.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def is_emoji64(name: str) -> bool:
     if name == EMBEDDED:
         return True
     try:
-        record = json.loads((Path(name) / RECORD).read_bytes())
-    except (OSError, ValueError):
+        record = read_json(Path(name) / RECORD)
+    except (OSError, SboraError):
         return False
     return isinstance(record, dict) and EMBEDDED in (record.get("kind"), record.get("base_id"))
 
@@ -77,7 +78,7 @@ def find_family(name: str) -> Family:
     with _clear_errors(name):
         folder = Path(settings)
         index = folder / INDEX if folder.is_dir() else Path(hf_hub_download(settings, INDEX))
-        kind = json.loads(index.read_bytes())["_class_name"]
+        kind = parse_json(read_bytes(index))["_class_name"]
     return family_named(kind)
 
 

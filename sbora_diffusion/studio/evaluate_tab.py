@@ -1,7 +1,6 @@
 """The Evaluate tab: a judge scores concepts, single and merged; a table, a scatter of text and image, the images."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from sbora_diffusion.studio.jobs import Job, Jobs
 from sbora_diffusion.studio.messages import error_text, sentence, show_errors
 from sbora_diffusion.studio.session import Session
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_json
 
 NONE = "none"
 MAX_NAME = 60  # letters of a result's name, which names a folder and a log file
@@ -147,9 +147,9 @@ def _show(session: Session, name: str) -> tuple[Any, Any, Any]:
         raise SboraError(f"the result {name!r} no longer exists", "Evaluate again.")
     folder = session.folders.evaluations / name
     try:
-        results = json.loads((folder / REPORT).read_bytes())["results"]
+        results = read_json(folder / REPORT)["results"]
         views = _table(results), _points(results), _images(results, folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (SboraError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SboraError(f"the result {name} cannot be read ({error})", "Evaluate again.") from None
     table, points, images = (gr.update(value=view, visible=True) for view in views)
     return table, points, images

@@ -19,7 +19,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.files import read_json, write_file
 
 log = logging.getLogger(__name__)
 
@@ -184,10 +184,10 @@ class Jobs:
 
 def _read(path: Path) -> list[Job]:
     try:
-        return [Job(**{**entry, "arguments": tuple(entry["arguments"])}) for entry in json.loads(path.read_bytes())]
+        return [Job(**{**entry, "arguments": tuple(entry["arguments"])}) for entry in read_json(path)]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, KeyError) as error:
+    except (SboraError, TypeError, KeyError) as error:
         log.warning("%s is damaged (%s): the queue starts empty", path, error)
         return []
 

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 
 from sbora_diffusion.adapters.basis import Interval
+from sbora_diffusion.adapters.digest import digest_of
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.data.folder import mask_file
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils import files
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import with_current_names
+from sbora_diffusion.utils.text import parse_json, with_current_names
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+CHECKPOINT, LOG, DIGEST = "checkpoint.pt", "log.jsonl", "sha256"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -119,11 +120,18 @@ class RunFolder:
 
     def _load(self, description: dict[str, Any]) -> dict[str, Any]:
         try:
+            files.check_regular(self._checkpoint)
             state = torch.load(self._checkpoint, weights_only=True)
-            before = with_current_names(json.loads(state["run"]))
+            run = parse_json(state.pop("run"))
+            digest = run.pop(DIGEST, None)  # not in checkpoints of earlier versions
+            is_sound = digest is None or digest == digest_of([run, state])
+            before = with_current_names(run)
             before["config"] = with_current_names(before["config"])
-        except Exception as error:  # torch.load raises anything at all on a damaged file
-            raise SboraError(f"cannot read {self._checkpoint}: {error}", "start over with --force") from error
+        except Exception as error:  # torch.load raises anything at all, with advice that does not help here
+            raise SboraError(f"{self._checkpoint} is damaged, or no checkpoint", "start over with --force") from error
+        if not is_sound:
+            hint = "restore a copy of it, or start over with --force"
+            raise SboraError(f"{self._checkpoint} is damaged: its content does not fit its SHA-256 digest", hint)
         changed = files.differences(before, description)
         if changed:
             raise SboraError(
@@ -136,7 +144,8 @@ class RunFolder:
         """Replace the checkpoint; if the process is killed meanwhile, the previous one is left."""
         if not self._writes:
             return
-        content = partial(torch.save, state | {"run": json.dumps(description)})
+        run = json.loads(json.dumps(description))
+        content = partial(torch.save, state | {"run": json.dumps(run | {DIGEST: digest_of([run, state])})})
         files.write_file(self._checkpoint, content, overwrite=True, hint="free disk space, then --resume")
 
     def log(self, entry: StepLog, done: bool = False) -> None:
@@ -169,16 +178,21 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return a training's steps so far, each once: of steps that a resumed training repeated, the last entry.
 
     A half-written line is left out.
+
+    Raises:
+        SboraError: the log is no file.
     """
     steps = {}
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+        lines = files.read_bytes(folder / LOG).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise SboraError(f"cannot read {folder / LOG} ({error.strerror})") from None
     for line in lines:
         try:
-            entry = with_current_names(json.loads(line))
-            steps[entry["step"]] = entry
-        except (ValueError, TypeError, KeyError):
+            entry = with_current_names(parse_json(line))
+            steps[int(entry["step"])] = entry
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             continue
     return [steps[step] for step in sorted(steps)]

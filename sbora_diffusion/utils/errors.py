@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from sbora_diffusion.utils.text import printable
+
 
 class SboraError(Exception):
     """A one-line error for users: invalid input, or something missing.
@@ -17,7 +19,7 @@ class SboraError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.hint = hint
 
 

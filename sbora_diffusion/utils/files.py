@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from sbora_diffusion import __version__
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.text import with_current_names
+from sbora_diffusion.utils.text import parse_json, with_current_names
 
 LOCK = ".lock"
 RUN = "run.json"  # everything that decided the training
@@ -63,6 +64,29 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         with _temporary_file(path, b""):
             pass
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for a device, pipe or socket: opening one may never return."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a regular file's content; anything else raises OSError."""
+    check_regular(path)
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content; FileNotFoundError passes, any other defect raises SboraError."""
+    try:
+        return parse_json(read_bytes(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SboraError(f"cannot read {path} ({error})") from None
 
 
 @contextmanager
@@ -124,12 +148,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        described = json.loads(path.read_bytes())
+        described = read_json(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise SboraError(f"cannot read {path} ({error})", "start anew in another folder") from None
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or not isinstance(described.get("config", {}), dict):
         raise SboraError(f"{path} does not describe a training", "start anew in another folder")
     current = with_current_names(described)
     return current | ({"config": with_current_names(current["config"])} if "config" in current else {})

@@ -1,8 +1,10 @@
 """Words: tokens, names, articles and class nouns in prompts, and the older names of keys in our files."""
 
 import hashlib
+import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 from unicodedata import category, normalize
@@ -86,3 +88,26 @@ def say_plainly(prompt: str, token: str, noun: str) -> str:
 def in_words(kind: type) -> str:
     """Return the name of a setting's type: `a whole number` for int."""
     return {int: "a whole number", float: "a number", str: "a text"}.get(kind, kind.__name__)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON; whatever is wrong with it raises ValueError, deep nesting too."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML; whatever is wrong with it raises ValueError, deep nesting too."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped: names in files may hold commands for a terminal."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
+    )

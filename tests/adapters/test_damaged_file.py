@@ -131,6 +131,7 @@ def test_a_file_that_goes_away_between_two_looks(tmp_path: Path, monkeypatch: py
     def gone(*_: object, **__: object) -> None:
         raise RuntimeError("unable to open file <x> in read-only mode: No such file or directory (2)")
 
+    (tmp_path / "x.safetensors").touch()
     monkeypatch.setattr("sbora_diffusion.adapters.file.safe_open", gone)
     with pytest.raises(SboraError, match="unable to open file"):
         read_spec(tmp_path / "x.safetensors")

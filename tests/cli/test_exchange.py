@@ -198,3 +198,38 @@ def test_bad_input(base: Base, tmp_path: Path, command: str, message: str) -> No
     assert message in told[0]
     assert [line.split(":")[0] for line in told] in (["error"], ["error", "hint"])
     assert before == {path: path.read_bytes() for path in Path().rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("claim", ["64:68", "0:2", "4:8", "0:1,8:12"])
+def test_a_concept_file_cannot_claim_an_interval_of_other_columns(
+    base: Base, dog: Adapter, claim: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
+    Library("adapters").reserve(
+        Space(base_id=base.id, base_fingerprint=base.fingerprint, side="fa", seed=0, widths=widths),
+        4,
+        "cat",
+        Interval(8, 4),
+    )
+    intervals = tuple(map(Interval.parse, claim.split(",")))
+    replace(dog, spec=replace(dog.spec, intervals=intervals, name="fox")).save("fox.safetensors")
+    lines(run("import", "fox.safetensors", "--collision", "keep"))
+    assert "claims the interval" in caplog.text
+    assert Adapter.load("adapters/fox.safetensors").spec.intervals == dog.spec.intervals == (Interval(0, 4),)
+
+
+@pytest.mark.parametrize("claim", [(Interval(0, 4),), (Interval(0, 2), Interval(2, 2)), ()])
+def test_a_concept_file_keeps_intervals_that_agree(
+    base: Base, dog: Adapter, claim: tuple[Interval, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
+    Library("adapters").reserve(
+        Space(base_id=base.id, base_fingerprint=base.fingerprint, side="fa", seed=0, widths=widths),
+        4,
+        "cat",
+        Interval(8, 4),
+    )
+    replace(dog, spec=replace(dog.spec, intervals=claim, name="fox")).save("fox.safetensors")
+    lines(run("import", "fox.safetensors", "--collision", "keep"))
+    assert "claims" not in caplog.text
+    assert Adapter.load("adapters/fox.safetensors").spec.intervals == claim

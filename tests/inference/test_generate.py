@@ -15,6 +15,7 @@ from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import Concept
 from sbora_diffusion.inference.generate import ConceptPatcher, applied, generate
+from sbora_diffusion.inference.text_to_image import generate as sbora_generate
 from sbora_diffusion.models.base import Base
 from sbora_diffusion.utils.errors import SboraError
 
@@ -223,3 +224,23 @@ def test_numbers_of_prompts_seeds_and_strengths_must_match(base: Base, adapters:
         generate(base, ["a", "b"], seeds=[1])
     with pytest.raises(SboraError, match="1 adapters and 2 strengths"), applied(base, adapters[:1], [1.0, 2.0]):
         pass
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), 1e30, -1e35])
+@pytest.mark.parametrize("gated", [False, True])
+def test_images_of_invalid_numbers_are_refused(
+    base: Base, adapters: list[Adapter], strength: float, gated: bool
+) -> None:
+    seen: list[Image.Image] = []
+    with pytest.raises(SboraError, match=r"got the strength|infinite or undefined values"):
+        sbora_generate(
+            "a <rex>",
+            adapters[:1],
+            base=base,
+            strengths=[strength],
+            gated=gated,
+            steps=2,
+            on_image=lambda *a: seen.append(a[0]),
+        )
+    assert not seen
+    assert not base.pipeline.vae.decoder._forward_hooks

@@ -39,7 +39,8 @@ def test_the_same_delta_and_back_bit_for_bit(side: Side, interval: Interval, see
     for key, factor in adapter.factors.items():
         assert torch.equal(factors[key].index, factor.index)
         assert torch.equal(factors[key].weight, factor.weight)
-    assert owned_intervals(factors, loras, side, 0) == (interval,)
+    widths = {key: shape[1 if side == "fa" else 0] for key, shape in SHAPES.items()}
+    assert owned_intervals(factors, widths, 0) == (interval,)
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
@@ -75,11 +76,11 @@ def test_dense_and_mixed_loras_are_refused() -> None:
 
 def test_intervals_are_read_off_the_numbers() -> None:
     adapter = random_adapter(interval=Interval(2, 4))
-    loras = to_loras(adapter, SHAPES)
+    widths = {key: shape[1] for key, shape in SHAPES.items()}
     claimed = (Interval(2, 2), Interval(4, 2))
 
     def owned(factors: dict[str, Factor], *claimed: Interval, seed: int = 0) -> tuple[Interval, ...]:
-        return owned_intervals(factors, loras, "fa", seed, claimed)
+        return owned_intervals(factors, widths, seed, claimed)
 
     assert owned(adapter.factors) == (Interval(2, 4),)
     assert owned(adapter.factors, *claimed) == claimed
@@ -88,6 +89,8 @@ def test_intervals_are_read_off_the_numbers() -> None:
     key = next(iter(SHAPES))
     some = adapter.factors | {key: Factor(adapter.factors[key].index[:2], adapter.factors[key].weight[:, :2])}
     assert owned(some) == ()
+    with pytest.raises(SboraError, match=r"writes .*, but has the positions 0:2"):
+        owned_intervals(adapter.factors, dict.fromkeys(SHAPES, 2), 0)
     assert owned(some, *claimed) == claimed  # a merge of concepts that have different layers
 
 

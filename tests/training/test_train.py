@@ -133,7 +133,7 @@ def test_an_interrupted_training_is_not_overwritten(
     with pytest.raises(SboraError, match=r"differs in config\.seed \(0 there, 5 here\), interval"):
         train(concept, base, Interval(8, 4), short_config(seed="5"), tmp_path, resume=True)
     (tmp_path / "checkpoint.pt").write_bytes(b"two\nlines")
-    with pytest.raises(SboraError, match="cannot read"):
+    with pytest.raises(SboraError, match="is damaged, or no checkpoint"):
         train(concept, base, INTERVAL, config, tmp_path, resume=True)
 
 

@@ -1,7 +1,6 @@
 """What a comparison of methods compares, and where its cells are."""
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from sbora_diffusion.models.loading import recipe_base
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import image_digest
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.files import read_bytes, read_json, write_file
+from sbora_diffusion.utils.text import parse_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Comparison:
     @classmethod
     def load(cls, folder: Path) -> "Comparison":
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads((folder / "comparison.json").read_bytes()))
+        return cls.from_dict(read_json(folder / "comparison.json"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
@@ -120,7 +120,7 @@ def load_plan(name: str) -> Comparison:
     """
     file, _, part = name.partition("#")
     try:
-        content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_toml(read_bytes(Path(file)).decode())
     except (OSError, ValueError) as error:
         raise SboraError(f"cannot read the plan {file}: {error}") from None
     if part and part not in content:

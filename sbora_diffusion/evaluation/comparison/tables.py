@@ -1,6 +1,5 @@
 """A comparison's results, read from its cells: a main table and paired differences."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from sbora_diffusion.evaluation.comparison.plan import Comparison, path_of, trained_as
 from sbora_diffusion.evaluation.judges import metrics_of
 from sbora_diffusion.evaluation.metrics import Estimate, format_estimate
+from sbora_diffusion.utils.files import read_json
 
 # of the concepts that come with the package; other concepts count in the mean only
 CHARACTERS = frozenset(
@@ -149,4 +149,4 @@ def _bold_if_significant(difference: Mapping[str, float]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

@@ -4,7 +4,6 @@ Answers are found in generated texts as by LLM-Adapters' evaluation scripts, fla
 """
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from datasets import Dataset, load_dataset
 
 from sbora_diffusion.llm.data import evaluation_prompt
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.files import read_bytes
+from sbora_diffusion.utils.text import parse_json
 
 LETTERS = "ABCD"
 SHOTS = 5
@@ -42,7 +43,7 @@ def load(data_dir: str = "", folder: str = "", rule: str = "", **_: Any) -> dict
     if not data_dir or not path.is_file():
         raise SboraError(f"the task needs {folder}/test.json", "give LLM-Adapters' dataset folder with --data DIR")
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = parse_json(read_bytes(path))
         rows = [{"instruction": r["instruction"], "answer": str(r["answer"]), "rule": rule or folder} for r in records]
     except (ValueError, KeyError, TypeError) as error:
         raise SboraError(f"{path} is not a list of records with instruction and answer ({error!r})") from None
