@@ -186,11 +186,9 @@ def _loading_errors(base: str, part: str = "") -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         gated = "gated" in str(error).lower()
-        hint = (
-            "Accept its licence on its page, then run: hf auth login"
-            if gated
-            else pickle_hint(error) or "Give a folder or a hub id."
-        )
+        hint = pickle_hint(error) or "Give a folder or a hub id."
+        if gated:
+            hint = "Accept its licence on its page, then run: hf auth login"
         raise SboraError(f"cannot load {base}{part}: {why(error, base).removesuffix(' from one of: ')}", hint) from None
 
 
