@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.file import Adapter, Factor, Spec
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import joined_names
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float], how: Literal["s
 
 def merged_name(adapters: Sequence[Adapter]) -> str:
     """Return the name of a merge, such as `cat+dog`."""
-    return "+".join(sorted(adapter.spec.name for adapter in adapters))
+    return joined_names(sorted(adapter.spec.name for adapter in adapters))
 
 
 def in_order(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import ADAPTERS, PIPELINES, AdapterBase, Floats, hide_loading_bars, parse_floats
+from sbora_diffusion.cli.console import (
+    ADAPTERS,
+    PIPELINES,
+    AdapterBase,
+    Floats,
+    hide_loading_bars,
+    parse_floats,
+    prompt_of,
+    suggest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +34,13 @@ def bake(
     from sbora_diffusion.inference.bake import bake as bake_adapters
     from sbora_diffusion.library.library import load_adapters
     from sbora_diffusion.models.base import load_base
+    from sbora_diffusion.utils.text import joined_names
 
     hide_loading_bars()
     adapters = load_adapters(names, ADAPTERS)
-    folder = out or PIPELINES / "+".join(adapter.spec.name for adapter in adapters)
+    folder = out or PIPELINES / joined_names(adapter.spec.name for adapter in adapters)
     factors = parse_floats(strengths) or [1.0] * len(adapters)
     tokens = bake_adapters(load_base(base or adapters[0].spec.base_id), adapters, factors, folder, force)
-    prompt = " and ".join(f"a {token}" for token in tokens)
-    log.info('next: sbora-diffusion generate "%s" --base %s', prompt, folder)
+    suggest("generate", prompt_of(tokens), "--base", folder)
     log.info('or, in Python: DiffusionPipeline.from_pretrained("%s", safety_checker=None)', folder)
     typer.echo(folder)

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 import typer
 
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import command_line
 
 if TYPE_CHECKING:
     from sbora_diffusion.training.checkpoint import StepLog
@@ -105,6 +106,16 @@ def set_up_logging() -> None:
     logging.getLogger("sbora_diffusion").setLevel(logging.INFO)
     for name, unwanted in NOTICES.items():
         logging.getLogger(name).addFilter(lambda record, unwanted=unwanted: unwanted not in record.getMessage())
+
+
+def suggest(*words: object) -> None:
+    """Log the command that a user is likely to run next, in a form that can be pasted into a shell."""
+    log.info("next: %s", command_line(*words))
+
+
+def prompt_of(tokens: Iterable[str]) -> str:
+    """Return a prompt that names the first two of these tokens, "a <cat> and a <dog>", or "…" without any."""
+    return " and ".join(f"a {token}" for token in [*tokens][:2]) or "…"
 
 
 def hide_loading_bars(*, diffusers: bool = True) -> None:

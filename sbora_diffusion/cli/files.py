@@ -37,17 +37,22 @@ def inspect(files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", h
 def ledger(
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank to count the free room in, or to reserve.")] = 8,
     reserve: Annotated[str, typer.Option(metavar="NAME", help="Reserve an interval for a future concept.")] = "",
+    release: Annotated[str, typer.Option(metavar="NAME", help="End a reservation; a concept's file stays.")] = "",
     interval: Annotated[str, typer.Option(metavar="A:B", help="Interval to reserve; default: the first free.")] = "",
     base: Base = "emoji64",
     method: Annotated[str, typer.Option(metavar="NAME", help="sbora-fa (columns) or sbora-fb (rows).")] = "sbora-fa",
 ) -> None:
     """Show who owns which columns in ./adapters and how many are free; --reserve takes some without training.
 
-    A reservation lasts until the concept's file exists, or until `remove NAME`. --reserve prints the interval.
+    A reservation lasts until the concept's file exists, or until --release. --reserve prints the interval.
     """
     from sbora_diffusion.library.library import Library
 
     library = Library(ADAPTERS)
+    if release:
+        library.cancel(release)
+        log.info("the columns reserved for %s are free", release)
+        return
     if reserve:
         from sbora_diffusion.training.train import reserve_interval
 

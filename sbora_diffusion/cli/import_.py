@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import ADAPTERS, Force, hide_loading_bars
+from sbora_diffusion.cli.console import ADAPTERS, Force, hide_loading_bars, prompt_of, suggest
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
@@ -105,4 +105,4 @@ def _log_summary(adapter: "Adapter") -> None:
     spec = adapter.spec
     owned = ", ".join(map(str, spec.intervals)) or "columns of its own choice, which no interval describes"
     log.info("SBoRA-%s of rank %d, %d layers, owns %s", spec.side.upper(), spec.rank, len(adapter.factors), owned)
-    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(spec.tokens) or "…", spec.name)
+    suggest("generate", prompt_of(spec.tokens), "--adapter", spec.name)

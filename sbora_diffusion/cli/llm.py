@@ -17,6 +17,7 @@ from sbora_diffusion.cli.console import (
     hide_loading_bars,
     parse_floats,
     parse_settings,
+    suggest,
 )
 from sbora_diffusion.utils.errors import SboraError
 
@@ -96,7 +97,7 @@ def train(
 
         result = fine_tune(run, config, folder, resume, show, Library(ADAPTERS))
     if result:  # None in the other processes of several
-        log.info("next: sbora-diffusion llm chat --base %s --adapter %s", base, folder)
+        suggest("llm", "chat", "--base", base, "--adapter", folder)
         for path in filter(None, (result.adapter, result.in_library)):
             typer.echo(path)
 
@@ -117,7 +118,7 @@ def merge(
     path = out or Path(f"{merged_name(adapters)}.safetensors")
     merge_adapters(adapters, parse_floats(weights) or [1.0] * len(files), "sum").save(path, force)
     log.info(certify(adapters, None).describe())
-    log.info("next: sbora-diffusion llm export %s --to peft --out DIR", path)
+    suggest("llm", "export", path, "--to", "peft", "--out", "DIR")
     typer.echo(path)
 
 

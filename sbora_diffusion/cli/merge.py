@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbora_diffusion.cli.console import ADAPTERS, Floats, Force, ProgressBar, hide_loading_bars, parse_floats
+from sbora_diffusion.cli.console import (
+    ADAPTERS,
+    Floats,
+    Force,
+    ProgressBar,
+    hide_loading_bars,
+    parse_floats,
+    prompt_of,
+    suggest,
+)
 from sbora_diffusion.utils.errors import SboraError
 
 if TYPE_CHECKING:
@@ -59,7 +68,7 @@ def merge(
         merged = sbora.merge(adapters, parse_floats(weights), how, base or None, prior_weight, show)
     merged.save(path, force)
     _log_guarantees(merged, adapters, library)
-    log.info('next: sbora-diffusion generate "%s" --adapter %s', " and ".join(merged.spec.tokens), path)
+    suggest("generate", prompt_of(merged.spec.tokens), "--adapter", path)
     typer.echo(path)
 
 

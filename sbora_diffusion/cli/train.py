@@ -20,6 +20,7 @@ from sbora_diffusion.cli.console import (
     convert,
     hide_loading_bars,
     parse_settings,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _train(request: "Request") -> "TrainingResult":
     if result.path:
         name = result.path.stem if result.path.parent == request.library.folder else result.path
         token = next(iter(result.adapter.spec.tokens))
-        log.info('next: sbora-diffusion generate "a %s on the beach" --adapter %s', token, name)
+        suggest("generate", f"a {token} on the beach", "--adapter", name)
     return result
 
 

@@ -4,12 +4,11 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import psutil
 
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.file import Spec
@@ -30,22 +29,8 @@ class Reservation:
     seed: int
     interval: Interval
     host: str
-    pid: int | None  # None: made by hand, lasts until its concept file exists or it is removed
-    started: float  # start of the process, seconds since the epoch: process numbers are reused
-
-    def is_own(self) -> bool:
-        """Return whether it was made for this process."""
-        return (self.host, self.pid) == (socket.gethostname(), os.getpid())
-
-    def is_live(self) -> bool:
-        """Return whether its process runs; assumed on another host, where removing the name ends it."""
-        if self.pid is None or self.host != socket.gethostname():
-            return True
-        try:
-            process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 5
-        except psutil.NoSuchProcess:
-            return False
+    pid: int | None  # for messages; None: made by hand, lasts until its concept file exists or it is released
+    started: float  # when it was made, seconds since the epoch: tells two reservations of one name apart
 
 
 @dataclass
@@ -57,6 +42,11 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> "State":
+        """Read a ledger; an empty one if there is no file.
+
+        Raises:
+            SboraError: the file cannot be read, or has fields that this version does not know.
+        """
         try:
             content = json.loads(path.read_bytes())
             read = [Reservation(**{**r, "interval": Interval.parse(r["interval"])}) for r in content["reservations"]]
@@ -64,23 +54,24 @@ class State:
             return cls(read, widths)
         except FileNotFoundError:
             return cls([], {})
-        except (ValueError, TypeError, KeyError, AttributeError, SboraError) as error:
-            log.warning("%s is damaged (%s) and is replaced; running trainings are unknown", path, error)
-            return cls([], {})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SboraError) as error:
+            raise SboraError(
+                f"cannot read {path} ({error or type(error).__name__}): which columns are reserved is unknown",
+                "wait for running trainings to end, then move that file away",
+            ) from None
 
     def write(self, path: Path) -> None:
         reservations = [{**vars(each), "interval": str(each.interval)} for each in self.reservations]
         content = json.dumps({"reservations": reservations, "widths": self.widths}, indent=1)
         write_file(path, content.encode(), overwrite=True)
 
-    def check_not_in_training(self, name: str) -> None:
-        """Raise SboraError if another process is training this name."""
-        for other in self.reservations:
-            if other.name == name and other.pid is not None and not other.is_own():
-                raise SboraError(
-                    f"{name} is being trained by process {other.pid} on {other.host}",
-                    hint=f"Wait for it; if it no longer runs: sbora-diffusion remove {name}",
-                )
+    def find(self, name: str, lasting: bool) -> Reservation | None:
+        """Return the reservation of a name, by hand (lasting) or of a training."""
+        return next((r for r in self.reservations if r.name == name and (r.pid is None) == lasting), None)
+
+    def drop(self, name: str, lasting: bool) -> None:
+        """Remove a name's reservation by hand (lasting), or of a training."""
+        self.reservations = [r for r in self.reservations if r.name != name or (r.pid is None) != lasting]
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class Space:
             interval=interval,
             host=socket.gethostname(),
             pid=None if lasting else os.getpid(),
-            started=psutil.Process().create_time(),
+            started=time.time(),
         )
 
     def check_seed(self, others: Sequence[Owner]) -> None:

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from sbora_diffusion.adapters.basis import Interval, Side, Spec, check_file_name, first_free, indices
 from sbora_diffusion.adapters.file import Adapter, read_spec
-from sbora_diffusion.library.ledger import Ledger, Owner, Space, State, check_pinned, is_fulfilled, owners_of
+from sbora_diffusion.library.ledger import (
+    Ledger,
+    Owner,
+    Reservation,
+    Space,
+    State,
+    check_pinned,
+    is_fulfilled,
+    owners_of,
+)
+from sbora_diffusion.library.locks import TrainingLocks
 from sbora_diffusion.utils.errors import SboraError
 
 log = logging.getLogger(__name__)
@@ -23,11 +33,15 @@ class Library:
     """A folder of concept files, "<name>.safetensors" each, from which the ledger is read.
 
     `.ledger.json` holds reservations of running trainings and by hand, and the layer widths of base models seen here;
-    `.ledger.lock` is locked while intervals are assigned.
+    `.ledger.lock` is locked while intervals are assigned. A training holds a lock of the operating system on
+    `.training/<name>.lock`, so that its reservation ends with its process, however that ends, on whichever machine or
+    container, and whatever the clock says.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._locks = TrainingLocks(self.folder / ".training")
+        self._held: dict[str, tuple[FileLock, Reservation]] = {}  # of this object's trainings, by name
 
     def path(self, name: str) -> Path:
         """Return the path of a concept's file, which may not exist."""
@@ -70,9 +84,9 @@ class Library:
         with self._changing_state() as state:
             known = state.widths.get(space.key, {})  # others may adapt other layers of the same base
             state.widths[space.key] = known | dict(space.widths)
-            state.check_not_in_training(name)
-            state.reservations = [r for r in state.reservations if r.name != name or r.pid is None]
-            owners = owners_of(state, self._specs(), space.base_fingerprint, space.side)
+            self._check_not_in_training(state, name)
+            state.drop(name, lasting=False)
+            owners = owners_of(state, self._specs(strict=True), space.base_fingerprint, space.side)
             own = [owner for owner in owners if owner.name == name]
             others = [owner for owner in owners if owner.name != name]
             space.check_seed(others)
@@ -84,19 +98,55 @@ class Library:
                 interval = first_free([owner.interval for owner in others], rank, width)
             else:
                 interval = check_pinned(pinned, others, rank, width)
-            state.reservations.append(space.reserve(name, interval, lasting))
+            reservation = space.reserve(name, interval, lasting)
+            if not lasting:
+                held = self._held.pop(name, None)
+                self._held[name] = held[0] if held else self._locks.acquire(name), reservation
+            state.reservations.append(reservation)
         return interval
 
+    def confirm(self, name: str) -> None:
+        """Raise SboraError if this training's reservation is no longer in the ledger; to be called before it saves."""
+        if (held := self._held.get(name)) and self._state().find(name, lasting=False) != held[1]:
+            raise SboraError(
+                f"the columns {held[1].interval} of {name} are no longer reserved for this training",
+                "somebody has changed the ledger; resume with --interval, or --force, when they are free",
+            )
+
     def release(self, name: str) -> None:
-        """End this process's reservation of a name, if any, and one by hand if its file exists by now."""
+        """End this training's reservation of a name, if any, and one by hand if its file exists by now."""
         with self._changing_state() as state:
-            specs = self._specs()
-            ended = [r for r in state.reservations if (is_fulfilled(r, specs) if r.pid is None else r.is_own())]
-            state.reservations = [r for r in state.reservations if r.name != name or r not in ended]
+            lasting = state.find(name, lasting=True)
+            if lasting and is_fulfilled(lasting, self._specs()):
+                state.drop(name, lasting=True)
+            if held := self._held.pop(name, None):
+                if state.find(name, lasting=False) == held[1]:
+                    state.drop(name, lasting=False)
+                held[0].release()
+
+    def cancel(self, name: str) -> None:
+        """End a reservation by hand; a concept's file stays.
+
+        Raises:
+            SboraError: there is none, or the name is being trained.
+        """
+        with self._changing_state() as state:
+            self._check_not_in_training(state, name)
+            if not state.find(name, lasting=True):
+                names = ", ".join(sorted(r.name for r in state.reservations)) or "none"
+                raise SboraError(f"nothing is reserved for {name!r} in {self.folder} (reservations: {names})")
+            state.drop(name, lasting=True)
 
     def check_not_in_training(self, name: str) -> None:
         """Raise SboraError if another process is training this name."""
-        self._state().check_not_in_training(name)
+        self._check_not_in_training(self._state(), name)
+
+    def _check_not_in_training(self, state: State, name: str) -> None:
+        other = state.find(name, lasting=False)
+        if other and name not in self._held:
+            raise SboraError(
+                f"{name} is being trained by process {other.pid} on {other.host}", "wait for it to end, or stop it"
+            )
 
     def what_is(self, name: str) -> str:
         """Describe what has this name, a concept file or a reservation; raise SboraError if there is neither."""
@@ -110,20 +160,24 @@ class Library:
         )
 
     def remove(self, name: str) -> tuple[str, ...]:
-        """Delete a concept's file and end all reservations of its name.
+        """Delete a concept's file and end a reservation of its name by hand.
 
         Returns:
             Names of others that own some of its columns, such as merges of it, but not its own parents.
+
+        Raises:
+            SboraError: there is neither, or the name is being trained.
         """
         self.what_is(name)
-        specs, also = self._specs(), set[str]()
-        if spec := specs.get(name):
-            owners = owners_of(self._state(), specs, spec.base_fingerprint, spec.side)
-            also = {owner.name for owner in owners if any(map(owner.interval.overlaps, spec.intervals))}
-            also -= {name, *spec.parents}
-        self.path(name).unlink(missing_ok=True)
         with self._changing_state() as state:
-            state.reservations = [r for r in state.reservations if r.name != name]
+            self._check_not_in_training(state, name)
+            specs, also = self._specs(), set[str]()
+            if spec := specs.get(name):
+                owners = owners_of(state, specs, spec.base_fingerprint, spec.side)
+                also = {owner.name for owner in owners if any(map(owner.interval.overlaps, spec.intervals))}
+                also -= {name, *spec.parents}
+            self.path(name).unlink(missing_ok=True)
+            state.drop(name, lasting=True)
         return tuple(sorted(also))
 
     def owners(self, base_fingerprint: str, side: Side) -> tuple[Owner, ...]:
@@ -157,20 +211,29 @@ class Library:
         """Return the columns (FA) or rows (FB) of every adapted layer, if a training or reservation recorded them."""
         return self._state().widths.get(f"{base_fingerprint}/{side}")
 
-    def _specs(self) -> dict[str, Spec]:
-        """Read the specification of every valid file, by file name."""
+    def _specs(self, strict: bool = False) -> dict[str, Spec]:
+        """Read the specification of every valid file, by file name.
+
+        Raises:
+            SboraError: with `strict`, a file that cannot be read: what it owns is unknown.
+        """
         specs = {}
         for name in self.names():
             try:
                 specs[name] = read_spec(self.path(name))
             except SboraError as defect:
-                log.warning("%s; it is skipped, and its columns count as free", defect)
+                if strict:
+                    hint = "restore the file, or move it out of the folder if its columns may be given away"
+                    raise SboraError(f"{defect}; which columns it owns is unknown", hint) from None
+                log.warning("%s; it is skipped", defect)
         return specs
 
     def _state(self) -> State:
         """Read live reservations. Read them before the files: a training writes its file first, then releases."""
         state = State.read(self.folder / ".ledger.json")
-        state.reservations = [reservation for reservation in state.reservations if reservation.is_live()]
+        state.reservations = [
+            r for r in state.reservations if r.pid is None or r.name in self._held or self._locks.is_held(r.name)
+        ]
         return state
 
     @contextmanager

@@ -73,10 +73,15 @@ def find_checkpoint(run: Run, config: LlmConfig, folder: Path, resume: bool) -> 
     Raises:
         SboraError: the folder holds another training, or one and `resume` is false.
     """
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if (folder / ADAPTER).is_dir() and not (resume and last):
+        raise SboraError(f"{folder} contains a finished training", "choose another --out, or delete the folder")
     if not resume:
-        if folder.is_dir() and get_last_checkpoint(str(folder)):
+        if last:
             raise SboraError(f"{folder} contains a training", "resume it with --resume, or choose another --out")
         return run, None
+    if not last:
+        log.warning("there is no checkpoint in %s: the training begins anew", folder)
     interval = read_description(folder).get("interval")
     if interval and not run.interval:
         run = replace(run, interval=Interval.parse(interval))
@@ -149,7 +154,8 @@ def save_result(
         metrics={"parameters": trained},
     )
     adapter = Adapter(spec, collect(model, "default", COMPONENT), {})
-    places = [concept, *([library.path(concept.stem)] if library else [])]
-    for place in places:
-        adapter.save(place, force=True)
-    return Trained(adapter=out, concept=concept, in_library=places[1] if library else None)
+    adapter.save(concept, force=True)
+    if library:
+        library.confirm(concept.stem)
+        adapter.save(library.path(concept.stem), force=True)
+    return Trained(adapter=out, concept=concept, in_library=library and library.path(concept.stem))

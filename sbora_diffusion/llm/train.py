@@ -103,7 +103,7 @@ def _check_name(library: Library, folder: Path) -> None:
     """Raise SboraError if the library has a concept of the folder's name that this folder did not write."""
     name = folder.resolve().name
     if library.path(name).exists() and not (folder / ADAPTER).is_dir():
-        raise SboraError(f"{library.path(name)} exists", f"choose another --out, or: sbora-diffusion remove {name}")
+        raise SboraError(f"{library.path(name)} exists", "choose another --out")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +21,8 @@ from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.utils import files
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.text import with_current_names
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
@@ -109,6 +112,8 @@ class RunFolder:
             )
         if found:
             return self._load(description)
+        if resume and self._writes:
+            log.warning("there is no checkpoint in %s: the training begins anew", self.path)
         files.write_description(self.path, description, versions())
         return None
 

@@ -91,7 +91,7 @@ def _reserve(names: Sequence[str], base_name: str, config: TrainConfig, library:
                 reserved.append(name)
     except SboraError:
         for name in reserved:
-            library.remove(name)
+            library.cancel(name)
         raise
 
 

@@ -25,6 +25,7 @@ from sbora_diffusion.models.distributed import current
 from sbora_diffusion.recipes.config import TrainConfig
 from sbora_diffusion.training.checkpoint import RunFolder, StepLog, describe_run, image_digest, versions
 from sbora_diffusion.training.trainer import Trainer
+from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.text import say_plainly
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def run_training(
     run_folder: Path,
     *,
     save_to: Path | None = None,
+    confirm: Callable[[], None] = lambda: None,
     resume: bool = False,
     overwrite: bool = False,
     on_step: OnStep | None = None,
@@ -63,6 +65,7 @@ def run_training(
     Args:
         run_folder: for checkpoints, log and previews.
         save_to: the concept file; the checkpoint is deleted after it is written.
+        confirm: raises SboraError if the interval is no longer this training's; the run folder gets the result then.
         resume: continue from the run folder's checkpoint, if there is one.
         overwrite: replace an existing concept file and, without `resume`, an interrupted training.
         on_step: called after every step, in the main process.
@@ -98,7 +101,7 @@ def run_training(
             with trainer.result_parameters():
                 before_after, drift = preview.generate_after()
                 adapter = _adapter(concept, base, interval, config, live, trainer.metrics() | {"class_drift": drift})
-        path = _save(adapter, save_to, overwrite, run_folder) if save_to and processes.is_first else None
+        path = _save(adapter, save_to, overwrite, run_folder, confirm) if save_to and processes.is_first else None
         folder.finish(_step_log(trainer, base, trainer.mean_loss, preview=before_after))
     return TrainingResult(adapter=adapter, path=path, before_after=before_after)
 
@@ -194,15 +197,19 @@ class Preview:
         return path
 
 
-def _save(adapter: Adapter, path: Path, overwrite: bool, run_folder: Path) -> Path:
-    """Save without overwriting a file that was created during the training; return the path."""
-    if overwrite or not path.exists():
-        adapter.save(path, force=overwrite)
-        return path
-    other = run_folder / path.name
-    adapter.save(other, force=True)
-    log.warning("%s was created during training and was not overwritten; the result is in %s", path, other)
-    return other
+def _save(adapter: Adapter, path: Path, overwrite: bool, run_folder: Path, confirm: Callable[[], None]) -> Path:
+    """Save; into the run folder if the file was created during the training or its columns are others' now."""
+    try:
+        confirm()
+        if path.exists() and not overwrite:
+            raise SboraError(f"{path} was created during training and was not overwritten")
+    except SboraError as reason:
+        other = run_folder / path.name
+        adapter.save(other, force=True)
+        log.warning("%s; the result is in %s", reason, other)
+        return other
+    adapter.save(path, force=overwrite)
+    return path
 
 
 def _adapter(

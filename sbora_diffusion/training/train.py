@@ -23,6 +23,7 @@ from sbora_diffusion.training.memory import GIGABYTE, activations, advice, avail
 from sbora_diffusion.training.run import OnStep, Score, TrainingResult, run_training
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import read_description
+from sbora_diffusion.utils.text import command_line
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ def train_concept(request: Request, on_step: OnStep | None = None) -> TrainingRe
                 config,
                 run_folder,
                 save_to=library.path(concept.name),
+                confirm=lambda: library.confirm(concept.name),
                 resume=request.resume,
                 overwrite=request.overwrite,
                 on_step=on_step,
@@ -209,10 +211,8 @@ def reserve_interval(name: str, base_name: str, method: str, rank: int, pinned: 
     config = configure(find_kind(base_name), method, {"rank": str(rank)})
     space = space_of(load_unplaced(base_name), config)
     interval = library.reserve(space, rank, name, Interval.parse(pinned) if pinned else None, lasting=True)
-    log.info(
-        "next: sbora-diffusion train --concept %s --base %s --method %s --rank %d; elsewhere with --interval %s",
-        *(name, base_name, method, rank, interval),
-    )
+    command = command_line("train", "--concept", name, "--base", base_name, "--method", method, "--rank", interval.rank)
+    log.info("next: %s; elsewhere with --interval %s", command, interval)
     return interval
 
 

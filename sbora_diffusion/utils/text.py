@@ -1,16 +1,40 @@
 """Words: tokens, names, articles and class nouns in prompts, and the older names of keys in our files."""
 
+import hashlib
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 from unicodedata import category, normalize
 
+MAX_NAME = 100  # bytes; file systems allow 255, with endings
 TOKEN = re.compile(r"(?<!>_)<(?=[^\s<>])[^<>]*(?<=[^\s<>])>(?!_<)")  # a tagger's <o>_<o> is none
 
 
 def tokens_in(prompt: str) -> list[str]:
     """Return the tokens that a prompt names, such as "<dog>", in their order."""
     return TOKEN.findall(normalize("NFC", prompt))
+
+
+def command_line(*words: object) -> str:
+    """Return a command of ours that can be pasted into a shell, in double quotes where they do."""
+    return " ".join(["sbora-diffusion", *map(_quoted, map(str, words))])
+
+
+def _quoted(word: str) -> str:
+    if shlex.quote(word) == word or any(letter in word for letter in '"\\$`!'):
+        return shlex.quote(word)
+    return f'"{word}"'
+
+
+def joined_names(names: Iterable[str]) -> str:
+    """Return a name for several concepts, such as `cat+dog`; of many, the first ones and a digest of all."""
+    listed = list(names)
+    if len((joined := "+".join(listed)).encode()) <= MAX_NAME:
+        return joined
+    digest = hashlib.sha256(joined.encode()).hexdigest()[:8]
+    shown = [listed[0][:40], f"{len(listed) - 1}-more", digest]
+    return "+".join(shown)
 
 
 def slug(text: str) -> str:

@@ -264,7 +264,10 @@ def test_reserve(here: Path, base: Path, caplog: pytest.LogCaptureFixture) -> No
     assert train(base, "cat", "--rank", "4").exit_code == 0
     assert str(Adapter.load(here / "adapters/cat.safetensors").spec.intervals[0]) == "8:12"
     assert "cat (reserved)" not in run("ledger").stdout
-    assert run("remove", "dog", "--yes").exit_code == 0
+    assert run("ledger", "--release", "dog").exit_code == 0
+    assert "the columns reserved for dog are free" in caplog.text
+    assert run("ledger", "--release", "cat").exit_code == 1
+    assert (here / "adapters/cat.safetensors").exists()
     assert run(*words, "owl").stdout == "0:4\n"
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from sbora_diffusion.adapters.basis import Interval
 from sbora_diffusion.adapters.file import Adapter
 from sbora_diffusion.cli.app import app
-from sbora_diffusion.library.ledger import Reservation, Space
+from sbora_diffusion.library.ledger import Space
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.models.base import Base, load_base
 
@@ -127,16 +127,17 @@ def test_collisions(dog: Adapter, base: Base, caplog: pytest.LogCaptureFixture) 
     assert_same(renamed, replace(cat, spec=replace(cat.spec, name="kitten")))
 
 
-def test_a_name_that_is_being_trained(dog: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_being_trained(dog: Adapter) -> None:
     dog.save("elsewhere.safetensors")
     Path("adapters/dog.safetensors").unlink()
     widths = {"unet.x": 100}
     space = Space(base_id="toy", base_fingerprint="f00d", side="fa", seed=0, widths=widths)
-    Library("adapters").reserve(space, 4, "dog")
-    monkeypatch.setattr(Reservation, "is_own", lambda _: False)  # as another process sees it
+    training = Library("adapters")
+    training.reserve(space, 4, "dog")
     done = run("import", "elsewhere.safetensors")
     assert (done.exit_code, Path("adapters/dog.safetensors").exists()) == (1, False)
     assert "dog is being trained by process" in done.stderr
+    training.release("dog")
 
 
 def test_the_base_lies_elsewhere_here(dog: Adapter, base: Base) -> None:

@@ -13,6 +13,7 @@ from sbora_diffusion.library.library import Library
 from sbora_diffusion.methods.registry import configure
 from sbora_diffusion.training.fan_out import COMMAND, _again, in_a_process
 
+from ..library.reserving import save_adapter
 from ..tiny_pipeline import save_tiny_pipeline
 
 SETTINGS = ("steps=3", "save_every=1", "sampling_steps=1", "crops=1", "preview_every=0", "preview_prompts={token}")
@@ -91,6 +92,19 @@ def test_nothing_starts_after_a_mistake(here: Path, base: Path, words: tuple[str
     assert message in done.stderr
     assert not (here / "runs").exists()
     assert Library(here / "adapters").ledgers() == []
+
+
+@pytest.mark.parametrize("method", ["sbora-fa", "sbora-fb"])
+def test_a_refused_fan_out_leaves_finished_concepts(here: Path, base: Path, method: str) -> None:
+    """The second does not fit beside the first: the reservation of the first is taken back, its file stays."""
+    adapters = here / "adapters"
+    for place, name in enumerate(("dog", "cat")):
+        save_adapter(Library(adapters), name, f"{4 * place}:{4 * place + 4}", base="other model")
+    before = {path.name: path.read_bytes() for path in adapters.glob("*.safetensors")}
+    done = train(base, "--concept", "dog", "--concept", "cat", "--method", method, "--set", "rank=20", "--force")
+    assert (done.exit_code, "no 20 consecutive positions" in done.stderr) == (1, True)
+    assert {path.name: path.read_bytes() for path in adapters.glob("*.safetensors")} == before
+    assert all(owner.state == "trained" for ledger in Library(adapters).ledgers() for owner in ledger.owners)
 
 
 def test_force_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:

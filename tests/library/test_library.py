@@ -1,5 +1,6 @@
 """The library: intervals are assigned once, in the gaps between the files and reservations."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,32 @@ def test_a_reservation_by_hand_is_given_back(library: Library) -> None:
     assert library.owners("f00d", "fa") == ()
 
 
+def test_a_cancelled_reservation_is_free_and_a_file_stays(library: Library) -> None:
+    save_adapter(library, "cat", "8:16")
+    reserve(library, "dog", lasting=True)
+    for name in ("cat", "fox"):
+        with pytest.raises(SboraError, match=rf"nothing is reserved for '{name}'.*reservations: dog"):
+            library.cancel(name)
+    library.cancel("dog")
+    assert library.names() == ["cat"]
+    assert reserve(library, "fox") == "0:8"
+
+
+def test_a_training_confirms_its_columns_before_it_saves(library: Library) -> None:
+    library.confirm("cat")  # of a method that owns no columns
+    reserve(library, "dog")
+    library.confirm("dog")
+    (library.folder / ".ledger.json").unlink()
+    other = Library(library.folder)
+    with pytest.raises(SboraError, match="dog is being trained by another process"):
+        reserve(other, "dog")
+    assert reserve(other, "cat") == "0:8"
+    with pytest.raises(SboraError, match="the columns 0:8 of dog are no longer reserved for this training"):
+        library.confirm("dog")
+    library.release("dog")
+    assert [owner.name for owner in other.owners("f00d", "fa")] == ["cat"]
+
+
 def test_a_name_that_has_an_interval_gets_no_other(library: Library) -> None:
     reserve(library, "dog", lasting=True)
     save_adapter(library, "cat", "8:16")
@@ -119,20 +146,74 @@ def test_concepts_without_an_interval_are_named(library: Library) -> None:
     assert (ledger.owners, ledger.unplaced, ledger.width) == ((), ("foreign",), None)
 
 
-def test_a_damaged_file_is_a_warning(library: Library, caplog: pytest.LogCaptureFixture) -> None:
-    save_adapter(library, "cat", "0:8")
-    library.path("dog").write_text("one line\nand another\n")
-    assert reserve(library, "fox") == "8:16"
-    assert "dog.safetensors: cannot be read as safetensors" in caplog.text
-    assert library.names() == ["cat", "dog"]
+def no_bytes(path: Path) -> None:
+    path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"reservations": [{}], "widths": {}}', "\x00"])
-def test_a_damaged_ledger_starts_anew(library: Library, caplog: pytest.LogCaptureFixture, content: str) -> None:
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_bytes(path: Path) -> None:
+    path.write_text("one line\nand another\n")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_broken_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere/dog.safetensors")
+
+
+@pytest.mark.parametrize("damage", [no_bytes, half, other_bytes, a_folder, a_broken_link])
+def test_what_an_unreadable_file_owns_is_given_to_nobody(
+    library: Library, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_adapter(library, "cat", "8:16")
+    save_adapter(library, "dog", "0:8")
+    damage(library.path("dog"))
+    with pytest.raises(SboraError, match=r"dog\.safetensors.*; which columns it owns is unknown"):
+        reserve(library, "fox")
+    (ledger,) = library.ledgers()
+    assert [owner.name for owner in ledger.owners] == ["cat"]
+    assert "is skipped" in caplog.text
+    library.path("dog").rename(library.folder / "elsewhere")
+    assert reserve(library, "fox") == "0:8"
+
+
+RESERVED = '{"name": "x", "base_id": "toy", "base_fingerprint": "f00d", "side": "fa", "seed": 0, "interval": "0:8"'
+WHOLE = RESERVED + ', "host": "here", "pid": null, "started": 1.0'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "\x00",
+        "[" * 100_000,
+        '{"reservations": [{}], "widths": {}}',
+        f'{{"reservations": [{RESERVED}}}], "widths": {{}}}}',
+        f'{{"reservations": [{WHOLE}, "of a later version": 1}}], "widths": {{}}}}',
+        f'{{"reservations": [{WHOLE}}}], "widths": {{"a": {{"b": "c"}}}}}}',
+        f'{{"reservations": [{WHOLE}}}], "widths": {{}}',
+    ],
+)
+def test_a_ledger_that_cannot_be_read_is_kept(library: Library, content: str) -> None:
     save_adapter(library, "cat", "0:8")
-    (library.folder / ".ledger.json").write_text(content)
+    file = library.folder / ".ledger.json"
+    file.write_text(content)
+    for change in (lambda: reserve(library, "dog"), lambda: library.remove("cat"), lambda: library.release("dog")):
+        with pytest.raises(SboraError, match=r"cannot read .*\.ledger\.json .*which columns are reserved is unknown"):
+            change()
+    assert file.read_text() == content
+    assert library.names() == ["cat"]
+    file.unlink()
     assert reserve(library, "dog") == "8:16"
-    assert "damaged" in caplog.text
 
 
 def test_ledgers(library: Library) -> None:

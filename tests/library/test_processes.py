@@ -139,17 +139,36 @@ def test_a_zombie_is_dead(library: Library, training_dog: BaseProcess) -> None:
     assert library.owners("f00d", "fa") == ()
 
 
-@pytest.mark.usefixtures("training_dog")
 @pytest.mark.parametrize(
-    ("field", "value", "expected"),
+    ("field", "value"),
     [
-        ("started", 1.0, "0:8"),  # the process number was given out again
-        ("host", "elsewhere", "8:16"),  # a shared folder: whether that process lives cannot be known here
+        ("started", 1.0),  # the clock was set
+        ("host", "elsewhere"),  # another machine, on a shared folder
+        ("pid", 1),  # another container of the same host name, where process numbers start anew
+        ("pid", 2**22),  # no such process here
     ],
 )
-def test_reservation_belongs_to_a_process(library: Library, field: str, value: object, expected: str) -> None:
+def test_a_training_keeps_its_columns_wherever_it_runs(
+    library: Library, training_dog: BaseProcess, field: str, value: object
+) -> None:
     ledger = library.folder / ".ledger.json"
     content = json.loads(ledger.read_text())
     content["reservations"][0][field] = value
     ledger.write_text(json.dumps(content))
-    assert reserve(library, "cat") == expected
+    assert reserve(library, "cat") == "8:16"
+    with pytest.raises(SboraError, match="dog is being trained by process"):
+        library.remove("dog")
+    training_dog.kill()
+    training_dog.join()
+    assert reserve(library, "fox") == "0:8"
+
+
+@pytest.mark.usefixtures("training_dog")
+def test_a_name_in_training_is_neither_removed_nor_released(library: Library) -> None:
+    save_adapter(library, "dog", "0:8")  # of an earlier training
+    for end in (library.remove, library.cancel):
+        with pytest.raises(SboraError, match="dog is being trained") as caught:
+            end("dog")
+        assert caught.value.hint == "wait for it to end, or stop it"
+    assert library.names() == ["dog"]
+    assert reserve(library, "cat") == "8:16"

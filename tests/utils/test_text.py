@@ -1,8 +1,11 @@
 """Articles, and class nouns in the place of tokens."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
-from sbora_diffusion.utils.text import say_plainly, with_article
+from sbora_diffusion.utils.text import command_line, joined_names, say_plainly, with_article
 
 
 @pytest.mark.parametrize("said", ["an ice cream", "a house", "a unicorn", "an Airedale", "a 3d owl"])
@@ -27,3 +30,27 @@ def test_say_plainly(prompt: str, plain: str) -> None:
 
 def test_no_article_to_change() -> None:
     assert say_plainly("a <dog> in a box", "<dog>", "dog") == "a dog in a box"
+
+
+WORDS = ["dog", "a <dog> on the beach", "my files/pets.safetensors", "it's", 'say "hi"', "$HOME", "a`b`", "back\\slash"]
+
+
+@pytest.mark.parametrize("word", [*WORDS, "wow!", "*", "~", "", "été"])
+def test_a_suggested_command_is_what_a_shell_reads(word: str) -> None:
+    assert shlex.split(command_line("generate", word, "--adapter", Path("x"))) == [
+        "sbora-diffusion", "generate", word, "--adapter", "x",
+    ]  # fmt: skip
+
+
+def test_prompts_stand_in_double_quotes() -> None:
+    assert command_line("generate", "a <dog>") == 'sbora-diffusion generate "a <dog>"'
+
+
+def test_names_of_many_are_short_and_differ() -> None:
+    assert joined_names(["cat", "dog"]) == "cat+dog"
+    many = [f"my-favourite-mug-{number:02d}" for number in range(30)]
+    name = joined_names(many)
+    assert name.startswith("my-favourite-mug-00+29-more+")
+    assert len(joined_names(["कुत्ता" * 50, "犬" * 100]).encode()) < 240
+    assert len({joined_names(many), joined_names(many[1:]), joined_names([*many[:29], "other"])}) == 3
+    assert joined_names(iter(many)) == name
