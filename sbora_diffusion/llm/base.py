@@ -18,7 +18,7 @@ from sbora_diffusion.adapters.basis import Interval, Side, canonical
 from sbora_diffusion.adapters.layer import attach, keep_linear4bit_unpacked
 from sbora_diffusion.llm.config import LlmConfig, side_of
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.hub import cache_if_offline, why
+from sbora_diffusion.utils.hub import cache_if_offline, check_no_pickles, only_safetensors, pickle_hint, why
 
 COMPONENT = "model"  # a language model's name in concept files
 QUANTISATIONS = ("none", "nf4")
@@ -43,6 +43,9 @@ def load_base(base: str, dtype: torch.dtype | str = torch.float32, quantize: str
         SboraError: a missing or gated model, an unknown quantisation, no bitsandbytes.
     """
     options = _source(base) | _quantisation(quantize, dtype)
+    if "gguf_file" not in options:
+        check_no_pickles(Path(base))
+        options["use_safetensors"] = only_safetensors()
     with cache_if_offline(), _loading_errors(base, " (its tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(base, **_source(base))
     with cache_if_offline(), _loading_errors(base):
@@ -183,7 +186,9 @@ def _loading_errors(base: str, part: str = "") -> Iterator[None]:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         gated = "gated" in str(error).lower()
-        hint = "Accept its licence on its page, then run: hf auth login" if gated else "Give a folder or a hub id."
+        hint = pickle_hint(error) or "Give a folder or a hub id."
+        if gated:
+            hint = "Accept its licence on its page, then run: hf auth login"
         raise SboraError(f"cannot load {base}{part}: {why(error, base).removesuffix(' from one of: ')}", hint) from None
 
 

@@ -23,6 +23,7 @@ from sbora_diffusion.models.families import ALIASES, family_named
 from sbora_diffusion.models.families.base import Family, Sampling
 from sbora_diffusion.utils.errors import SboraError, guess, interrupts_held
 from sbora_diffusion.utils.files import read_bytes, read_json
+from sbora_diffusion.utils.hub import cache_if_offline, check_no_pickles, only_safetensors, pickle_hint, why
 from sbora_diffusion.utils.text import parse_json
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,12 @@ def to_half(pipeline: Any, family: Family, dtype: torch.dtype) -> None:
 def _load(name: str, family: Family, dtype: torch.dtype) -> Any:
     if Path(name).is_file():
         return load_checkpoint(Path(name), family.pipeline)
-    options = {"safety_checker": None} if family.name == "sd" else {}
+    options: dict[str, Any] = {"use_safetensors": only_safetensors()}
+    if family.name == "sd":
+        options["safety_checker"] = None
     folder = fetched(_path(name), **options)
+    components = json.loads((folder / INDEX).read_bytes())
+    check_no_pickles(*(folder / part for part in components if part not in options))
     halves = [] if dtype == torch.float32 else [part for part in stored_in(folder, dtype) if part != "vae"]
     types = dict.fromkeys(halves, dtype) | {"default": torch.float32}
     return DiffusionPipeline.from_pretrained(folder, dtype=types, **options)
@@ -170,16 +175,13 @@ def _clear_errors(name: str) -> Iterator[None]:
     """Turn the libraries' errors into one that says what to do."""
     offline = nullcontext()
     if name != EMBEDDED:
-        from sbora_diffusion.utils.hub import cache_if_offline
-
         offline = cache_if_offline()
     try:
         with offline:
             yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        from sbora_diffusion.utils.hub import why
-
-        raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", _hint(name)) from error
+        hint = pickle_hint(error) or _hint(name)
+        raise SboraError(f"could not load base model {name!r}: {why(error, _path(name))}", hint) from error
 
 
 def _hint(name: str) -> str:

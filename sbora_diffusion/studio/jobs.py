@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +19,13 @@ from filelock import FileLock, Timeout
 
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import read_json, write_file
+from sbora_diffusion.utils.processes import isolated
 
 log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
-WORKER = (sys.executable, "-m", "sbora_diffusion.studio.worker")
+WORKER = isolated("-m", "sbora_diffusion.studio.worker")
+MAX_WAITING = 20  # jobs
 PERIOD = 0.3  # seconds between checks of the running job
 STOPPED = (130, -signal.SIGINT)  # exit statuses of a command that Ctrl-C ended
 
@@ -96,9 +97,15 @@ class Jobs:
             before = self.find(name)
             if before and before.is_active:
                 raise SboraError(f"{name} is already {before.state}", "Stop it first.")
+            self.check_room()
             self._jobs = [job for job in self._jobs if job.name != name]
             self._jobs.append(Job(name=name, arguments=tuple(arguments)))
             self._write()
+
+    def check_room(self) -> None:
+        """SboraError if no further job may wait."""
+        if sum(job.state == "waiting" for job in self.all()) >= MAX_WAITING:
+            raise SboraError(f"{MAX_WAITING} jobs are waiting, the most allowed", "Stop one, or add this one later.")
 
     def stop(self, name: str) -> None:
         """Send a running job Ctrl-C, or remove a waiting one from the queue."""

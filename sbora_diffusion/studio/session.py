@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_BASE = "emoji64"
 BATCH = 4  # images generated at once, after the first
+MAX_TEXT = 2000  # characters of a prompt or caption: many times what a text encoder reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class Session:
         """Generate images with seeds from `settings.seed` on; yield the files so far, first after one image."""
         if not settings.prompt.strip():
             raise SboraError("the prompt is empty", "Describe the image, for example: a penguin at night")
+        check_length(settings.prompt, settings.negative_prompt)
         self._check_base(settings.base)
         self._check_tokens(settings)
 
@@ -116,6 +118,7 @@ class Session:
             settings: the strengths of concepts that do not act are ignored; those that are missing are 1.
             regions: with the library's names of concepts.
         """
+        check_length(settings.prompt, settings.negative_prompt, *(region.prompt for region in regions))
         self._check_base(settings.base)
         names = self._acting(settings, regions)
         adapters = {name: self.load(name) for name in names}
@@ -178,6 +181,12 @@ class Session:
             if owners:
                 raise SboraError(f"the prompt uses {token}, but its concept is off", f"Select {' or '.join(owners)}.")
             raise _unknown_token(settings.base, token, [token for spec in specs.values() for token in spec.tokens])
+
+
+def check_length(*texts: str) -> None:
+    """SboraError for a prompt or caption that is far longer than what a text encoder reads."""
+    if (longest := max(map(len, texts))) > MAX_TEXT:
+        raise SboraError(f"got a text of {longest} characters, expected at most {MAX_TEXT}", "Shorten it.")
 
 
 def _unknown_token(base: str, token: str, known: Iterable[str]) -> SboraError:

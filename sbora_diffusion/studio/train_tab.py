@@ -16,7 +16,7 @@ from sbora_diffusion.recipes.config import other_recipes
 from sbora_diffusion.studio.fields import INSTANT, Refresh, hidden_image, image_gallery
 from sbora_diffusion.studio.jobs import Jobs
 from sbora_diffusion.studio.messages import show_errors
-from sbora_diffusion.studio.session import DEFAULT_BASE, Session
+from sbora_diffusion.studio.session import DEFAULT_BASE, Session, check_length
 from sbora_diffusion.studio.train_view import NOTHING, watcher
 from sbora_diffusion.studio.uploads import caption_lines, write_concept
 from sbora_diffusion.training.checkpoint import CHECKPOINT
@@ -158,6 +158,7 @@ def start_training(
     if source == OWN:
         lines = (captions or "").splitlines()
         images = [(Path(file), lines[i] if i < len(lines) else "") for i, file in enumerate(files or [])]
+        check_length(name, noun or "", *lines)
         write_concept(session.folders.concepts, name, noun or "", images)
     options = ["--set", f"steps={int(steps)}"] if steps else []
     options += ["--rank", str(int(rank))] if rank else []
@@ -177,6 +178,7 @@ def _check_new(session: Session, jobs: Jobs, name: str, base: str) -> None:
         raise SboraError(f"the training of {name} was interrupted", "Select it on the right and resume it.")
     if name in session.library.names():
         raise SboraError(f"{name} is already in the library", "Choose another name.")
+    jobs.check_room()
 
 
 def resume_training(session: Session, jobs: Jobs, name: str) -> None:

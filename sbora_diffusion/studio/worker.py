@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from sbora_diffusion.utils.processes import isolated
+
 NICENESS = 5
 
 
@@ -15,7 +17,8 @@ def work() -> None:
     os.nice(NICENESS)
     with suppress(OSError):  # where Linux schedules by session, niceness only counts inside a session
         Path("/proc/self/autogroup").write_text(str(NICENESS), encoding="ascii")
-    os.execv(sys.executable, [sys.executable, "-m", "sbora_diffusion", *sys.argv[1:]])
+    command = isolated("-m", "sbora_diffusion", *sys.argv[1:])
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import logging
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +19,11 @@ from sbora_diffusion.training.checkpoint import CHECKPOINT
 from sbora_diffusion.training.train import space_of
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import read_description
+from sbora_diffusion.utils.processes import isolated
 
 log = logging.getLogger(__name__)
 
-COMMAND = (sys.executable, "-c", "from sbora_diffusion.cli.app import main; main()", "train")
+COMMAND = isolated("-c", "from sbora_diffusion.cli.app import main; main()", "train")
 
 
 def fan_out(
@@ -144,7 +144,7 @@ def in_a_process(command: Sequence[str], path: Path, folder: Path | None = None)
     folder = folder or Path.cwd()
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     with (folder / path).open("ab") as output:
-        output.write(f"$ {shlex.join(command[3:])}\n".encode())
+        output.write(f"$ {shlex.join(command[len(COMMAND) - 1 :])}\n".encode())
         output.flush()
         status = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     if status == -signal.SIGINT:

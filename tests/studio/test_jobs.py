@@ -127,6 +127,19 @@ def test_no_exception_stops_the_queue(jobs: Jobs, monkeypatch: pytest.MonkeyPatc
     assert has_failed.is_set()
 
 
+def test_the_queue_is_bounded(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbora_diffusion.studio.jobs.MAX_WAITING", 2)
+    jobs.add("running", ["long"])
+    wait(jobs, "running", is_running)
+    jobs.add("one", ["quick"])
+    jobs.add("two", ["quick"])
+    with pytest.raises(SboraError, match="2 jobs are waiting, the most allowed"):
+        jobs.add("three", ["quick"])
+    jobs.stop("one")
+    jobs.add("three", ["quick"])
+    assert [job.state for job in jobs.all()] == ["running", "stopped", "waiting", "waiting"]
+
+
 def test_a_missing_log_does_not_block_the_queue(jobs: Jobs) -> None:
     jobs.add("first", ["long"])
     jobs.add("next", ["quick"])

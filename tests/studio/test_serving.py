@@ -1,6 +1,5 @@
 """What the server gives away, and the messages and HTML of the page."""
 
-import logging
 import shutil
 import urllib.error
 import urllib.request
@@ -52,20 +51,6 @@ def test_one_studio_per_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     answer = CliRunner().invoke(app, ["ui"])
     assert answer.exit_code == 1
     assert f"error: another studio is running in {here}" in answer.stderr
-
-
-def test_a_public_address_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    from sbora_diffusion.studio.app import is_loopback, warn_if_public
-
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8")] == [True] * 4
-    assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.4", "::", "example.org", "")] == [False] * 5
-    with caplog.at_level(logging.WARNING):
-        warn_if_public("127.0.0.1")
-        assert caplog.messages == []
-        warn_if_public("0.0.0.0")
-    assert caplog.messages == [
-        "the studio at 0.0.0.0 has no password: anyone who can reach it can use it and fill the disk"
-    ]
 
 
 def test_messages_are_escaped_sentences() -> None:

@@ -143,6 +143,8 @@ def test_one_torch_thread_during_a_training(tmp_path: Path, tiny_folder: Path) -
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": "a <cat>"}, "its concept is off"),
         ({"prompt": "a <owl>"}, "got the unknown token <owl>"),
+        ({"prompt": "a" * 2001}, "got a text of 2001 characters, expected at most 2000"),
+        ({"negative_prompt": "é" * 9999}, "got a text of 9999 characters"),
         ({"base": "/etc"}, "got the base model '/etc', expected one of emoji64"),
         ({"concepts": {"dog": float("nan")}}, "strength"),
     ],

@@ -26,6 +26,9 @@ class Queue:
     def add(self, name: str, arguments: Sequence[str]) -> None:
         self._jobs[name] = Job(name=name, arguments=tuple(arguments), state="stopped")
 
+    def check_room(self) -> None:
+        pass
+
     def find(self, name: str) -> Job | None:
         return self._jobs.get(name)
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from sbora_diffusion.evaluation.comparison.tables import (
 from sbora_diffusion.evaluation.judges import metrics_of
 from sbora_diffusion.utils.errors import SboraError
 from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.processes import isolated
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _in_process(folder: Path, kind: str, key: str) -> bool:
     log.info("%s: %s", kind, key)
     path = folder / "logs" / kind / f"{key}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", _CELLS, str(folder), kind, key]
+    command = isolated("-m", _CELLS, str(folder), kind, key)
     with path.open("wb") as output:
         return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode == 0
 
