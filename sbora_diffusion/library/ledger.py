@@ -13,7 +13,8 @@ from typing import Literal
 from sbora_diffusion.adapters.basis import Interval, Side
 from sbora_diffusion.adapters.file import Spec
 from sbora_diffusion.utils.errors import SboraError
-from sbora_diffusion.utils.files import write_file
+from sbora_diffusion.utils.files import read_bytes, write_file
+from sbora_diffusion.utils.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,13 @@ class State:
             SboraError: the file cannot be read, or has fields that this version does not know.
         """
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(read_bytes(path))
             read = [Reservation(**{**r, "interval": Interval.parse(r["interval"])}) for r in content["reservations"]]
             widths = {key: {name: int(width) for name, width in w.items()} for key, w in content["widths"].items()}
             return cls(read, widths)
         except FileNotFoundError:
             return cls([], {})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SboraError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, SboraError) as error:
             raise SboraError(
                 f"cannot read {path} ({error or type(error).__name__}): which columns are reserved is unknown",
                 "wait for running trainings to end, then move that file away",

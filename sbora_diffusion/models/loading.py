@@ -151,7 +151,7 @@ def _load(name: str, family: Family, dtype: torch.dtype) -> Any:
     if family.name == "sd":
         options["safety_checker"] = None
     folder = fetched(_path(name), **options)
-    components = json.loads((folder / INDEX).read_bytes())
+    components = read_json(folder / INDEX)
     check_no_pickles(*(folder / part for part in components if part not in options))
     halves = [] if dtype == torch.float32 else [part for part in stored_in(folder, dtype) if part != "vae"]
     types = dict.fromkeys(halves, dtype) | {"default": torch.float32}

@@ -200,6 +200,7 @@ WHOLE = RESERVED + ', "host": "here", "pid": null, "started": 1.0'
         f'{{"reservations": [{RESERVED}}}], "widths": {{}}}}',
         f'{{"reservations": [{WHOLE}, "of a later version": 1}}], "widths": {{}}}}',
         f'{{"reservations": [{WHOLE}}}], "widths": {{"a": {{"b": "c"}}}}}}',
+        f'{{"reservations": [{WHOLE}}}], "widths": {{"a": {{"b": 1e999}}}}}}',
         f'{{"reservations": [{WHOLE}}}], "widths": {{}}',
     ],
 )
