@@ -1,5 +1,6 @@
 """Files of learned tokens, one each, in the layout of diffusers, kohya, or SDXL's two encoders."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from sbora_diffusion.interchange.files import read_tensors
 from sbora_diffusion.utils.errors import SboraError
+from sbora_diffusion.utils.text import as_token
 
+log = logging.getLogger(__name__)
 BUNDLED = "bundle_emb."  # prefix of embeddings that A1111 stores in LoRA files
 _TOKEN, _NOUN = "sbora.token", "sbora.noun"  # metadata
 _PARTS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -42,10 +45,10 @@ def embedding_file(embedding: Embedding, *, kohya: bool) -> tuple[dict[str, Tens
 
 
 def read_embedding(path: Path) -> Embedding:
-    """Read a token's file of any layout; a token without a name is named after the file."""
+    """Read a token's file of any layout; a token that has no name, or one without letters, is named after the file."""
     metadata, tensors = read_tensors(path)
     try:
-        return _embedding(metadata.get(_TOKEN) or f"<{path.stem}>", metadata.get(_NOUN), tensors)
+        return _embedding(metadata.get(_TOKEN), path.stem, metadata.get(_NOUN), tensors)
     except SboraError as defect:
         raise SboraError(f"{path}: {defect}", defect.hint) from None
 
@@ -60,18 +63,22 @@ def bundled_embeddings(tensors: Mapping[str, Tensor]) -> list[Embedding]:
                 raise SboraError(f"has the embedding {key!r}, expected one that ends in {', '.join(_BUNDLED_ENDS)}")
             part = "emb_params" if end == _BUNDLED_ENDS[0] else end[1:]
             tokens.setdefault(key.removeprefix(BUNDLED).removesuffix(end), {})[part] = tensor
-    return [_embedding(f"<{name.strip('<>')}>", None, parts) for name, parts in tokens.items()]
+    return [_embedding(None, name, None, parts) for name, parts in tokens.items()]
 
 
-def _embedding(token: str, noun: str | None, tensors: Mapping[str, Tensor]) -> Embedding:
+def _embedding(own: str | None, name: str, noun: str | None, tensors: Mapping[str, Tensor]) -> Embedding:
+    found = name
     if tensors.keys() and tensors.keys() <= _PARTS.keys():
         vectors = {_PARTS[part]: tensor for part, tensor in tensors.items()}
         if len(vectors) < len(tensors):
             raise SboraError("has two embeddings for one text encoder, emb_params and clip_l")
     elif len(tensors) == 1:
-        token, vectors = next(iter(tensors)), {"text_encoder": next(iter(tensors.values()))}
+        found, vectors = next(iter(tensors)), {"text_encoder": next(iter(tensors.values()))}
     else:
         raise SboraError(f"has {len(tensors)} keys, expected one token, or {', '.join(_PARTS)}")
+    token = own or as_token(found, name)
+    if found != token and own is None:
+        log.info("the embedding %r is imported as the token %s: write %s in prompts", found, token, token)
     return Embedding(token, noun, {place: _matrix(token, tensor) for place, tensor in vectors.items()})
 
 

@@ -55,7 +55,7 @@ def export(
             "Train with --set layerwise_tokens=false.",
         )
     loras = to_loras(adapter, layer_shapes)
-    about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date)
+    about = provenance(adapter.spec, layer_shapes, common_rank(loras), resolution, date, kohya=to == "kohya")
     if to == "peft":
         files = {}
         for component in sorted({key.partition(".")[0] for key in loras}):
@@ -96,13 +96,17 @@ def _slug(text: str) -> str:
 
 
 def provenance(
-    spec: Spec, layers: Mapping[str, tuple[int, int]], rank: int, resolution: int, date: str
+    spec: Spec, layers: Mapping[str, tuple[int, int]], rank: int, resolution: int, date: str, *, kohya: bool
 ) -> dict[str, str]:
-    """Return an exported file's metadata for kohya (ss_), modelspec and ourselves; arguments as in `export`."""
+    """Return an exported file's metadata for kohya (ss_), modelspec and ourselves; arguments as in `export`.
+
+    Triggers are the words of the format's programs: A1111 names a token by its file, `dog`, diffusers by `<dog>`.
+    """
     version, architecture = base_model(layers, resolution)
-    tokens, recipe = list(spec.tokens), spec.recipe
+    triggers, recipe = [_slug(token) if kohya else token for token in spec.tokens], spec.recipe
     metadata = {
         "ss_base_model_version": version,
+        "ss_v2": "True" if version == "sd_v2" else "",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
@@ -114,13 +118,13 @@ def provenance(
         "ss_unet_lr": str(recipe.get("learning_rate", "")),
         "ss_text_encoder_lr": str(recipe.get("text_encoder_learning_rate", "")),
         "ss_seed": str(recipe.get("seed", "")),
-        "ss_tag_frequency": json.dumps({spec.name: dict.fromkeys(tokens, 1)}),
+        "ss_tag_frequency": json.dumps({spec.name: dict.fromkeys(triggers, 1)}),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.title": spec.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": date,
-        "modelspec.trigger_phrase": ", ".join(tokens),
+        "modelspec.trigger_phrase": ", ".join(triggers),
         "modelspec.tags": ", ".join(dict.fromkeys(spec.tokens.values())),
         "modelspec.merged_from": ", ".join(spec.parents),
         SPEC: spec.to_json(),

@@ -67,10 +67,11 @@ def diffusers_file(loras: Mapping[str, Lora], metadata: Mapping[str, str]) -> tu
         metadata: what else to store.
     """
     tensors, config = {}, {}
+    is_transformer = any(key.startswith("transformer.") for key in loras)  # FLUX and SD3 files have PEFT's names
     for key, lora in loras.items():
-        kind = "lora" if key.startswith(("unet.", "transformer.")) else "lora_linear_layer"
-        tensors[f"{diffusers_name(key)}.{kind}.down.weight"] = lora.down
-        tensors[f"{diffusers_name(key)}.{kind}.up.weight"] = lora.up
+        kind = "lora" if key.startswith("unet.") else "lora_linear_layer"
+        down, up = ("lora_A", "lora_B") if is_transformer else (f"{kind}.down", f"{kind}.up")
+        tensors |= {f"{diffusers_name(key)}.{down}.weight": lora.down, f"{diffusers_name(key)}.{up}.weight": lora.up}
     for component in sorted({key.partition(".")[0] for key in loras}):
         layers = [key.partition(".")[2] for key in loras if key.startswith(f"{component}.")]
         config |= {f"{component}.{field}": value for field, value in _config_of(layers, common_rank(loras)).items()}

@@ -18,6 +18,17 @@ def tokens_in(prompt: str) -> list[str]:
     return TOKEN.findall(normalize("NFC", prompt))
 
 
+def as_token(name: str, otherwise: str = "") -> str:
+    """Return the token by which prompts can name something: `*` in cat.pt -> `<cat>`, `My Fox` -> `<my-fox>`.
+
+    Args:
+        name: what it is called elsewhere; a token already stays as it is.
+        otherwise: its name where `name` contains no letters or digits.
+    """
+    name = normalize("NFC", name)
+    return name if TOKEN.fullmatch(name) else f"<{slug(name) or slug(otherwise) or 'token'}>"
+
+
 def command_line(*words: object) -> str:
     """Return a command of ours that can be pasted into a shell, in double quotes where they do."""
     return " ".join(["sbora-diffusion", *map(_quoted, map(str, words))])

@@ -9,7 +9,9 @@ import torch
 
 from sbora_diffusion.adapters.basis import Interval, Side, Spec
 from sbora_diffusion.adapters.merge import merge
-from sbora_diffusion.interchange.exporting import FORMATS, base_model
+from sbora_diffusion.interchange.exporting import FORMATS, base_model, provenance
+from sbora_diffusion.interchange.files import diffusers_file, read_loras
+from sbora_diffusion.interchange.lora import Lora
 from sbora_diffusion.utils.errors import SboraError
 
 from .samples import SDXL_SHAPES, SHAPES, assert_same, random_adapter
@@ -81,13 +83,13 @@ def test_a_kohya_file(tmp_path: Path) -> None:
         "ss_output_name": "my dog (1)",
         "ss_resolution": "(512, 512)",
         "ss_steps": "7",
-        "ss_tag_frequency": '{"my dog (1)": {"<dog>": 1}}',
+        "ss_tag_frequency": '{"my dog (1)": {"dog": 1}}',
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.title": "my dog (1)",
         "modelspec.resolution": "512x512",
         "modelspec.date": "2026-01-02T03:04:05+00:00",
-        "modelspec.trigger_phrase": "<dog>",
+        "modelspec.trigger_phrase": "dog",
         "modelspec.tags": "hound",
     }
     pair = contents(tmp_path / "embeddings/dog.safetensors")[1]
@@ -114,6 +116,16 @@ def test_base_model_metadata(
     shapes: dict[str, tuple[int, int]], resolution: int, version: str, architecture: str
 ) -> None:
     assert base_model(shapes, resolution) == (version, architecture)
+    spec = random_adapter().spec
+    metadata = provenance(spec, shapes, 1, resolution, "2026-01-02", kohya=True)
+    assert metadata.get("ss_v2") == ("True" if version == "sd_v2" else None)
+
+
+def test_transformers_have_the_names_of_peft() -> None:
+    lora = Lora(torch.zeros(1, 8), torch.zeros(8, 1), 1.0)
+    tensors, _ = diffusers_file({JOINT: lora}, {})
+    assert tensors.keys() == {f"{JOINT}.lora_A.weight", f"{JOINT}.lora_B.weight"}
+    assert read_loras(tensors, {}).keys() == {JOINT}
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -123,8 +135,9 @@ def test_every_format_has_provenance(tmp_path: Path, to: str) -> None:
     write(merged, tmp_path, to)
     file = {"diffusers": "pytorch_lora_weights", "kohya": "dog", "peft": "unet/adapter_model"}[to]
     metadata, _ = contents(tmp_path / f"{file}.safetensors")
-    assert metadata["modelspec.trigger_phrase"] == "<rex>, <tom>"
-    assert json.loads(metadata["ss_tag_frequency"]) == {"dog": {"<rex>": 1, "<tom>": 1}}
+    words = ["rex", "tom"] if to == "kohya" else ["<rex>", "<tom>"]  # A1111's word is the name of the token's file
+    assert metadata["modelspec.trigger_phrase"] == ", ".join(words)
+    assert json.loads(metadata["ss_tag_frequency"]) == {"dog": dict.fromkeys(words, 1)}
     assert (metadata["modelspec.tags"], metadata["modelspec.merged_from"]) == ("dog", "rex, tom")
     rates = [metadata[key] for key in ("ss_unet_lr", "ss_text_encoder_lr", "ss_seed", "ss_steps")]
     assert rates == ["0.001", "0.0001", "3", "7"]

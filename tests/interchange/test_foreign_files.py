@@ -90,7 +90,7 @@ def test_token_metadata_and_location(tmp_path: Path) -> None:
     safetensors.torch.save_file(flat, tmp_path / "flat.safetensors")
     safetensors.torch.save_file({"emb_params": torch.randn(2, 8)}, tmp_path / "Some Cat.safetensors")
     got = read(tmp_path, SHAPES, tmp_path / "flat.safetensors", tmp_path / "Some Cat.safetensors")
-    assert got.spec.tokens == {"<dog>": "hound", "<sks>": "sks", "<Some Cat>": "Some Cat"}
+    assert got.spec.tokens == {"<dog>": "hound", "<sks>": "sks", "<some-cat>": "some-cat"}
     assert torch.equal(got.tokens["text_encoder.<sks>"], flat["<sks>"].unsqueeze(0))
     assert read(tmp_path, SHAPES, tmp_path / "flat.safetensors", noun="mug").spec.tokens["<sks>"] == "mug"
     with pytest.raises(SboraError, match="the token '<dog>' is in two files"):

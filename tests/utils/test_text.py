@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sbora_diffusion.utils.text import command_line, joined_names, say_plainly, with_article
+from sbora_diffusion.utils.text import as_token, command_line, joined_names, say_plainly, tokens_in, with_article
 
 
 @pytest.mark.parametrize("said", ["an ice cream", "a house", "a unicorn", "an Airedale", "a 3d owl"])
@@ -54,3 +54,26 @@ def test_names_of_many_are_short_and_differ() -> None:
     assert len(joined_names(["कुत्ता" * 50, "犬" * 100]).encode()) < 240
     assert len({joined_names(many), joined_names(many[1:]), joined_names([*many[:29], "other"])}) == 3
     assert joined_names(iter(many)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("*", "<my-cat>"),
+        ("", "<my-cat>"),
+        ("<>", "<my-cat>"),
+        ("fox", "<fox>"),
+        ("My Fox v1.0", "<my-fox-v1-0>"),
+        ("<Rex>", "<Rex>"),
+        ("<red fox", "<red-fox>"),
+        ("Re\u0301my", "<r\u00e9my>"),
+        ("<a> <b>", "<a-b>"),
+    ],
+)
+def test_names_become_tokens_that_prompts_can_name(name: str, token: str) -> None:
+    assert as_token(name, "my cat") == token
+    assert tokens_in(f"a {token} on the beach") == [token]
+
+
+def test_a_token_of_nothing() -> None:
+    assert as_token("*", "**") == "<token>"
