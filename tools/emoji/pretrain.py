@@ -10,6 +10,7 @@ steps to go on. Each report prints the loss with right, swapped and empty nouns,
 
 import copy
 import logging
+import shutil
 from argparse import Namespace
 from collections import deque
 from pathlib import Path
@@ -26,6 +27,7 @@ from tools.emoji import loop, model
 from tools.emoji.art import load_art
 from tools.emoji.compose import Composer, Variety, image_grid, render
 from tools.emoji.optimizer import MuonAdamW
+from tools.emoji.vae import committed_vae
 from tools.emoji.world import caption, load_world
 
 log = logging.getLogger(__name__)
@@ -219,6 +221,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.manual_seed(args.seed)
+    if not (args.data / "vae").is_dir():
+        committed_vae().save_pretrained(args.data / "vae")
+    if args.from_package:  # whose embeddings are by these ids
+        shutil.copytree(model.WEIGHTS / "tokenizer", args.data / "tokenizer", dirs_exist_ok=True)
     trainee = Trainee(CLIPTokenizer.from_pretrained(args.data / "tokenizer"), args.learning_rate)
     checkpoint = args.data / "base.pt"
     if stored := loop.load_state(checkpoint):

@@ -25,7 +25,7 @@ from tools.emoji.optimizer import MuonAdamW
 
 log = logging.getLogger(__name__)
 
-COMMITTED = Path(__file__).parent / "checkpoints" / "vae.safetensors"  # averaged weights to start from
+COMMITTED = Path(__file__).parent / "checkpoints" / "vae.safetensors"  # what the denoiser is trained on
 LATENT_CHANNELS = 16
 CHANNELS = (24, 48, 96, 160)
 POOL = 4096  # compositions that crops are taken from
@@ -56,6 +56,13 @@ def new_vae() -> AutoencoderKL:
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6
     return vae.to(memory_format=torch.channels_last)
+
+
+def committed_vae() -> AutoencoderKL:
+    """Load the averaged weights that are in the repository, whose latents are normalised."""
+    vae = new_vae()
+    vae.load_state_dict(load_file(COMMITTED))
+    return vae.eval()
 
 
 def detail_weights(images: Tensor) -> Tensor:
