@@ -1,4 +1,4 @@
-"""Draw docs/images: every trained concept alone, and three of them merged, from the concept files in ./adapters."""
+"""Generate docs/images: trained concepts, and three of them merged by fuse, from the concept files in ./adapters."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from pathlib import Path
 from PIL import Image
 
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.adapters.merge import merge
 from sbora_diffusion.data.concept import default_roots, load_concept
 from sbora_diffusion.data.images import load_image
 from sbora_diffusion.inference.generate import applied, generate
 from sbora_diffusion.inference.image_grid import sheet
+from sbora_diffusion.methods.merging import merge
 from sbora_diffusion.models.base import Base, load_base
 from sbora_diffusion.utils.text import with_article
 
@@ -24,19 +24,19 @@ PLACES = {  # in the prompt, and above the image
 
 
 def images(base: Base, subject: str, seeds: Sequence[int]) -> list[tuple[str, Image.Image]]:
-    """A labelled image of a subject in each of PLACES, for each seed."""
+    """Generate a labelled image of a subject in each of PLACES, for each seed."""
     prompts = [f"{with_article(subject)} {place}" for place in PLACES for _ in seeds]
     labels = [label for label in PLACES.values() for _ in seeds]
     return list(zip(labels, generate(base, prompts, seeds=[*seeds] * len(PLACES)), strict=True))
 
 
 def given(name: str) -> list[tuple[str, Image.Image]]:
-    """The first image that the concept was taught from."""
+    """Return an image that the concept was trained on."""
     return [("given", load_image(load_concept(name, default_roots()).images[1].path))]
 
 
 def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequence[int]) -> list:
-    """One row a concept, drawn with whatever is applied now."""
+    """Return one row per concept, generated with what is applied now."""
     rows = []
     for adapter in adapters:
         (token,) = adapter.spec.tokens
@@ -45,7 +45,7 @@ def rows_of(base: Base, adapters: Sequence[Adapter], loaded: str, seeds: Sequenc
 
 
 def main() -> None:
-    """Draw every concept alone (concepts.png; its first seed is readme.png), and some merged (merged.png)."""
+    """Generate images of single concepts (concepts.png; its first seed is readme.png) and of a merge (merged.png)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="+", help="concepts in ./adapters")
     parser.add_argument("--merged", type=int, default=3, help="how many of them to merge")
@@ -54,19 +54,19 @@ def main() -> None:
     args = parser.parse_args()
     base = load_base("emoji64")
     adapters = [Adapter.load(f"adapters/{name}.safetensors") for name in args.names]
-    alone = []
+    single_rows = []
     for adapter in adapters:
         with applied(base, [adapter]):
-            alone += rows_of(base, [adapter], "alone", args.seeds)
+            single_rows += rows_of(base, [adapter], "single", args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
-    sheet(alone, cell=96).save(args.out / "concepts.png", optimize=True)
-    first = [(title, drawn[:1] + drawn[1 :: len(args.seeds)]) for title, drawn in alone]
+    sheet(single_rows, cell=96).save(args.out / "concepts.png", optimize=True)
+    first = [(title, shown[:1] + shown[1 :: len(args.seeds)]) for title, shown in single_rows]
     sheet(first, cell=96).save(args.out / "readme.png", optimize=True)
 
     chosen = adapters[: args.merged]
     nouns = [noun for adapter in chosen for noun in adapter.spec.tokens.values()]
     before = {noun: images(base, noun, args.seeds) for noun in nouns}
-    with applied(base, [merge(chosen, [1.0] * len(chosen), "sum")]):
+    with applied(base, [merge(chosen, base=base)]):
         rows = rows_of(base, chosen, f"{len(chosen)} concepts merged", args.seeds)
         for noun in nouns:
             rows.append((f"{noun}, without token: the base model", given(noun) + before[noun]))
