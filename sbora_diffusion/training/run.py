@@ -72,8 +72,7 @@ def run_training(
         score: scores of the base model's current images, "overall" among them; for `config.output.eval_every`.
 
     Raises:
-        SboraError: a folder that is in use or holds another training, a loss that is not finite, a method that cannot
-            train sharded weights, a caption or prompt so long that its token is cut off.
+        SboraError: a folder in use or of another training, a loss that is not finite, a token that a caption cuts off.
     """
     processes = current()
     find_method(config.method.name).check_sharding(processes.sharded)

@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from sbora_diffusion import __version__
 from sbora_diffusion.adapters.file import Adapter
-from sbora_diffusion.cli.app import Commands, app
+from sbora_diffusion.cli.app import app
 from sbora_diffusion.inference.image_file import read_settings
 from sbora_diffusion.library.library import Library
 from sbora_diffusion.training.run import Preview
@@ -277,31 +275,6 @@ def test_ledger_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert (nothing.exit_code, nothing.stdout) == (0, "")
     assert "train --concept dog" in caplog.text
     assert not Path("adapters").exists()
-
-
-HELP = """
-import sys
-from typer.testing import CliRunner
-from sbora_diffusion.cli.app import Commands, app
-ours = lambda: {name for name in sys.modules if name.startswith("sbora_diffusion.cli.")}
-print(CliRunner().invoke(app, ["--version"]).stdout, CliRunner().invoke(app, ["--help"]).stdout)
-assert ours() == {"sbora_diffusion.cli.app", "sbora_diffusion.cli.console"}, ours()
-for name in ["llm train", "llm merge", "llm export", "llm chat", "llm eval", *Commands.table]:
-    done = CliRunner().invoke(app, [*name.split(), "--help"])
-    assert "Usage:" in done.stdout and done.exit_code == 0, (name, done.output)
-    assert name != "eval" or done.stdout.count("\\n  --") <= 9  # eight flags and --help
-assert not {"torch", "numpy", "rich"} & {*sys.modules}
-"""
-
-
-def test_help_imports_no_library() -> None:
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert __version__ in done.stdout
-    for name in Commands.table:
-        assert f"\n  {name} " in done.stdout
-    mistyped = run("tran")
-    assert (mistyped.exit_code, "Did you mean 'train'?" in mistyped.stderr) == (2, True)
 
 
 @pytest.mark.usefixtures("adapters")

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import typer
 
+from sbora_diffusion import __version__
+from sbora_diffusion.cli.app import Commands
 from sbora_diffusion.cli.console import GC_THRESHOLD, SPIN_COUNT, boolean, convert, parse_floats, share_cores
+
+from .running import run
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,28 @@ def test_a_wrong_value_names_what_is_expected() -> None:
 def test_factors() -> None:
     assert parse_floats("1,0.8") == [1.0, 0.8]
     assert parse_floats("") is None
+
+
+HELP = """
+import sys
+from typer.testing import CliRunner
+from sbora_diffusion.cli.app import Commands, app
+ours = lambda: {name for name in sys.modules if name.startswith("sbora_diffusion.cli.")}
+print(CliRunner().invoke(app, ["--version"]).stdout, CliRunner().invoke(app, ["--help"]).stdout)
+assert ours() == {"sbora_diffusion.cli.app", "sbora_diffusion.cli.console"}, ours()
+for name in ["llm train", "llm merge", "llm export", "llm chat", "llm eval", *Commands.table]:
+    done = CliRunner().invoke(app, [*name.split(), "--help"])
+    assert "Usage:" in done.stdout and done.exit_code == 0, (name, done.output)
+    assert name != "eval" or done.stdout.count("\\n  --") <= 9  # eight flags and --help
+assert not {"torch", "numpy", "rich"} & {*sys.modules}
+"""
+
+
+def test_help_imports_no_library() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+    for name in Commands.table:
+        assert f"\n  {name} " in done.stdout
+    mistyped = run("tran")
+    assert (mistyped.exit_code, "Did you mean 'train'?" in mistyped.stderr) == (2, True)
