@@ -141,7 +141,9 @@ def run_evaluation(job: Evaluation, folder: Path, force: bool = False, on_image:
     all_series, about = plan(job.suite, job.adapters, job.merged), _describe(job)
     older = replace(job, adapters=[*map(_older, job.adapters)], merged=job.merged and _older(job.merged))
     judge = job.judges[0]
-    with claimed(folder, _identity(about, judge), force, _identity(about | _digests(older), judge)) as images:
+    with claimed(
+        folder, _identity(about, judge), force, _identity(about | _digests(older, with_digest=False), judge)
+    ) as images:
         _generate_all(job, all_series, images, on_image)
         references = reference_images(job.concepts)
         scorer = prepare(job.judges, references)
@@ -237,10 +239,10 @@ def _describe(job: Evaluation) -> dict[str, Any]:
     }
 
 
-def _digests(job: Evaluation) -> dict[str, Any]:
-    """Return the SHA-256 of adapters and merge, by name, as files without a digest: as in earlier results."""
+def _digests(job: Evaluation, with_digest: bool = True) -> dict[str, Any]:
+    """Return the SHA-256 of the files of adapters and merge, by name; earlier versions' files held no digest."""
     own, merged = (
-        {adapter.spec.name: hashlib.sha256(adapter.to_bytes(with_digest=False)).hexdigest() for adapter in some}
+        {adapter.spec.name: hashlib.sha256(adapter.to_bytes(with_digest)).hexdigest() for adapter in some}
         for some in (job.adapters, [job.merged] if job.merged else [])
     )
     return {"adapters": own, "merged": merged or None}

@@ -74,11 +74,11 @@ def find_checkpoint(run: Run, config: LlmConfig, folder: Path, resume: bool) -> 
         SboraError: the folder holds another training, or one and `resume` is false.
     """
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if (folder / ADAPTER).is_dir() and not (resume and last):
+    if last and not resume:
+        raise SboraError(f"{folder} contains a training", "resume it with --resume, or choose another --out")
+    if (folder / ADAPTER).is_dir() and not last:
         raise SboraError(f"{folder} contains a finished training", "choose another --out, or delete the folder")
     if not resume:
-        if last:
-            raise SboraError(f"{folder} contains a training", "resume it with --resume, or choose another --out")
         return run, None
     if not last:
         log.warning("there is no checkpoint in %s: the training begins anew", folder)

@@ -184,7 +184,7 @@ def test_mistakes_are_named(base: Base, adapters: list[Adapter]) -> None:
         ([rex, tom], "a", {"strengths": [1.0]}, "2 adapters and 1 strengths"),
         ([rex], "a", {"seeds": []}, "no seeds"),
         ([rex], "a", {"seeds": [2**63]}, "got the seed 9223372036854775808"),
-        ([rex], "a", {"strengths": [float("nan")]}, "got strengths nan"),
+        ([rex], "a", {"strengths": [float("nan")]}, "got the strength nan"),
         ([rex], "b" * 30 + " <rex>", {}, "too long: <rex> is beyond its 24 tokens"),
         ([rex], "a <tom>", {}, "no loaded concept brings the token <tom>"),
         ([rex], "a", {"negative_prompt": "a <tom>"}, "no loaded concept brings the token <tom>"),
