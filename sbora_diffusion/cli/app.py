@@ -1,4 +1,4 @@
-"""The command line: one file per command in this folder, imported when the command runs.
+"""The command line: a table of commands, whose files in this folder are imported when they run.
 
 stdout is data: tables, and the paths of what was written. Logs, progress and errors go to stderr. The commands import
 torch and everything on it only when they run, so that --help is quick.

@@ -75,7 +75,7 @@ class Library:
 
         Args:
             pinned: the interval to reserve, instead of the first free one.
-            lasting: reserve it for the name instead: until its file exists, or the reservation is removed.
+            lasting: reserve it for the name instead: until its file exists, or the reservation is cancelled.
 
         Raises:
             SboraError: another process is training this name, no interval is free, the pinned interval is taken or

@@ -41,7 +41,7 @@ def _quoted(word: str) -> str:
 
 
 def joined_names(names: Iterable[str]) -> str:
-    """Return a name for several concepts, such as `cat+dog`; of many, the first ones and a digest of all."""
+    """Return a name for several concepts, such as `cat+dog`; of many, the first one, a count and a digest."""
     listed = list(names)
     if len((joined := "+".join(listed)).encode()) <= MAX_NAME:
         return joined

@@ -194,23 +194,24 @@ def test_bad_input(base: Base, tmp_path: Path, command: str, message: str) -> No
     before = {path: path.read_bytes() for path in Path().rglob("*.safetensors")}
     done = run(*(places.get(word, word) for word in shlex.split(command)))
     assert (done.exit_code, done.stdout) == (1, ""), done.output
-    told = [line for line in done.stderr.splitlines() if line]
-    assert message in told[0]
-    assert [line.split(":")[0] for line in told] in (["error"], ["error", "hint"])
+    printed = [line for line in done.stderr.splitlines() if line]
+    assert message in printed[0]
+    assert [line.split(":")[0] for line in printed] in (["error"], ["error", "hint"])
     assert before == {path: path.read_bytes() for path in Path().rglob("*.safetensors")}
+
+
+def record_widths(base: Base) -> None:
+    """Let the ledger record the base model's widths, by a reservation of 8:12."""
+    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
+    space = Space(base_id=base.id, base_fingerprint=base.fingerprint, side="fa", seed=0, widths=widths)
+    Library("adapters").reserve(space, 4, "cat", Interval(8, 4))
 
 
 @pytest.mark.parametrize("claim", ["64:68", "0:2", "4:8", "0:1,8:12"])
 def test_a_concept_file_cannot_claim_an_interval_of_other_columns(
     base: Base, dog: Adapter, claim: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
-    Library("adapters").reserve(
-        Space(base_id=base.id, base_fingerprint=base.fingerprint, side="fa", seed=0, widths=widths),
-        4,
-        "cat",
-        Interval(8, 4),
-    )
+    record_widths(base)
     intervals = tuple(map(Interval.parse, claim.split(",")))
     replace(dog, spec=replace(dog.spec, intervals=intervals, name="fox")).save("fox.safetensors")
     lines(run("import", "fox.safetensors", "--collision", "keep"))
@@ -222,13 +223,7 @@ def test_a_concept_file_cannot_claim_an_interval_of_other_columns(
 def test_a_concept_file_keeps_intervals_that_agree(
     base: Base, dog: Adapter, claim: tuple[Interval, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    widths = {key: shape[1] for key, shape in base.layer_shapes.items()}
-    Library("adapters").reserve(
-        Space(base_id=base.id, base_fingerprint=base.fingerprint, side="fa", seed=0, widths=widths),
-        4,
-        "cat",
-        Interval(8, 4),
-    )
+    record_widths(base)
     replace(dog, spec=replace(dog.spec, intervals=claim, name="fox")).save("fox.safetensors")
     lines(run("import", "fox.safetensors", "--collision", "keep"))
     assert "claims" not in caplog.text

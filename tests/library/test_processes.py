@@ -19,7 +19,7 @@ from .reserving import FORK, reserve, save_adapter
 
 @pytest.fixture
 def training_dog(library: Library) -> Iterator[BaseProcess]:
-    """Another process, which has reserved 0:8 for dog and goes on."""
+    """Another process, which has reserved 0:8 for dog and keeps running."""
     intervals = FORK.SimpleQueue()
 
     def work() -> None:
@@ -81,7 +81,7 @@ def test_sixteen_processes_that_come_and_go_never_share(library: Library) -> Non
                 else:
                     library.release(name)
             troubles.put("")
-        except BaseException as trouble:  # to be told in the parent
+        except BaseException as trouble:  # reported in the parent
             troubles.put(repr(trouble))
 
     processes = [FORK.Process(target=work, args=(number,)) for number in range(16)]

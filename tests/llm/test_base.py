@@ -63,6 +63,6 @@ def test_gated_model(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sbora_diffusion.llm.base.AutoModelForCausalLM.from_pretrained", refuse)
     monkeypatch.setattr("sbora_diffusion.utils.hub.can_be_reached", lambda: True)
-    with pytest.raises(SboraError, match="gated repo") as told:
+    with pytest.raises(SboraError, match="gated repo") as caught:
         load_base(base)
-    assert "Accept its licence" in str(told.value.hint)
+    assert "Accept its licence" in str(caught.value.hint)
